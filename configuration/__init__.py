@@ -1,0 +1,5 @@
+"""What an EMO network is made of, as data."""
+
+from .configuration_emo import LEGACY_MODEL_TYPE, EmoConfig, LayerExperts, LegacyEmoConfig
+
+__all__ = ["LEGACY_MODEL_TYPE", "EmoConfig", "LayerExperts", "LegacyEmoConfig"]

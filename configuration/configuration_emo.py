@@ -1,0 +1,315 @@
+"""`EmoConfig`: the released `config.json` of EMO, read and written as released.
+
+The keys and their meaning are those of https://github.com/allenai/EMO; the paper is https://arxiv.org/abs/2605.06663.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# The name under which the first uploads of EMO were published. Their tensors are the same as those of `emo`.
+LEGACY_MODEL_TYPE = "flex_olmo_noqknorm_prenorm"
+_LEGACY_ARCHITECTURE = "FlexOlmoNoQKNormPrenormForCausalLM"
+
+_DENSE_TP_PLAN = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """How one layer's feed-forward block is divided into experts.
+
+    Routed experts have the indices `0 .. num_routed - 1`; the shared experts are the last `num_shared` indices.
+
+    Args:
+        num_experts (`int`): experts in the layer, shared ones included; 0 means one dense feed-forward network.
+        num_shared (`int`): shared experts, taken by every token.
+        always_active (`tuple[int, ...]`): ids taken by every token with their softmax weight over *all* experts. When
+            there are any, shared experts are not treated apart (as in the released code).
+        top_k (`int`): experts per token, shared or always-active ones included.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.configuration import LayerExperts
+    >>> LayerExperts(num_experts=128, num_shared=1, always_active=(), top_k=8).num_routed
+    127
+
+    ```
+    """
+
+    num_experts: int
+    num_shared: int
+    always_active: tuple[int, ...]
+    top_k: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer is one dense feed-forward network instead of experts."""
+        return self.num_experts == 0
+
+    @property
+    def num_routed(self) -> int:
+        """Number of routed experts, R = E - S."""
+        return self.num_experts - self.num_shared
+
+
+@strict
+class EmoConfig(PreTrainedConfig):
+    r"""Configuration of an EMO model (https://arxiv.org/abs/2605.06663).
+
+    The defaults are those of `allenai/Emo_1b14b_1T`. `config.json` keeps the released keys (`rope_theta` and
+    `rope_scaling` rather than `rope_parameters`), so that other tools read what is saved.
+
+    Args:
+        vocab_size (`int`, defaults to 100278): rows of the embedding and of the language-model head.
+        hidden_size (`int`, defaults to 2048): width d of the residual stream.
+        intermediate_size (`int`, defaults to 1024): width f of one expert.
+        num_hidden_layers (`int`, defaults to 16): number of decoder layers L.
+        num_attention_heads (`int`, defaults to 16): query heads.
+        num_key_value_heads (`int`, *optional*): key and value heads; `num_attention_heads` when not given.
+        num_experts (`int`, defaults to 128): experts per layer E, shared ones included.
+        num_experts_per_tok (`int`, defaults to 8): experts per token k, shared ones included. A layer with fewer
+            experts takes them all.
+        num_shared_experts (`int`, defaults to 1): shared experts per layer S: the last S indices.
+        num_experts_per_layer (`list[int]`, *optional*): E of each layer, where layers differ. 0 makes the layer dense.
+        num_shared_experts_per_layer (`list[int]`, *optional*): S of each layer; `min(num_shared_experts, E)` when
+            not given.
+        always_active_experts (`list[int]`, *optional*): ids that every token takes in every layer.
+        always_active_experts_per_layer (`list[list[int]]`, *optional*): the same, layer by layer.
+        dense_intermediate_size (`int`, *optional*): width of dense layers; needed when there are any.
+        dense_mlp_bias (`bool`, defaults to `False`): whether dense layers have biases.
+        norm_topk_prob (`bool`, defaults to `False`): renormalise the routing weights of the picked experts. Refused
+            with shared or always-active experts.
+        output_router_logits (`bool` or `"training"`, defaults to `False`): return the routers' raw logits and add the
+            balance loss to the loss. `"training"` does so in training mode only. Every released file says `true`,
+            which would make plain generation and evaluation pay for it: a `true` read from a file becomes
+            `"training"`, and is written back as `true`.
+        router_aux_loss_coef (`float`, defaults to 0.01): weight of the balance loss.
+        retained_experts (`list[list[int] | None]`, *optional*): for a model that holds only a subset of its experts,
+            the ids kept in each layer, in the numbering of the root model (`None` for a dense layer).
+        root_experts_per_layer (`list[int]`, *optional*): for such a model, E of each layer of the root model.
+
+    Raises:
+        ValueError: if the expert counts contradict each other; the message names the value and the layer.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> config = EmoConfig(num_hidden_layers=2, num_experts=16, num_experts_per_tok=4)
+    >>> [layer.num_routed for layer in config.layer_experts]
+    [15, 15]
+
+    ```
+    """
+
+    model_type = "emo"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
+    default_theta = 500000.0
+    # As OLMoE's plan, but without its norm on queries and keys the attention projections shard plainly.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 100278
+    hidden_size: int = 2048
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-06
+    use_cache: bool = True
+    pad_token_id: int | None = 100277
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 100257
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int | None = 0.0
+    num_experts: int = 128
+    num_experts_per_tok: int = 8
+    num_shared_experts: int = 1
+    num_experts_per_layer: list[int] | None = None
+    num_shared_experts_per_layer: list[int] | None = None
+    always_active_experts: list[int] | None = None
+    always_active_experts_per_layer: list[list[int]] | None = None
+    dense_intermediate_size: int | None = None
+    dense_mlp_bias: bool = False
+    norm_topk_prob: bool = False
+    output_router_logits: bool | Literal["training"] = False
+    router_aux_loss_coef: float = 0.01
+    retained_experts: list[list[int] | None] | None = None
+    root_experts_per_layer: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        if self.num_experts_per_layer is not None and 0 in self.num_experts_per_layer:
+            self.base_model_tp_plan = {**type(self).base_model_tp_plan, **_DENSE_TP_PLAN}
+
+    @property
+    def layer_experts(self) -> list[LayerExperts]:
+        """`list[LayerExperts]`: the experts of each layer, all per-layer settings resolved."""
+        num_layers = self.num_hidden_layers
+        experts = self.num_experts_per_layer or [self.num_experts] * num_layers
+        shared = self.num_shared_experts_per_layer or [min(self.num_shared_experts, e) for e in experts]
+        always = self.always_active_experts_per_layer or [self.always_active_experts or []] * num_layers
+        return [
+            LayerExperts(e, s, tuple(a) if e else (), min(self.num_experts_per_tok, e))
+            for e, s, a in zip(experts, shared, always, strict=True)
+        ]
+
+    def validate_experts(self):
+        """Part of `@strict` validation: the expert counts agree with each other and with the number of layers."""
+        for name in (
+            "num_experts_per_layer",
+            "num_shared_experts_per_layer",
+            "always_active_experts_per_layer",
+            "retained_experts",
+            "root_experts_per_layer",
+        ):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` has {len(value)} entries, expected one for each of the {self.num_hidden_layers} layers."
+                )
+        for index, layer in enumerate(self.layer_experts):
+            self._validate_layer(index, layer)
+
+    def _validate_layer(self, index: int, layer: LayerExperts) -> None:
+        if layer.num_experts < 0:
+            raise ValueError(f"Layer {index} has {layer.num_experts} experts, expected 0 (dense) or more.")
+        if layer.is_dense:
+            if self.dense_intermediate_size is None:
+                raise ValueError(f"Layer {index} is dense (0 experts): set `dense_intermediate_size` to its width.")
+            return
+        if not 0 <= layer.num_shared <= layer.num_experts:
+            raise ValueError(
+                f"Layer {index} has {layer.num_shared} shared experts, expected 0 to its {layer.num_experts} experts."
+            )
+        outside = [e for e in layer.always_active if not 0 <= e < layer.num_experts]
+        if outside or len(set(layer.always_active)) != len(layer.always_active):
+            raise ValueError(
+                f"Layer {index} has always-active experts {list(layer.always_active)}, expected different ids from 0 "
+                f"to {layer.num_experts - 1}."
+            )
+        taken = len(layer.always_active) or layer.num_shared
+        if layer.top_k < taken:
+            raise ValueError(
+                f"Layer {index} takes {layer.top_k} experts per token, fewer than the {taken} that every token takes: "
+                "raise `num_experts_per_tok`."
+            )
+        if self.norm_topk_prob and taken:
+            raise ValueError(
+                "`norm_topk_prob=True` is not defined with shared or always-active experts "
+                f"(layer {index} has {taken}): set it to False."
+            )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As upstream; a config of the legacy model type is returned under its new name."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _modernise(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Build a config from the contents of a `config.json`, released or saved by this library.
+
+        Args:
+            config_dict (`dict[str, Any]`): the file's contents. A legacy model type and architecture are renamed;
+                `output_router_logits: true` becomes `"training"`; a file without `num_shared_experts` has none.
+            kwargs: settings that override the file's; with `return_unused_kwargs=True` the rest is returned too.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoConfig
+        >>> EmoConfig.from_dict({"model_type": "emo", "output_router_logits": True}).output_router_logits
+        'training'
+
+        ```
+        """
+        config_dict = _modernise(config_dict)
+        config_dict.setdefault("num_shared_experts", 0)
+        if config_dict.get("output_router_logits") is True:
+            config_dict["output_router_logits"] = "training"
+        if not cls.is_remote_code():
+            # The released `auto_map` names remote code that this class replaces; kept, it would be saved again
+            # beside weights that do not come with that code.
+            config_dict.pop("auto_map", None)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`dict[str, Any]`: the config under the released keys, as `config.json` holds it."""
+        output = super().to_dict()
+        rope = dict(output.pop("rope_parameters", None) or {})
+        output["rope_theta"] = rope.pop("rope_theta", self.default_theta)
+        output["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
+        if output.get("output_router_logits") == "training":
+            output["output_router_logits"] = True
+        for name in ("retained_experts", "root_experts_per_layer"):
+            if output.get(name) is None:
+                output.pop(name, None)
+        return output
+
+
+class LegacyEmoConfig(EmoConfig):
+    """Reads configs of the legacy model type; what it returns is a plain `EmoConfig`.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoConfig
+    >>> import transformers_emo
+    >>> AutoConfig.for_model("flex_olmo_noqknorm_prenorm").model_type
+    'flex_olmo_noqknorm_prenorm'
+
+    ```
+    """
+
+    model_type = LEGACY_MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Build an `EmoConfig` from the contents of a legacy `config.json`; see `EmoConfig.from_dict`."""
+        return EmoConfig.from_dict(config_dict, **kwargs)
+
+
+def _modernise(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config_dict` with the legacy model type and architecture renamed."""
+    config_dict = dict(config_dict)
+    if config_dict.get("model_type") == LEGACY_MODEL_TYPE:
+        config_dict["model_type"] = EmoConfig.model_type
+    if config_dict.get("architectures"):
+        config_dict["architectures"] = [
+            "EmoForCausalLM" if name == _LEGACY_ARCHITECTURE else name for name in config_dict["architectures"]
+        ]
+    return config_dict

@@ -1,0 +1,632 @@
+"""The EMO network (https://arxiv.org/abs/2605.06663): a pre-norm decoder with routed and shared experts.
+
+Attention, rotary embedding and norm are those of FlexOlmo in Transformers; what stands here is what EMO has of its own.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts of the layer (R routed, then the shared ones),
+K experts taken per token, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.flex_olmo.modeling_flex_olmo import (
+    FlexOlmoAttention,
+    FlexOlmoRMSNorm,
+    FlexOlmoRotaryEmbedding,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_emo import EmoConfig, LayerExperts
+from .losses import load_balancing_loss
+from .standalone import AUTO_MAP, save_code
+from .weight_names import register_weight_names
+
+
+def resolve_output_router_logits(forward: Callable) -> Callable:
+    """Give `forward` a plain `output_router_logits=True` or `False`, from the argument or else from the config.
+
+    `"training"` in the config (what a released `true` is read as) asks for them in training mode only.
+    """
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if kwargs.get("output_router_logits") is None:
+            wanted = self.config.output_router_logits
+            kwargs["output_router_logits"] = self.training if wanted == "training" else bool(wanted)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class EmoRMSNorm(FlexOlmoRMSNorm):
+    """FlexOlmo's norm unchanged: it multiplies by its weight in float32, before casting down."""
+
+
+class EmoRotaryEmbedding(FlexOlmoRotaryEmbedding):
+    """FlexOlmo's rotary embedding unchanged: cosines and sines stay float32."""
+
+
+class EmoAttention(FlexOlmoAttention):
+    """FlexOlmo's attention without its norm on queries and keys, which EMO does not have."""
+
+    def __init__(self, config: EmoConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+
+
+class EmoMLP(nn.Module):
+    """SwiGLU feed-forward network of a dense layer, with biases where `config.dense_mlp_bias` says so."""
+
+    def __init__(self, config: EmoConfig):
+        super().__init__()
+        width = config.dense_intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.dense_mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor, expert_mask: None = None) -> torch.Tensor:
+        """(B, S, D) to (B, S, D). `expert_mask` is there to be called like an expert block, and is not used."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class EmoTopKRouter(nn.Module):
+    """Picks each token's experts: the top routed ones, and every shared one.
+
+    Routed and shared experts have softmaxes of their own, in float32, and the weights are not renormalised, so that a
+    single shared expert always has weight 1. With always-active experts there is one softmax over all experts instead.
+    """
+
+    def __init__(self, config: EmoConfig, layer: LayerExperts):
+        super().__init__()
+        self.layer = layer
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(layer.num_experts, config.hidden_size))
+
+    def forward(
+        self, hidden_states: torch.Tensor, expert_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route tokens.
+
+        Args:
+            hidden_states (`torch.Tensor`): (T, D).
+            expert_mask (`torch.Tensor`, *optional*): bool, (E,) or (T, E), false for experts that must not be taken.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: raw logits (T, E), before the mask; weights (T, K) in the
+            logits' dtype; expert ids (T, K), int64.
+        """
+        logits_TE = F.linear(hidden_states, self.weight)
+        masked_TE = logits_TE
+        if expert_mask is not None:
+            masked_TE = logits_TE.masked_fill(~expert_mask.to(logits_TE.device), float("-inf"))
+        if self.layer.always_active:
+            weights_TK, index_TK = self._take_always_active(masked_TE)
+        else:
+            weights_TK, index_TK = self._take_routed_and_shared(masked_TE)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return logits_TE, weights_TK.to(logits_TE.dtype), index_TK
+
+    def _take_routed_and_shared(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        num_routed, num_shared = self.layer.num_routed, self.layer.num_shared
+        probs_TR = F.softmax(logits_TE[:, :num_routed], dim=-1, dtype=torch.float32)
+        weights_TK, index_TK = probs_TR.topk(self.layer.top_k - num_shared, dim=-1)
+        if num_shared == 0:
+            return weights_TK, index_TK
+        shared_TS = F.softmax(logits_TE[:, num_routed:], dim=-1, dtype=torch.float32)
+        shared_index_S = torch.arange(num_routed, num_routed + num_shared, device=logits_TE.device)
+        return (
+            torch.cat([weights_TK, shared_TS], dim=-1),
+            torch.cat([index_TK, shared_index_S.expand(logits_TE.shape[0], -1)], dim=-1),
+        )
+
+    def _take_always_active(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probs_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
+        always_A = torch.tensor(self.layer.always_active, device=logits_TE.device)
+        # -1 is below every probability, so that an always-active expert is never picked a second time.
+        others_TE = probs_TE.index_fill(-1, always_A, -1.0)
+        picked_TK = others_TE.topk(self.layer.top_k - len(always_A), dim=-1).indices
+        index_TK = torch.cat([always_A.expand(logits_TE.shape[0], -1), picked_TK], dim=-1)
+        return probs_TE.gather(-1, index_TK), index_TK
+
+
+@use_experts_implementation
+class EmoExperts(nn.Module):
+    """A layer's experts as stacked parameters: `gate_up_proj` (E, 2F, D), gate above up, and `down_proj` (E, D, F)."""
+
+    def __init__(self, config: EmoConfig, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts, one expert after the other (the `eager` implementation).
+
+        Args:
+            hidden_states (`torch.Tensor`): (T, D).
+            top_k_index (`torch.Tensor`): (T, K) expert ids; under expert parallelism `num_experts` marks a pick that
+                another rank computes.
+            top_k_weights (`torch.Tensor`): (T, K).
+
+        Returns:
+            `torch.Tensor`: (T, D) in the dtype of `hidden_states`.
+        """
+        output_TD = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            expert_output = expert_output * top_k_weights[token, slot, None]
+            output_TD.index_add_(0, token, expert_output.to(output_TD.dtype))
+        return output_TD
+
+
+class EmoSparseMoeBlock(nn.Module):
+    """Router and experts of one layer."""
+
+    def __init__(self, config: EmoConfig, layer: LayerExperts):
+        super().__init__()
+        self.gate = EmoTopKRouter(config, layer)
+        self.experts = EmoExperts(config, layer.num_experts)
+
+    def forward(self, hidden_states: torch.Tensor, expert_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, S, D) to (B, S, D); `expert_mask` as in `EmoTopKRouter.forward`."""
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TK, index_TK = self.gate(hidden_TD, expert_mask)
+        return self.experts(hidden_TD, index_TK, weights_TK).reshape(hidden_states.shape)
+
+
+class EmoDecoderLayer(GradientCheckpointingLayer):
+    """One layer, normed before attention and before the feed-forward block (FlexOlmo norms after them)."""
+
+    def __init__(self, config: EmoConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        layer = config.layer_experts[layer_idx]
+        self.self_attn = EmoAttention(config, layer_idx)
+        self.mlp = EmoMLP(config) if layer.is_dense else EmoSparseMoeBlock(config, layer)
+        self.pre_attention_layernorm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.pre_feedforward_layernorm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        expert_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """(B, S, D) to (B, S, D); `expert_mask` as in `EmoTopKRouter.forward`, the rest as in every decoder layer."""
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.pre_attention_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask)
+
+
+class EmoPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, the loading hook and what Transformers wants to know of the network."""
+
+    config: EmoConfig
+    config_class = EmoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EmoDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(EmoTopKRouter, index=0),
+        "hidden_states": EmoDecoderLayer,
+        "attentions": EmoAttention,
+    }
+    # What the package adds to this network: reading part of a checkpoint, and naming expert subsets. Set on import of
+    # the package; `None` where this file is used alone, as code saved beside a model.
+    _package: ClassVar[Any] = None
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, EmoExperts):
+            _init_truncated_normal(module.gate_up_proj, std)
+            _init_truncated_normal(module.down_proj, std)
+        elif isinstance(module, EmoTopKRouter):
+            _init_truncated_normal(module.weight, std)
+        elif isinstance(module, nn.Linear):
+            _init_truncated_normal(module.weight, std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            _init_truncated_normal(module.weight, std)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, expert_subset=None, **kwargs):
+        """Load a model, all of it or a subset of its experts; see `PreTrainedModel.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub repository.
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts to load. Only their
+                bytes are read; they are renumbered, the router rows are cut to them and the result is a smaller,
+                stand-alone model.
+            args, kwargs: as for every Transformers model.
+
+        Raises:
+            SubsetError: if the subset does not fit the model; before any tensor is read.
+            CheckpointError: if a file is missing, damaged or outside the folder; before any tensor is read.
+            ImportError: if `expert_subset` is given and this file is used without the `transformers_emo` package.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoForCausalLM
+        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo", expert_subset=[[0, 1, 2, 31]] * 4)
+        >>> model.config.num_experts
+        4
+
+        ```
+        """
+        load = super().from_pretrained
+        if cls._package is not None:
+            return cls._package.from_pretrained(
+                load, cls, pretrained_model_name_or_path, *args, expert_subset=expert_subset, **kwargs
+            )
+        if expert_subset is not None:
+            raise ImportError("`expert_subset` needs the transformers-emo package: `pip install transformers-emo`.")
+        return load(pretrained_model_name_or_path, *args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        load = PreTrainedModel._load_pretrained_model
+        if EmoPreTrainedModel._package is not None:
+            return EmoPreTrainedModel._package.load_weights(
+                load, model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
+        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    @contextmanager
+    def use_experts(self, expert_subset) -> Iterator[Self]:
+        """Route only to the experts of a subset while the context is open; no weight is touched.
+
+        Equal to the model loaded with that subset. The mask belongs to the model, not to the thread: calls from other
+        threads are masked too.
+
+        Args:
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists): the experts to route to, shared ones
+                included.
+
+        Raises:
+            SubsetError: if the subset does not fit the model, or drops a shared expert (which a mask cannot).
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers_emo import EmoForCausalLM
+        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+        >>> with model.use_experts([[0, 1, 2, 31]] * 4):
+        ...     logits = model(torch.tensor([[5, 6, 7]])).logits
+
+        ```
+        """
+        kept = expert_subset
+        if self._package is not None:
+            kept = self._package.kept_experts(expert_subset, self.config)
+        base = self.base_model
+        masks = [
+            None if ids is None else torch.zeros(layer.num_experts, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
+            for ids, layer in zip(kept, self.config.layer_experts, strict=True)
+        ]
+        previous, base.expert_masks = base.expert_masks, [None if m is None else m.to(self.device) for m in masks]
+        try:
+            yield self
+        finally:
+            base.expert_masks = previous
+
+    def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):
+        """Save the model in the released layout; see `PreTrainedModel.save_pretrained`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            include_code (`bool`, defaults to `False`): write the modelling code beside the weights, so that people
+                without this package can load the model with `trust_remote_code=True` on Transformers 5.
+            args, kwargs: as for every Transformers model.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoForCausalLM
+        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+        >>> model.save_pretrained(tmp_path, include_code=True)
+
+        ```
+        """
+        if not include_code or self.is_remote_code():  # remote code is saved again by Transformers itself
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        save_code(save_directory)
+        self.config.auto_map = AUTO_MAP
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.config.auto_map
+
+
+class EmoModel(EmoPreTrainedModel):
+    """The EMO decoder without a head.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig, EmoModel
+    >>> config = EmoConfig(
+    ...     vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    ...     num_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=1,
+    ... )
+    >>> EmoModel(config)(torch.tensor([[3, 4, 5]])).last_hidden_state.shape
+    torch.Size([1, 3, 16])
+
+    ```
+    """
+
+    def __init__(self, config: EmoConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(EmoDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = EmoRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        # One bool mask (E,) a layer while `use_experts` is open.
+        self.expert_masks: list[torch.Tensor | None] = [None] * config.num_hidden_layers
+        self.post_init()
+
+    @resolve_output_router_logits
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids (`torch.LongTensor`): (B, S) token ids; or `inputs_embeds` (B, S, D) instead.
+            attention_mask (`torch.Tensor`, *optional*): (B, S), 0 for padding; or a ready 4-D mask.
+            position_ids (`torch.LongTensor`, *optional*): (B, S); 0, 1, 2 ... after the cached tokens by default.
+            past_key_values (`Cache`, *optional*): keys and values of the tokens before.
+            use_cache (`bool`, *optional*): return `past_key_values`.
+            kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
+                implementation takes.
+
+        Returns:
+            `MoeModelOutputWithPast`: `last_hidden_state` (B, S, D); `router_logits`, where asked for: raw logits (T, E)
+            of each expert layer.
+
+        Raises:
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        for layer, expert_mask in zip(self.layers[: self.config.num_hidden_layers], self.expert_masks, strict=False):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                expert_mask=expert_mask,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+@dataclass
+class EmoCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """As every mixture of experts, and `ce_loss`: the cross entropy alone, without gradient."""
+
+    ce_loss: torch.FloatTensor | None = None
+
+
+class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
+    """EMO with its language-model head.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> import transformers_emo
+    >>> model = AutoModelForCausalLM.from_pretrained("model_cards/toy-emo")
+    >>> tokenizer = AutoTokenizer.from_pretrained("model_cards/toy-emo")
+    >>> model.generate(**tokenizer("import os", return_tensors="pt"), max_new_tokens=4).shape[-1] > 4
+    True
+
+    ```
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar[dict] = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: EmoConfig):
+        super().__init__(config)
+        self.model = EmoModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @resolve_output_router_logits
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EmoCausalLMOutputWithPast:
+        """Next-token logits, and the loss where labels are given.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in
+                `EmoModel.forward`.
+            labels (`torch.LongTensor`, *optional*): (B, S), the input ids themselves (they are shifted inside), -100
+                where a token does not count.
+            output_router_logits (`bool`, *optional*): return the raw router logits and compute the balance loss. By
+                default as `config.output_router_logits` says.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many tokens only
+                (0: all), or of these positions.
+            kwargs: `num_items_in_batch` for the losses, and what the attention implementation takes.
+
+        Returns:
+            `EmoCausalLMOutputWithPast`: `logits` (B, S, vocabulary); with labels `loss`, the cross entropy plus, where the
+            router logits are output, `router_aux_loss_coef` times `aux_loss`, the balance loss; `ce_loss`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = ce_loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            ce_loss = loss.detach()
+        if output_router_logits:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits,
+                [layer for layer in self.config.layer_experts if not layer.is_dense],
+                token_mask=labels != -100 if labels is not None else attention_mask,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return EmoCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            ce_loss=ce_loss,
+        )
+
+    def generate(self, *args, expert_subset=None, **kwargs):
+        """Generate text, with all experts or with a subset of them; see `GenerationMixin.generate`.
+
+        Args:
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts only, as
+                `use_experts` does, for this call.
+            args, kwargs: as for every Transformers model.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers_emo import EmoForCausalLM
+        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+        >>> prompt = torch.tensor([[5, 6, 7]])
+        >>> model.generate(prompt, expert_subset=[[0, 1, 2, 31]] * 4, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+
+        ```
+        """
+        if expert_subset is None:
+            return super().generate(*args, **kwargs)
+        with self.use_experts(expert_subset):
+            return super().generate(*args, **kwargs)
+
+
+class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrainedModel):
+    """EMO with a classifier on the last token that is not padding (Transformers' generic head)."""
+
+
+class EmoForTokenClassification(GenericForTokenClassification, EmoPreTrainedModel):
+    """EMO with a classifier on every token (Transformers' generic head)."""
+
+
+register_weight_names(EmoConfig.model_type)
