@@ -9,17 +9,21 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .registration import register
+from .subsets import CheckpointError, ExpertSubset, SubsetError, select_experts
 from .version import __version__
 
-
-
 __all__ = [
+    "__version__",
+    "CheckpointError",
     "EmoConfig",
     "EmoForCausalLM",
     "EmoForSequenceClassification",
     "EmoForTokenClassification",
     "EmoModel",
     "EmoPreTrainedModel",
+    "ExpertSubset",
+    "SubsetError",
+    "select_experts",
 ]
 
 register()

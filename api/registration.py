@@ -14,7 +14,9 @@ from .modeling_emo import (
     EmoForSequenceClassification,
     EmoForTokenClassification,
     EmoModel,
+    EmoPreTrainedModel,
 )
+from .subsets import loading
 
 
 def register() -> None:
@@ -28,6 +30,7 @@ def register() -> None:
 
     ```
     """
+    EmoPreTrainedModel._package = loading
     AutoConfig.register(EmoConfig.model_type, EmoConfig, exist_ok=True)
     AutoConfig.register(LegacyEmoConfig.model_type, LegacyEmoConfig, exist_ok=True)
     AutoModel.register(EmoConfig, EmoModel, exist_ok=True)

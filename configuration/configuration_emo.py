@@ -1,6 +1,7 @@
 """`EmoConfig`: the released `config.json` of EMO, read and written as released.
 
-The keys and their meaning are those of https://github.com/allenai/EMO; the paper is https://arxiv.org/abs/2605.06663.
+The keys and their meaning are those of https://github.com/allenai/EMO; the paper is
+https://arxiv.org/abs/2605.06663.
 """
 
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ _DENSE_TP_PLAN = {
 class LayerExperts:
     """How one layer's feed-forward block is divided into experts.
 
-    Routed experts have the indices `0 .. num_routed - 1`; the shared experts are the last `num_shared` indices.
+    Routed experts have the indices `0 .. num_routed - 1`; the shared experts are the last `num_shared`
+    indices.
 
     Args:
-        num_experts (`int`): experts in the layer, shared ones included; 0 means one dense feed-forward network.
+        num_experts (`int`): experts in the layer, shared ones included; 0 means one dense feed-forward
+            network.
         num_shared (`int`): shared experts, taken by every token.
-        always_active (`tuple[int, ...]`): ids taken by every token with their softmax weight over *all* experts. When
-            there are any, shared experts are not treated apart (as in the released code).
+        always_active (`tuple[int, ...]`): ids taken by every token with their softmax weight over *all*
+            experts. When there are any, shared experts are not treated apart (as in the released code).
         top_k (`int`): experts per token, shared or always-active ones included.
 
     Example:
@@ -75,25 +78,27 @@ class EmoConfig(PreTrainedConfig):
         num_attention_heads (`int`, defaults to 16): query heads.
         num_key_value_heads (`int`, *optional*): key and value heads; `num_attention_heads` when not given.
         num_experts (`int`, defaults to 128): experts per layer E, shared ones included.
-        num_experts_per_tok (`int`, defaults to 8): experts per token k, shared ones included. A layer with fewer
-            experts takes them all.
+        num_experts_per_tok (`int`, defaults to 8): experts per token k, shared ones included. A layer with
+            fewer experts takes them all.
         num_shared_experts (`int`, defaults to 1): shared experts per layer S: the last S indices.
-        num_experts_per_layer (`list[int]`, *optional*): E of each layer, where layers differ. 0 makes the layer dense.
-        num_shared_experts_per_layer (`list[int]`, *optional*): S of each layer; `min(num_shared_experts, E)` when
-            not given.
+        num_experts_per_layer (`list[int]`, *optional*): E of each layer, where layers differ. 0 makes the
+            layer dense.
+        num_shared_experts_per_layer (`list[int]`, *optional*): S of each layer; `min(num_shared_experts, E)`
+            when not given.
         always_active_experts (`list[int]`, *optional*): ids that every token takes in every layer.
         always_active_experts_per_layer (`list[list[int]]`, *optional*): the same, layer by layer.
         dense_intermediate_size (`int`, *optional*): width of dense layers; needed when there are any.
         dense_mlp_bias (`bool`, defaults to `False`): whether dense layers have biases.
-        norm_topk_prob (`bool`, defaults to `False`): renormalise the routing weights of the picked experts. Refused
-            with shared or always-active experts.
-        output_router_logits (`bool` or `"training"`, defaults to `False`): return the routers' raw logits and add the
-            balance loss to the loss. `"training"` does so in training mode only. Every released file says `true`,
-            which would make plain generation and evaluation pay for it: a `true` read from a file becomes
-            `"training"`, and is written back as `true`.
+        norm_topk_prob (`bool`, defaults to `False`): renormalise the routing weights of the picked experts.
+            Refused with shared or always-active experts.
+        output_router_logits (`bool` or `"training"`, defaults to `False`): return the routers' raw logits and
+            add the balance loss to the loss. `"training"` does so in training mode only. Every released file
+            says `true`, which would make plain generation and evaluation pay for it: a `true` read from a
+            file becomes `"training"`, and is written back as `true`.
         router_aux_loss_coef (`float`, defaults to 0.01): weight of the balance loss.
-        retained_experts (`list[list[int] | None]`, *optional*): for a model that holds only a subset of its experts,
-            the ids kept in each layer, in the numbering of the root model (`None` for a dense layer).
+        retained_experts (`list[list[int] | None]`, *optional*): for a model that holds only a subset of its
+            experts, the ids kept in each layer, in the numbering of the root model (`None` for a dense
+            layer).
         root_experts_per_layer (`list[int]`, *optional*): for such a model, E of each layer of the root model.
 
     Raises:
@@ -188,7 +193,7 @@ class EmoConfig(PreTrainedConfig):
         ]
 
     def validate_experts(self):
-        """Part of `@strict` validation: the expert counts agree with each other and with the number of layers."""
+        """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
         for name in (
             "num_experts_per_layer",
             "num_shared_experts_per_layer",
@@ -199,7 +204,8 @@ class EmoConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and len(value) != self.num_hidden_layers:
                 raise ValueError(
-                    f"`{name}` has {len(value)} entries, expected one for each of the {self.num_hidden_layers} layers."
+                    f"`{name}` has {len(value)} entries, expected one for each of the "
+                    f"{self.num_hidden_layers} layers."
                 )
         for index, layer in enumerate(self.layer_experts):
             self._validate_layer(index, layer)
@@ -209,22 +215,27 @@ class EmoConfig(PreTrainedConfig):
             raise ValueError(f"Layer {index} has {layer.num_experts} experts, expected 0 (dense) or more.")
         if layer.is_dense:
             if self.dense_intermediate_size is None:
-                raise ValueError(f"Layer {index} is dense (0 experts): set `dense_intermediate_size` to its width.")
+                raise ValueError(
+                    f"Layer {index} is dense (0 experts): set `dense_intermediate_size` to its width."
+                )
             return
         if not 0 <= layer.num_shared <= layer.num_experts:
             raise ValueError(
-                f"Layer {index} has {layer.num_shared} shared experts, expected 0 to its {layer.num_experts} experts."
+                f"Layer {index} has {layer.num_shared} shared experts, expected 0 to its {layer.num_experts} "
+                "experts."
             )
         outside = [e for e in layer.always_active if not 0 <= e < layer.num_experts]
         if outside or len(set(layer.always_active)) != len(layer.always_active):
             raise ValueError(
-                f"Layer {index} has always-active experts {list(layer.always_active)}, expected different ids from 0 "
+                f"Layer {index} has always-active experts {list(layer.always_active)}, expected different "
+                "ids from 0 "
                 f"to {layer.num_experts - 1}."
             )
         taken = len(layer.always_active) or layer.num_shared
         if layer.top_k < taken:
             raise ValueError(
-                f"Layer {index} takes {layer.top_k} experts per token, fewer than the {taken} that every token takes: "
+                f"Layer {index} takes {layer.top_k} experts per token, fewer than the {taken} that every "
+                "token takes: "
                 "raise `num_experts_per_tok`."
             )
         if self.norm_topk_prob and taken:
@@ -234,7 +245,9 @@ class EmoConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(
+        cls, pretrained_model_name_or_path, **kwargs
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As upstream; a config of the legacy model type is returned under its new name."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _modernise(config_dict), kwargs
@@ -244,9 +257,11 @@ class EmoConfig(PreTrainedConfig):
         """Build a config from the contents of a `config.json`, released or saved by this library.
 
         Args:
-            config_dict (`dict[str, Any]`): the file's contents. A legacy model type and architecture are renamed;
-                `output_router_logits: true` becomes `"training"`; a file without `num_shared_experts` has none.
-            kwargs: settings that override the file's; with `return_unused_kwargs=True` the rest is returned too.
+            config_dict (`dict[str, Any]`): the file's contents. A legacy model type and architecture are
+                renamed; `output_router_logits: true` becomes `"training"`; a file without
+                `num_shared_experts` has none.
+            kwargs: settings that override the file's; with `return_unused_kwargs=True` the rest is returned
+                too.
 
         Example:
 
@@ -262,8 +277,8 @@ class EmoConfig(PreTrainedConfig):
         if config_dict.get("output_router_logits") is True:
             config_dict["output_router_logits"] = "training"
         if not cls.is_remote_code():
-            # The released `auto_map` names remote code that this class replaces; kept, it would be saved again
-            # beside weights that do not come with that code.
+            # The released `auto_map` names remote code that this class replaces; kept, it would be saved
+            # again beside weights that do not come with that code.
             config_dict.pop("auto_map", None)
         return super().from_dict(config_dict, **kwargs)
 
@@ -310,6 +325,7 @@ def _modernise(config_dict: dict[str, Any]) -> dict[str, Any]:
         config_dict["model_type"] = EmoConfig.model_type
     if config_dict.get("architectures"):
         config_dict["architectures"] = [
-            "EmoForCausalLM" if name == _LEGACY_ARCHITECTURE else name for name in config_dict["architectures"]
+            "EmoForCausalLM" if name == _LEGACY_ARCHITECTURE else name
+            for name in config_dict["architectures"]
         ]
     return config_dict

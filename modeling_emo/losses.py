@@ -20,18 +20,19 @@ def load_balancing_loss(
 ) -> torch.Tensor:
     r"""Load-balancing loss of the released EMO code, averaged over the expert layers.
 
-    For one layer it is `(R / r) * sum_e C_e * P_e / N`, with `C_e` the number of counted tokens that pick expert e, `P_e`
-    the mean softmax probability of e over the counted tokens, r the routed picks per token and N the number of counted
-    tokens in the whole batch: 1.0 at perfect balance. Shared and always-active experts are left out. Source:
-    `load_balancing_loss_func_olmoe` in https://github.com/allenai/EMO.
+    For one layer it is `(R / r) * sum_e C_e * P_e / N`, with `C_e` the number of counted tokens that pick
+    expert e, `P_e` the mean softmax probability of e over the counted tokens, r the routed picks per token
+    and N the number of counted tokens in the whole batch: 1.0 at perfect balance. Shared and always-active
+    experts are left out. Source: `load_balancing_loss_func_olmoe` in https://github.com/allenai/EMO.
 
     Args:
-        router_logits (`Sequence[torch.Tensor]`): raw router logits (not probabilities) of the expert layers, (T, E).
+        router_logits (`Sequence[torch.Tensor]`): raw router logits (not probabilities) of the expert layers,
+            (T, E).
         layer_experts (`Sequence[LayerExperts]`): the experts of those layers, dense layers left out.
-        token_mask (`torch.Tensor`, *optional*): (batch, sequence) or (T,), true or 1 for the tokens that count; all
-            of them by default.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, where the batch is spread over several forwards;
-            the number of counted tokens by default.
+        token_mask (`torch.Tensor`, *optional*): (batch, sequence) or (T,), true or 1 for the tokens that
+            count; all of them by default.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, where the batch is spread over several
+            forwards; the number of counted tokens by default.
 
     Returns:
         `torch.Tensor`: the loss, a float32 scalar with gradient to the logits.
@@ -53,7 +54,8 @@ def load_balancing_loss(
     """
     if len(router_logits) == 0 or len(router_logits) != len(layer_experts):
         raise ValueError(
-            f"Got router logits of {len(router_logits)} layers and the experts of {len(layer_experts)}, expected the "
+            f"Got router logits of {len(router_logits)} layers and the experts of {len(layer_experts)}, "
+            "expected the "
             "same number of each and at least one: does the model have expert layers?"
         )
     device = router_logits[0].device
@@ -66,8 +68,9 @@ def load_balancing_loss(
         num_items_in_batch = mask_T.sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
-    # The released code leaves out, in every layer, the always-active experts of the first one, unless layers differ in
-    # size. Kept, so that losses agree; no released model has always-active experts that differ between layers.
+    # The released code leaves out, in every layer, the always-active experts of the first one, unless layers
+    # differ in size. Kept, so that losses agree; no released model has always-active experts that differ
+    # between layers.
     same_size = len({layer.num_experts for layer in layer_experts}) == 1
 
     losses = []

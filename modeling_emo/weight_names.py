@@ -1,8 +1,8 @@
 """How the names on disk become the parameters of the network.
 
-On disk every expert has three matrices of its own, `mlp.experts.<e>.{gate,up,down}_proj.weight`; in memory a layer's experts
-are two stacked parameters. Registered when the network's module is imported, so that it also holds for the copy of the code
-that is saved beside a model.
+On disk every expert has three matrices of its own, `mlp.experts.<e>.{gate,up,down}_proj.weight`; in memory a
+layer's experts are two stacked parameters. Registered when the network's module is imported, so that it also
+holds for the copy of the code that is saved beside a model.
 """
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping

@@ -1,0 +1,455 @@
+"""`ExpertSubset`: which experts of each layer are kept, as data; and what it means for a model's config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from ..configuration import EmoConfig
+
+_FORMAT = "emo-expert-subset"
+_VERSION = 1
+
+
+class SubsetError(ValueError):
+    """An expert subset is malformed, or does not fit the model it is meant for.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset, SubsetError
+    >>> try:
+    ...     ExpertSubset([[3, 3]])
+    ... except SubsetError as error:
+    ...     print(error)
+    Layer 0 names expert 3 twice: name each expert once.
+
+    ```
+    """
+
+
+@dataclass(frozen=True)
+class ExpertSubset:
+    """The experts kept in each layer of a model, in the numbering of the root model.
+
+    The root model is the full one that a chain of subsets began with, so that ids mean the same in a subset,
+    a subset of that subset and the full model.
+
+    Args:
+        experts (`Sequence[Sequence[int] | None]`): for each layer the ids kept, shared ones included; sorted
+            here. `None` for a dense layer.
+        scores (`Sequence[Sequence[float | None] | None]`, *optional*): for each layer a score for every
+            expert of the root model, `None` for one that was not there to be scored.
+        root_experts_per_layer (`Sequence[int]`, *optional*): experts of each layer of the root model, 0 for a
+            dense one; a model of other sizes refuses the subset.
+        method (`str`, *optional*): how the experts were chosen.
+        num_tokens (`int`, *optional*): calibration tokens that the choice rests on.
+        source (`str`, *optional*): folder or Hub repository of the model they were chosen on.
+        revision (`str`, *optional*): its revision.
+        drop_shared (`bool`, defaults to `False`): allow the subset to leave out shared or always-active
+            experts.
+        local_ids (`bool`, defaults to `False`): the ids are in the numbering of the model the subset is
+            applied to, and not of the root (the authors' `pruning_metadata.json`).
+
+    Raises:
+        SubsetError: if ids are negative, not integers or named twice.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset
+    >>> ExpertSubset([[7, 2, 31], None]).experts
+    [[2, 7, 31], None]
+
+    ```
+    """
+
+    experts: list[list[int] | None]
+    scores: list[list[float | None] | None] | None = None
+    root_experts_per_layer: list[int] | None = None
+    method: str | None = None
+    num_tokens: int | None = None
+    source: str | None = None
+    revision: str | None = None
+    drop_shared: bool = False
+    local_ids: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "experts", _checked_ids(self.experts))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the subset as JSON; the file is whole or not there.
+
+        Args:
+            path (`str` or `os.PathLike`): the file.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import ExpertSubset
+        >>> ExpertSubset([[0, 1, 31]]).save(tmp_path / "math.json")
+        >>> ExpertSubset.load(tmp_path / "math.json").experts
+        [[0, 1, 31]]
+
+        ```
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ExpertSubset:
+        """Read a subset saved by `save`, or the authors' `pruning_metadata.json`.
+
+        Args:
+            path (`str` or `os.PathLike`): the file.
+
+        Raises:
+            SubsetError: if the file is missing or is not such a file.
+
+        Example: see `save`.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SubsetError(
+                f"Cannot read the expert subset {os.fspath(path)!r}: {error.strerror or error}."
+            ) from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise SubsetError(
+                f"{os.fspath(path)!r} is not an expert subset: it does not hold JSON ({error})."
+            ) from error
+        try:
+            return cls.from_dict(data)
+        except SubsetError as error:
+            raise SubsetError(f"{os.fspath(path)!r}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """`dict[str, Any]`: the subset as JSON data; see `from_dict`."""
+        data = {"format": _FORMAT, "version": _VERSION, "experts": self.experts}
+        optional = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "experts"}
+        return data | {name: value for name, value in optional.items() if value not in (None, False)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ExpertSubset:
+        """Build a subset from JSON data.
+
+        Args:
+            data (`dict[str, Any]`): what `to_dict` gives, at the least `{"experts": [...]}`; or the contents
+                of the authors' `pruning_metadata.json`, whose ids are in the numbering of the model that was
+                pruned.
+
+        Raises:
+            SubsetError: if it is neither.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import ExpertSubset
+        >>> ExpertSubset.from_dict({"experts_kept_per_layer": [[0, 5, 15]], "prune_keep_k": 3}).local_ids
+        True
+
+        ```
+        """
+        if not isinstance(data, dict):
+            raise SubsetError(f"Expected an object with the key 'experts', got {type(data).__name__}.")
+        if "experts_kept_per_layer" in data:
+            # The authors write no ids (or an empty list) for dense layers.
+            experts = [ids or None for ids in _as_layers(data["experts_kept_per_layer"])]
+            return cls(
+                experts, method=data.get("pruning_method"), source=data.get("original_model"), local_ids=True
+            )
+        if "experts" not in data:
+            raise SubsetError(
+                "Found neither 'experts' nor 'experts_kept_per_layer' among the keys "
+                f"{sorted(map(str, data))[:10]}."
+            )
+        if data.get("format", _FORMAT) != _FORMAT or data.get("version", _VERSION) != _VERSION:
+            raise SubsetError(
+                f"Expected the format {_FORMAT!r}, version {_VERSION}, got {data.get('format')!r}, version "
+                f"{data.get('version')!r}: a newer transformers-emo may read it."
+            )
+        unknown = set(data) - set(cls.__dataclass_fields__) - {"format", "version"}
+        if unknown:
+            raise SubsetError(
+                f"Unknown keys {sorted(unknown)}, expected some of {sorted(cls.__dataclass_fields__)}."
+            )
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+    @classmethod
+    def of(
+        cls, value: ExpertSubset | str | os.PathLike | dict | Sequence, folder: str | None = None
+    ) -> ExpertSubset:
+        """Make a subset of whatever names one.
+
+        Args:
+            value (`ExpertSubset`, path, `dict` or list of lists): a subset, a JSON file, JSON data or the ids
+                themselves.
+            folder (`str`, *optional*): a model's folder, whose `subsets/<name>.json` can be given by
+                `<name>`.
+
+        Raises:
+            SubsetError: if it names none.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import ExpertSubset
+        >>> ExpertSubset.of([[0, 31], [2, 31]]).experts
+        [[0, 31], [2, 31]]
+
+        ```
+        """
+        if isinstance(value, ExpertSubset):
+            return value
+        if isinstance(value, dict):
+            return cls.from_dict(value)
+        if isinstance(value, str | os.PathLike):
+            named = None if folder is None else Path(folder) / "subsets" / f"{os.fspath(value)}.json"
+            if not Path(value).exists() and named is not None and named.is_file():
+                return cls.load(named)
+            return cls.load(value)
+        if isinstance(value, Sequence):
+            return cls(list(value))
+        raise SubsetError(
+            f"Cannot read an expert subset from {type(value).__name__}: give an ExpertSubset, a path, a dict "
+            "or a list "
+            "with one list of ids a layer."
+        )
+
+    def for_model(self, config: EmoConfig) -> ExpertSubset:
+        """The same subset in root numbering, once it is known to fit a model.
+
+        Args:
+            config (`EmoConfig`): the model's config, full or of a subset itself.
+
+        Raises:
+            SubsetError: if the layers do not match, an id is out of range or not in the model, a layer is
+                left without routed experts, a shared or always-active expert is dropped without
+                `drop_shared`, or the subset was made for a model of another size.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoConfig, ExpertSubset
+        >>> config = EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=4)
+        >>> ExpertSubset([[1, 2, 7]]).for_model(config).root_experts_per_layer
+        [8]
+
+        ```
+        """
+        layers = config.layer_experts
+        if len(self.experts) != len(layers):
+            raise SubsetError(
+                f"The subset has {len(self.experts)} layers, the model {len(layers)}: it was made for "
+                "another model."
+            )
+        root_sizes = root_experts(config)
+        if self.root_experts_per_layer is not None and list(self.root_experts_per_layer) != root_sizes:
+            raise SubsetError(
+                f"The subset was made for another model: one with {self.root_experts_per_layer} experts in "
+                "its layers, "
+                f"and this one has {root_sizes}."
+            )
+        present = present_experts(config)
+        experts = [
+            self._fit_layer(index, ids, layer, present[index], root_sizes[index])
+            for index, (ids, layer) in enumerate(zip(self.experts, layers, strict=True))
+        ]
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return ExpertSubset(
+            **fields | {"experts": experts, "root_experts_per_layer": root_sizes, "local_ids": False}
+        )
+
+    def _fit_layer(self, index, ids, layer, present, root_size) -> list[int] | None:
+        """The root ids of one layer, checked against `present`, the root ids that the model holds there."""
+        if layer.is_dense or ids is None:
+            if layer.is_dense and not ids:
+                return None
+            kind = "dense: give None for it" if layer.is_dense else "not dense: give the ids to keep"
+            raise SubsetError(f"Layer {index} of the model is {kind} (the subset has {ids}).")
+        limit = layer.num_experts if self.local_ids else root_size
+        outside = [e for e in ids if e >= limit]
+        if outside:
+            raise SubsetError(
+                f"Layer {index} has no expert {outside[0]}: expected ids from 0 to {limit - 1}."
+            )
+        if self.local_ids:
+            ids = [present[e] for e in ids]
+        missing = sorted(set(ids) - set(present))
+        if missing:
+            raise SubsetError(
+                f"Expert {missing[0]} of layer {index} is not in this model, which is itself a subset "
+                f"holding {present}: "
+                "choose among those or load from the full model."
+            )
+        shared = present[layer.num_routed :]
+        protected = sorted({*shared, *(present[e] for e in layer.always_active)})
+        dropped = sorted(set(protected) - set(ids))
+        if dropped and not self.drop_shared:
+            raise SubsetError(
+                f"The subset drops expert {dropped[0]} of layer {index}, which every token uses (shared or "
+                "always "
+                f"active): add {dropped} to the layer, or set drop_shared=True if it is meant."
+            )
+        if not set(ids) - set(protected):
+            raise SubsetError(
+                f"The subset keeps no routed expert in layer {index} (it keeps {ids}): keep at least one."
+            )
+        return ids
+
+
+def root_experts(config: EmoConfig) -> list[int]:
+    """Experts of each layer of the root model of `config`, 0 for dense layers.
+
+    Args:
+        config (`EmoConfig`): a model's config.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.subsets import root_experts
+    >>> root_experts(EmoConfig(num_hidden_layers=2))
+    [128, 128]
+
+    ```
+    """
+    return list(config.root_experts_per_layer or [layer.num_experts for layer in config.layer_experts])
+
+
+def present_experts(config: EmoConfig) -> list[list[int]]:
+    """The root ids of the experts that a model holds, layer by layer, in its own order; none for dense
+    layers.
+
+    Args:
+        config (`EmoConfig`): a model's config.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.subsets import present_experts
+    >>> present_experts(EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2))
+    [[0, 1, 2, 3]]
+
+    ```
+    """
+    if config.retained_experts is not None:
+        return [ids or [] for ids in config.retained_experts]
+    return [list(range(layer.num_experts)) for layer in config.layer_experts]
+
+
+def local_experts(subset: ExpertSubset, config: EmoConfig) -> list[list[int] | None]:
+    """The kept experts in the numbering of the model itself.
+
+    Args:
+        subset (`ExpertSubset`): a subset that fits, from `ExpertSubset.for_model`.
+        config (`EmoConfig`): the config of the model it is applied to.
+
+    Returns:
+        `list[list[int] | None]`: for each layer the sorted local ids, `None` for a dense layer.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig, ExpertSubset
+    >>> from transformers_emo.subsets import local_experts
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2,
+    ...                    retained_experts=[[1, 5, 9, 15]], root_experts_per_layer=[16])
+    >>> local_experts(ExpertSubset([[5, 9, 15]]).for_model(config), config)
+    [[1, 2, 3]]
+
+    ```
+    """
+    local = []
+    for ids, present in zip(subset.experts, present_experts(config), strict=True):
+        position = {root: index for index, root in enumerate(present)}
+        local.append(None if ids is None else [position[root] for root in ids])
+    return local
+
+
+def subset_config(config: EmoConfig, subset: ExpertSubset) -> EmoConfig:
+    """The config of the model that remains when only a subset of experts is kept.
+
+    `num_experts` becomes the number kept (a list per layer where layers differ), `num_experts_per_tok` at
+    most that; always-active ids are renumbered and `retained_experts` says which experts of the root model
+    these are.
+
+    Args:
+        config (`EmoConfig`): the config of the model that the subset is taken from; not changed.
+        subset (`ExpertSubset`): a subset that fits, from `ExpertSubset.for_model`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig, ExpertSubset
+    >>> from transformers_emo.subsets import subset_config
+    >>> config = EmoConfig(num_hidden_layers=2, num_experts=16, num_experts_per_tok=4)
+    >>> small = subset_config(config, ExpertSubset([[0, 3, 15], [1, 2, 15]]).for_model(config))
+    >>> small.num_experts, small.num_experts_per_tok, small.retained_experts
+    (3, 3, [[0, 3, 15], [1, 2, 15]])
+
+    ```
+    """
+    kept = local_experts(subset, config)
+    sizes = [0 if ids is None else len(ids) for ids in kept]
+    shared, always = [], []
+    for layer, ids in zip(config.layer_experts, kept, strict=True):
+        ids = ids or []
+        shared.append(sum(e >= layer.num_routed for e in ids))
+        always.append([ids.index(e) for e in layer.always_active if e in ids])
+
+    config = copy.deepcopy(config)
+    expert_layers = [index for index, size in enumerate(sizes) if size]
+    config.num_experts = max(sizes)
+    config.num_experts_per_layer = sizes if len(set(sizes)) > 1 else None
+    config.num_experts_per_tok = min(config.num_experts_per_tok, config.num_experts)
+    if config.num_shared_experts_per_layer is not None or len({shared[index] for index in expert_layers}) > 1:
+        config.num_shared_experts_per_layer = shared
+    else:
+        config.num_shared_experts = shared[expert_layers[0]] if expert_layers else config.num_shared_experts
+    if any(always):
+        same = all(always[index] == always[expert_layers[0]] for index in expert_layers)
+        same = same and config.always_active_experts_per_layer is None
+        config.always_active_experts = always[expert_layers[0]] if same else None
+        config.always_active_experts_per_layer = None if same else always
+    else:
+        config.always_active_experts = config.always_active_experts_per_layer = None
+    config.retained_experts = subset.experts
+    config.root_experts_per_layer = subset.root_experts_per_layer
+    config.validate()
+    return config
+
+
+def _as_layers(value: Any) -> list:
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return list(value)
+    raise SubsetError(f"Expected one list of expert ids a layer, got {value!r}.")
+
+
+def _checked_ids(experts: Iterable) -> list[list[int] | None]:
+    checked: list[list[int] | None] = []
+    for index, ids in enumerate(_as_layers(experts)):
+        if ids is None:
+            checked.append(None)
+            continue
+        ids = _as_layers(ids)
+        # bool is an int to Python, and true and false are no ids.
+        wrong = [e for e in ids if isinstance(e, bool) or not isinstance(e, Integral) or e < 0]
+        if wrong:
+            raise SubsetError(f"Layer {index} names expert {wrong[0]!r}: expected integers from 0.")
+        doubled = [e for e, count in Counter(ids).items() if count > 1]
+        if doubled:
+            raise SubsetError(f"Layer {index} names expert {doubled[0]} twice: name each expert once.")
+        checked.append(sorted(int(e) for e in ids))
+    return checked

@@ -1,0 +1,270 @@
+"""Loading a model with only some of its experts: from a checkpoint on disk to the parameters of the network.
+
+`modeling_emo` calls this module through one hook (`EmoPreTrainedModel._package`). Each stacked parameter is
+    handed to
+Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its business, and
+every expert's bytes are read straight to the place where they stay.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from transformers.core_model_loading import WeightConverter
+
+from ..configuration import EmoConfig
+from .checkpoint import Checkpoint, CheckpointError, LazyTensor, rows_of
+from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_EXPERT_TENSOR = re.compile(
+    r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight"
+)
+_STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_up|down)_proj|gate\.weight)")
+
+# What the load in progress keeps, and of which model: set by `from_pretrained`, taken by `load_weights`.
+_request: ContextVar[tuple[EmoConfig, list[list[int] | None]] | None] = ContextVar("request", default=None)
+
+
+def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None]:
+    """The experts a subset keeps, in the numbering of a model that will mask the others.
+
+    Args:
+        expert_subset: whatever `ExpertSubset.of` takes.
+        config (`EmoConfig`): the model's config.
+
+    Raises:
+        SubsetError: if it does not fit the model, or drops shared experts: their weights would still be
+            there.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.subsets.loading import kept_experts
+    >>> kept_experts([[7, 1]], EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=4))
+    [[1, 7]]
+
+    ```
+    """
+    subset = ExpertSubset.of(expert_subset)
+    if subset.drop_shared:
+        raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
+    return local_experts(subset.for_model(config), config)
+
+
+def from_pretrained(
+    load: Callable, cls: type, path: str | os.PathLike, *args, expert_subset: Any = None, **kwargs
+):
+    """`cls.from_pretrained(path, expert_subset=...)`; see `EmoPreTrainedModel.from_pretrained`.
+
+    Args:
+        load (`Callable`): Transformers' own `from_pretrained` of `cls`.
+        cls (`type`): the model class.
+        path (`str` or `os.PathLike`): a folder or a Hub repository.
+        args, kwargs: passed on.
+        expert_subset: whatever `ExpertSubset.of` takes, or `None` for the whole model.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    if expert_subset is None:
+        return load(path, *args, **kwargs)
+    for name in ("state_dict", "gguf_file"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`expert_subset` chooses what is read from a checkpoint: it cannot go with `{name}`."
+            )
+    if kwargs.get("use_safetensors") is False:
+        raise CheckpointError(
+            "Only safetensors weights can be read in part: leave out `use_safetensors=False`."
+        )
+
+    config = kwargs.pop("config", None)
+    if not isinstance(config, EmoConfig):
+        hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        config, kwargs = EmoConfig.from_pretrained(
+            path if config is None else config, return_unused_kwargs=True, **kwargs
+        )
+        kwargs |= hub
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"The weights of {path} are quantised, and their experts cannot be taken apart: take the subset "
+            "of the "
+            "unquantised model, and pass `quantization_config` to quantise it while loading."
+        )
+    folder = Path(path, kwargs.get("subfolder") or "") if os.path.isdir(path) else None
+    subset = ExpertSubset.of(expert_subset, None if folder is None else str(folder)).for_model(config)
+    kept = local_experts(subset, config)
+    if folder is not None:  # see that the files are whole before the network is built
+        checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
+        checkpoint.source.close()
+        lazy_parameters(checkpoint, config, kept)
+    token = _request.set((config, kept))
+    try:
+        return load(path, *args, config=subset_config(config, subset), **kwargs)
+    finally:
+        _request.reset(token)
+
+
+def load_weights(load: Callable, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    """Transformers' `_load_pretrained_model`, given lazy tensors of the wanted experts.
+
+    Also used for whole models: experts are read straight into the stacked parameters, so that the peak of
+    memory is the model itself and not twice that. Where Transformers has business of its own with the files
+    (quantised weights, offloading to disk, custom key mappings, adapters), whole models are left to it.
+
+    Args:
+        load (`Callable`): Transformers' own `_load_pretrained_model`.
+        model (`EmoPreTrainedModel`): the network, its parameters on the meta device.
+        state_dict, checkpoint_files, load_config, args, kwargs: as for that.
+
+    Raises:
+        CheckpointError: for a subset, if the checkpoint does not hold its experts.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    config, kept = _request.get() or (model.config, None)
+    _request.set(None)  # an adapter that this load may go on to read is not part of the checkpoint
+    on_disk = "disk" in (load_config.device_map or {}).values()
+    if kept is None:
+        left_alone = (
+            state_dict is not None or not checkpoint_files or on_disk or load_config.hf_quantizer is not None
+        )
+        left_alone = left_alone or not all(file.endswith(".safetensors") for file in checkpoint_files)
+        if left_alone or not _has_only_our_mapping(load_config):
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+    folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in checkpoint_files]))
+    files = [os.path.relpath(os.path.abspath(file), folder) for file in checkpoint_files]
+    checkpoint = Checkpoint.from_files(folder, files)
+    try:
+        try:
+            tensors = lazy_parameters(checkpoint, config, kept)
+        except CheckpointError:
+            if kept is not None:
+                raise
+            # Not a checkpoint of this very network: Transformers reports what is missing or does not match.
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if load_config.hf_quantizer is None:
+            _cast_while_reading(tensors, model)
+        # Offloaded parameters are looked up in the checkpoint's files by name, where the whole router would
+        # be found.
+        files_for_offload = None if on_disk else checkpoint_files
+        result = load(model, tensors, files_for_offload, load_config, *args, **kwargs)
+    finally:
+        checkpoint.source.close()
+    # The tensors came in under the network's own names; saving must still take the experts apart again.
+    model._weight_conversions = [
+        transform
+        for transform in load_config.weight_mapping
+        if transform.was_used() or _is_expert_converter(transform)
+    ]
+    return result
+
+
+def lazy_parameters(
+    checkpoint: Checkpoint, config: EmoConfig, kept: list[list[int] | None] | None
+) -> dict[str, LazyTensor]:
+    """The parameters of the network, each made of the bytes of the kept experts.
+
+    Args:
+        checkpoint (`Checkpoint`): the weights, with a tensor for each expert or already stacked.
+        config (`EmoConfig`): the config of the checkpoint.
+        kept (`list[list[int] | None]`, *optional*): for each layer the experts to keep, in the checkpoint's
+            own numbering, `None` for a dense layer; all of them by default.
+
+    Returns:
+        `dict[str, LazyTensor]`: under the network's parameter names, with the checkpoint's prefix: expert
+        matrices stacked into `mlp.experts.gate_up_proj` (K, 2F, D) and `mlp.experts.down_proj` (K, D, F),
+        router rows cut to the K kept.
+
+    Raises:
+        CheckpointError: if an expert or a router that should be there is missing or has another shape.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.subsets import Checkpoint
+    >>> from transformers_emo.subsets.loading import lazy_parameters
+    >>> config = EmoConfig.from_pretrained("model_cards/toy-emo")
+    >>> tensors = lazy_parameters(Checkpoint.from_folder("model_cards/toy-emo"), config, [[0, 5, 31]] * 4)
+    >>> tensors["model.layers.0.mlp.gate.weight"].shape
+    (3, 128)
+
+    ```
+    """
+    if kept is None:
+        kept = [list(range(layer.num_experts)) for layer in config.layer_experts]
+    width, hidden = config.intermediate_size, config.hidden_size
+    separate: dict[int, set[int]] = {}  # of layers with a tensor for each expert: the experts there are
+    block = ""  # what stands before `layers.` in the checkpoint's names
+    lazies: dict[str, LazyTensor] = {}
+    for name, span in checkpoint.tensors.items():
+        if match := _EXPERT_TENSOR.fullmatch(name):
+            separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
+            block = match["block"]
+        elif match := _STACKED_TENSOR.fullmatch(name):
+            layer = int(match["layer"])
+            _check_size(config, layer, span.shape[0])
+            ids = kept[layer]
+            lazies[name] = checkpoint.from_pieces(rows_of(span, ids), (len(ids), *span.shape[1:]))
+        else:
+            lazies[name] = checkpoint.lazy([name])
+    for layer, present in separate.items():
+        _check_size(config, layer, len(present))
+        experts, ids = f"{block}layers.{layer}.mlp.experts", kept[layer]
+        pairs = [f"{experts}.{e}.{half}_proj.weight" for e in ids for half in ("gate", "up")]
+        downs = [f"{experts}.{e}.down_proj.weight" for e in ids]
+        lazies[f"{experts}.gate_up_proj"] = checkpoint.lazy(pairs, shape=(len(ids), 2 * width, hidden))
+        lazies[f"{experts}.down_proj"] = checkpoint.lazy(downs, shape=(len(ids), hidden, width))
+    _check_complete(lazies, config)
+    return lazies
+
+
+def _check_size(config: EmoConfig, layer: int, present: int) -> None:
+    """See that the checkpoint has as many experts in a layer as its config says."""
+    expected = config.layer_experts[layer].num_experts if layer < config.num_hidden_layers else 0
+    if present != expected:
+        raise CheckpointError(
+            f"The checkpoint has {present} experts in layer {layer}, expected {expected}: config.json and "
+            "the weights are "
+            "of different models."
+        )
+
+
+def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
+    """See that every expert layer has its three parameters."""
+    names = {name[name.index("layers.") :] for name in lazies if "layers." in name}
+    for index, layer in enumerate(config.layer_experts):
+        for parameter in (
+            () if layer.is_dense else ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+        ):
+            if f"layers.{index}.mlp.{parameter}" not in names:
+                raise CheckpointError(
+                    f"The checkpoint lacks layers.{index}.mlp.{parameter}: config.json and the weights are "
+                    "of different "
+                    "models."
+                )
+
+
+def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:
+    """Have tensors converted to the dtype of the model's parameters as they are read."""
+    prefix = f"{model.base_model_prefix}."
+    for name, parameter in model.state_dict().items():
+        for key in (name, prefix + name, name.removeprefix(prefix)):
+            if key in tensors and tensors[key].dtype.is_floating_point and parameter.dtype.is_floating_point:
+                tensors[key].cast_to = parameter.dtype
+
+
+def _is_expert_converter(transform) -> bool:
+    return isinstance(transform, WeightConverter) and "mlp.experts." in transform.target_patterns[0]
+
+
+def _has_only_our_mapping(load_config) -> bool:
+    """Whether the expert converters are there (a custom key mapping might have replaced them)."""
+    return any(_is_expert_converter(transform) for transform in load_config.weight_mapping or [])
