@@ -10,6 +10,7 @@ from .modeling_emo import (
 )
 from .registration import register
 from .subsets import CheckpointError, ExpertSubset, SubsetError, select_experts
+from .tokenization import EmoTokenizer
 from .version import __version__
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "EmoForTokenClassification",
     "EmoModel",
     "EmoPreTrainedModel",
+    "EmoTokenizer",
     "ExpertSubset",
     "SubsetError",
     "select_experts",

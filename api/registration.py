@@ -6,7 +6,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
+from transformers.models.auto import tokenization_auto
 
 from .configuration import EmoConfig, LegacyEmoConfig
 from .modeling_emo import (
@@ -17,6 +19,7 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .subsets import loading
+from .tokenization import EmoTokenizer
 
 
 def register() -> None:
@@ -37,3 +40,9 @@ def register() -> None:
     AutoModelForCausalLM.register(EmoConfig, EmoForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(EmoConfig, EmoForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(EmoConfig, EmoForTokenClassification, exist_ok=True)
+    AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
+    # Registered alone, the class would serve only repositories that name none. Released ones may name
+    # `GPT2Tokenizer`, which in Transformers 5 splits text as GPT-2 does, not as their `tokenizer.json` says.
+    # This is how Transformers itself lists the models whose repositories name a wrong class.
+    tokenization_auto.TOKENIZER_MAPPING_NAMES[EmoConfig.model_type] = EmoTokenizer.__name__
+    tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(EmoConfig.model_type)

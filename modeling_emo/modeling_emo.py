@@ -6,12 +6,10 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts 
 K experts taken per token, F expert width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, Self
 
 import torch
@@ -42,11 +40,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
 from .losses import load_balancing_loss
-from .standalone import AUTO_MAP, save_code
+from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
 
-def resolve_output_router_logits(forward: Callable) -> Callable:
+def _resolve_output_router_logits(forward: Callable) -> Callable:
     """Give `forward` a plain `output_router_logits=True` or `False`, from the argument or else from the config.
 
     `"training"` in the config (what a released `true` is read as) asks for them in training mode only.
@@ -246,6 +244,11 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask)
 
 
+def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
+    """Initialise as OLMo-core did for EMO: a normal distribution cut off at three standard deviations."""
+    init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
+
+
 class EmoPreTrainedModel(PreTrainedModel):
     """Weight initialisation, the loading hook and what Transformers wants to know of the network."""
 
@@ -396,6 +399,39 @@ class EmoPreTrainedModel(PreTrainedModel):
         finally:
             del self.config.auto_map
 
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs):
+        """Push the model to the Hub in the released layout; see `PreTrainedModel.push_to_hub`.
+
+        Args:
+            repo_id (`str`): the repository, `user/name`; made if need be.
+            include_code (`bool`, defaults to `False`): push the modelling code too, as in `save_pretrained`.
+            kwargs: as for every Transformers model.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoForCausalLM
+        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+        >>> model.push_to_hub("me/emo", include_code=True, token="hf_...")  # doctest: +SKIP
+
+        ```
+        """
+        if not include_code:
+            return super().push_to_hub(repo_id, **kwargs)
+        # Transformers calls `save_pretrained` with arguments of its own choice: it shall find this one.
+        self.save_pretrained = partial(self.save_pretrained, include_code=True)
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            del self.save_pretrained
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
+        # `save_pretrained(include_code=True, push_to_hub=True)` writes the code before Transformers notes what the
+        # folder holds already: it would pass for old and be left out.
+        if getattr(self.config, "auto_map", None):
+            files_timestamps = {name: t for name, t in files_timestamps.items() if name not in CODE_FILES}
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
 
 class EmoModel(EmoPreTrainedModel):
     """The EMO decoder without a head.
@@ -428,7 +464,7 @@ class EmoModel(EmoPreTrainedModel):
         self.expert_masks: list[torch.Tensor | None] = [None] * config.num_hidden_layers
         self.post_init()
 
-    @resolve_output_router_logits
+    @_resolve_output_router_logits
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -526,7 +562,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @resolve_output_router_logits
+    @_resolve_output_router_logits
     @can_return_tuple
     def forward(
         self,

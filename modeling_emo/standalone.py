@@ -19,6 +19,8 @@ _FILES = [
     "modeling_emo/standalone.py",
     "modeling_emo/weight_names.py",
 ]
+# Their names in the folder of a saved model.
+CODE_FILES = [Path(name).name for name in _FILES]
 
 
 def save_code(folder: str | os.PathLike) -> list[Path]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -112,17 +113,15 @@ def _protected(layer: LayerExperts) -> set[int]:
 
 
 def _tokenized(texts, tokenizer, batch_size, max_length) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    texts = list(texts)
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            texts[start : start + batch_size],
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            truncation=max_length is not None,
-            max_length=max_length,
+    # Padded here, not by the tokenizer: one without a padding token serves as well, and padding never counts.
+    encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)["input_ids"]
+    encoded = [ids for ids in encoded if ids]
+    for start in range(0, len(encoded), batch_size):
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded[start : start + batch_size]]
+        yield (
+            pad_sequence(rows, batch_first=True),
+            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         )
-        yield batch["input_ids"], batch["attention_mask"]
 
 
 @torch.no_grad()

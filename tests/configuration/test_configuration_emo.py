@@ -1,0 +1,92 @@
+"""`EmoConfig`: released files in, released files out, contradictions refused."""
+
+import json
+
+import pytest
+from conftest import GOLDENS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transformers_emo import EmoConfig
+from transformers_emo.configuration import LayerExperts, LegacyEmoConfig
+
+RELEASED = GOLDENS / "A_hf_forward" / "base" / "checkpoint" / "config.json"
+
+
+def test_released_file_is_written_back_with_the_same_keys_and_values(tmp_path):
+    EmoConfig.from_pretrained(RELEASED.parent).save_pretrained(tmp_path)
+    saved, released = (json.loads(path.read_text()) for path in (tmp_path / "config.json", RELEASED))
+    for key in released.keys() - {"auto_map", "transformers_version"}:
+        assert saved[key] == released[key], key
+    assert "auto_map" not in saved and "rope_parameters" not in saved
+
+
+@pytest.mark.parametrize(
+    "rope_scaling",
+    [None, {"rope_type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 4.0}],
+)
+def test_rope_keys_survive_a_round_trip(tmp_path, rope_scaling):
+    released = {"model_type": "emo", "rope_theta": 12345.0, "rope_scaling": rope_scaling}
+    config = EmoConfig.from_dict(released)
+    assert config.rope_parameters["rope_theta"] == 12345.0
+    config.save_pretrained(tmp_path)
+    again = EmoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == config.rope_parameters
+    assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 12345.0
+
+
+def test_file_without_shared_experts_has_none():
+    assert EmoConfig.from_dict({"model_type": "emo"}).num_shared_experts == 0
+    assert EmoConfig().num_shared_experts == 1
+
+
+def test_legacy_config_becomes_a_plain_one():
+    legacy = {
+        "model_type": "flex_olmo_noqknorm_prenorm",
+        "architectures": ["FlexOlmoNoQKNormPrenormForCausalLM"],
+        "num_experts": 32,
+    }
+    for config_class in (EmoConfig, LegacyEmoConfig):
+        config = config_class.from_dict(legacy)
+        assert (type(config), config.model_type, config.architectures) == (EmoConfig, "emo", ["EmoForCausalLM"])
+    assert legacy["model_type"] == "flex_olmo_noqknorm_prenorm"  # the caller's dict is left alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_layer": [8]}, "has 1 entries, expected one for each of the 2 layers"),
+        ({"num_experts_per_layer": [0, 8]}, "dense_intermediate_size"),
+        ({"num_experts_per_layer": [-1, 8]}, "has -1 experts"),
+        ({"num_shared_experts_per_layer": [1, 9]}, "Layer 1 has 9 shared experts"),
+        ({"num_shared_experts": 3, "num_experts_per_tok": 2}, "fewer than the 3 that every token takes"),
+        ({"always_active_experts": [8], "num_shared_experts": 0}, r"always-active experts \[8\]"),
+        ({"always_active_experts": [1, 1], "num_shared_experts": 0}, r"always-active experts \[1, 1\]"),
+        ({"norm_topk_prob": True}, "norm_topk_prob"),
+        ({"retained_experts": [[1]]}, "retained_experts"),
+    ],
+)
+def test_contradictions_are_refused_by_name(changes, message):
+    with pytest.raises(Exception, match=message):
+        EmoConfig(**{"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 4} | changes)
+
+
+def test_wrong_type_is_refused():
+    with pytest.raises(Exception, match="num_experts"):
+        EmoConfig(num_experts="many")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 3))
+def test_layer_experts_resolve_every_per_layer_setting(sizes, shared):
+    config = EmoConfig(
+        num_hidden_layers=len(sizes),
+        num_experts_per_layer=sizes,
+        num_shared_experts=shared,
+        num_experts_per_tok=4,
+        dense_intermediate_size=8,
+    )
+    for layer, size in zip(config.layer_experts, sizes, strict=True):
+        assert layer == LayerExperts(size, min(shared, size), (), min(4, size))
+        assert layer.num_routed + layer.num_shared == size
+        assert layer.is_dense == (size == 0)

@@ -1,0 +1,72 @@
+"""Fixtures for all tests: small models in the released layout, and nothing from outside this machine."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from transformers_emo import EmoConfig, EmoForCausalLM
+
+logging.disable_progress_bar()
+
+GOLDENS = Path(__file__).parent / "goldens"
+TOY = Path(__file__).parents[1] / "model_cards" / "toy-emo"
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_experts": 12,
+    "num_experts_per_tok": 4,
+    "num_shared_experts": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture
+def make_model():
+    """Make a small random model; keyword arguments change its config."""
+
+    def make(seed: int = 0, **changes) -> EmoForCausalLM:
+        torch.manual_seed(seed)
+        model = EmoForCausalLM(EmoConfig(**TINY | changes)).eval()
+        with torch.no_grad():  # large enough weights that routing has margins and layers matter
+            for name, parameter in model.named_parameters():
+                if "norm" not in name:
+                    parameter.normal_(std=0.5 if "gate.weight" in name else 0.15)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_checkpoint(make_model, tmp_path_factory):
+    """Save a small random model as released; `shards` cuts it into files of about 40 kB."""
+
+    def make(seed: int = 0, *, shards: bool = False, **changes) -> Path:
+        folder = tmp_path_factory.mktemp("checkpoint")
+        make_model(seed, **changes).save_pretrained(folder, max_shard_size="40KB" if shards else "5GB")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def edit_json():
+    """Change keys of a JSON file; `None` as a value removes the key."""
+
+    def edit(path: Path, **changes) -> None:
+        data = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+    return edit

@@ -1,0 +1,42 @@
+"""The balance loss against a naive one, and its edge cases."""
+
+import pytest
+import reference
+import torch
+
+from transformers_emo.configuration import EmoConfig, LayerExperts
+from transformers_emo.modeling_emo import load_balancing_loss
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("num_items", [None, 50])
+def test_loss_is_the_naive_one(shared, num_items):
+    torch.manual_seed(0)
+    settings = {"num_hidden_layers": 3, "num_experts": 10, "num_experts_per_tok": 4, "num_shared_experts": shared}
+    logits = [torch.randn(24, 10) for _ in range(3)]
+    mask = torch.rand(4, 6) > 0.3
+    got = load_balancing_loss(
+        logits, EmoConfig(**settings).layer_experts, token_mask=mask, num_items_in_batch=num_items
+    )
+    expected = reference.balance_loss(settings, [x.double() for x in logits], mask.flatten(), num_items)
+    torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_masked_tokens_have_no_influence():
+    torch.manual_seed(0)
+    layer = LayerExperts(8, 1, (), 3)
+    logits, mask = torch.randn(10, 8), torch.arange(10) < 6
+    expected = load_balancing_loss([logits[:6]], [layer])
+    logits[6:] = 1e4
+    torch.testing.assert_close(load_balancing_loss([logits], [layer], token_mask=mask), expected)
+
+
+def test_gradient_reaches_routed_logits_only():
+    logits = torch.randn(10, 8, requires_grad=True)
+    load_balancing_loss([logits], [LayerExperts(8, 2, (), 4)]).backward()
+    assert logits.grad[:, :6].abs().sum() > 0 and torch.equal(logits.grad[:, 6:], torch.zeros(10, 2))
+
+
+def test_layers_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="router logits of 1 layers and the experts of 2"):
+        load_balancing_loss([torch.zeros(2, 4)], [LayerExperts(4, 0, (), 1)] * 2)

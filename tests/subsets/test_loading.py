@@ -1,0 +1,461 @@
+"""Loading part of a model: the right numbers, only the wanted bytes, and one clear error for what cannot be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOY
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from transformers_emo import CheckpointError, EmoForCausalLM, ExpertSubset, SubsetError
+from transformers_emo.subsets import Checkpoint, wanted_ranges
+from transformers_emo.subsets.checkpoint import LocalFiles
+from transformers_emo.subsets.loading import lazy_parameters
+
+INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
+UNIFORM = [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+PER_LAYER = [[0, 3, 4, 8, 9, 10, 11], [5, 11], [0, 6, 11]]
+VARIANTS = {
+    "released": ({}, UNIFORM),
+    "other sizes per layer": ({}, PER_LAYER),
+    "no shared": ({"num_shared_experts": 0}, UNIFORM),
+    "two shared": ({"num_shared_experts": 2}, [[*ids, 10] if 10 not in ids else ids for ids in UNIFORM]),
+    "always active": ({"num_shared_experts": 0, "always_active_experts": [11, 4]}, [[*{*ids, 4}] for ids in UNIFORM]),
+    "dense first": (
+        {"num_experts_per_layer": [0, 12, 12], "dense_intermediate_size": 40, "dense_mlp_bias": True},
+        [None, *PER_LAYER[1:]],
+    ),
+    "grouped queries": ({"num_key_value_heads": 2}, UNIFORM),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, make_checkpoint):
+    changes, experts = VARIANTS[request.param]
+    return make_checkpoint(**changes), experts
+
+
+def forward(model, **kwargs):
+    with torch.no_grad():
+        return model(INPUT_IDS, **kwargs).logits
+
+
+def masked_by_hand(model, experts):
+    """Logits of the full model with hooks that set the other routers' logits to -inf before the softmax."""
+    handles = []
+    for layer, ids in zip(model.model.layers, experts, strict=True):
+        if ids is None:
+            continue
+        gate = layer.mlp.gate
+        bias = torch.full((gate.weight.shape[0],), float("-inf")).index_fill(0, torch.tensor(ids), 0.0)
+        linear = torch.nn.functional.linear
+
+        def routed(hidden_states, expert_mask=None, gate=gate, bias=bias):
+            original = torch.nn.functional.linear
+            torch.nn.functional.linear = lambda x, w: linear(x, w) + bias if w is gate.weight else linear(x, w)
+            try:
+                return type(gate).forward(gate, hidden_states)
+            finally:
+                torch.nn.functional.linear = original
+
+        gate.forward = routed
+        handles.append(gate)
+    try:
+        return forward(model)
+    finally:
+        for gate in handles:
+            del gate.forward
+
+
+def test_subset_is_the_full_model_with_the_other_logits_at_minus_infinity(variant):
+    folder, experts = variant
+    full = AutoModelForCausalLM.from_pretrained(folder)
+    subset = AutoModelForCausalLM.from_pretrained(folder, expert_subset=experts)
+    expected = masked_by_hand(full, experts)
+    assert not torch.allclose(forward(full), expected, atol=1e-3)  # the mask does matter here
+    torch.testing.assert_close(forward(subset), expected, atol=1e-5, rtol=0)
+    with full.use_experts(experts):
+        torch.testing.assert_close(forward(full), expected, atol=1e-5, rtol=0)
+
+
+def test_tensors_kept_are_the_original_bytes(variant, tmp_path):
+    folder, experts = variant
+    model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=experts)
+    model.save_pretrained(tmp_path)
+    original, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    expected = {}
+    for name, tensor in original.items():
+        parts = name.split(".")
+        if ".mlp.experts." in name:
+            layer, expert = int(parts[2]), int(parts[5])
+            if expert not in experts[layer]:
+                continue
+            parts[5] = str(sorted(experts[layer]).index(expert))
+        elif name.endswith("mlp.gate.weight"):
+            tensor = tensor[sorted(experts[int(parts[2])])]
+        expected[".".join(parts)] = tensor
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(saved[name], tensor), name
+
+
+def test_saved_subset_stands_alone(variant, tmp_path):
+    folder, experts = variant
+    model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=experts)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(forward(again), forward(model))
+    assert again.config.retained_experts == [ids and sorted(ids) for ids in experts]
+    assert again.config.to_diff_dict() == model.config.to_diff_dict()
+    assert again.generate(INPUT_IDS, max_new_tokens=3, do_sample=False).shape == (2, 10)
+
+
+def test_subset_of_a_saved_subset_is_the_subset_of_the_full_model(make_checkpoint, tmp_path):
+    folder = make_checkpoint()
+    AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM).save_pretrained(tmp_path)
+    inner = [[3, 8, 11], [1, 7, 11], [0, 10, 11]]  # ids of the root model
+    direct = AutoModelForCausalLM.from_pretrained(folder, expert_subset=inner)
+    composed = AutoModelForCausalLM.from_pretrained(tmp_path, expert_subset=inner)
+    assert torch.equal(forward(direct), forward(composed))
+    assert composed.config.retained_experts == inner
+    assert composed.config.root_experts_per_layer == [12, 12, 12]
+    with pytest.raises(SubsetError, match="is not in this model"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, expert_subset=[[1, 11], [1, 11], [0, 11]])
+
+
+def test_keeping_every_expert_changes_nothing(make_checkpoint):
+    folder = make_checkpoint()
+    everything = AutoModelForCausalLM.from_pretrained(folder, expert_subset=[list(range(12))] * 3)
+    assert torch.equal(forward(everything), forward(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+@pytest.mark.parametrize("form", ["path", "str", "subset", "dict", "list", "name", "authors"])
+def test_every_way_to_name_a_subset(make_checkpoint, tmp_path, form):
+    folder = make_checkpoint()
+    subset = ExpertSubset(UNIFORM)
+    subset.save(tmp_path / "math.json")
+    subset.save(folder / "subsets" / "math.json")
+    value = {
+        "path": tmp_path / "math.json",
+        "str": str(tmp_path / "math.json"),
+        "subset": subset,
+        "dict": {"experts": UNIFORM},
+        "list": UNIFORM,
+        "name": "math",
+        "authors": {"experts_kept_per_layer": UNIFORM, "prune_keep_k": 5, "num_shared_experts": 1},
+    }[form]
+    model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=value)
+    assert model.config.retained_experts == UNIFORM
+
+
+def test_sharded_and_single_files_and_stacked_experts_load_alike(make_checkpoint, tmp_path):
+    single, sharded = make_checkpoint(), make_checkpoint(shards=True)
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(tmp_path, save_original_format=False)
+    assert "model.layers.0.mlp.experts.down_proj" in Checkpoint.from_folder(tmp_path).tensors
+    logits = [forward(EmoForCausalLM.from_pretrained(f, expert_subset=PER_LAYER)) for f in (single, sharded, tmp_path)]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+def test_base_model_and_heads_load_subsets(make_checkpoint, tmp_path):
+    folder = make_checkpoint()
+    causal = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+    base = AutoModel.from_pretrained(folder, expert_subset=UNIFORM)
+    with torch.no_grad():
+        assert torch.equal(base(INPUT_IDS).last_hidden_state, causal.model(INPUT_IDS).last_hidden_state)
+    base.save_pretrained(tmp_path)  # its tensors are named without "model."
+    inner = [[0, 11], [1, 11], [0, 11]]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, expert_subset=inner)
+    assert again.config.num_experts == 2
+    head = AutoModelForSequenceClassification.from_pretrained(folder, expert_subset=UNIFORM, num_labels=3)
+    assert head(INPUT_IDS).logits.shape == (2, 3)
+
+
+class TestComposition:
+    """`expert_subset` together with what else `from_pretrained` takes."""
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "auto"])
+    def test_dtype(self, make_checkpoint, dtype):
+        folder = make_checkpoint()
+        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM, dtype=dtype)
+        expected = torch.float32 if dtype == "auto" else dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        full = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with full.use_experts(UNIFORM):
+            torch.testing.assert_close(forward(model), forward(full), atol=1e-5, rtol=0)
+
+    def test_attention_and_experts_implementation(self, make_checkpoint):
+        model = AutoModelForCausalLM.from_pretrained(
+            make_checkpoint(), expert_subset=UNIFORM, attn_implementation="eager", experts_implementation="batched_mm"
+        )
+        assert model.config._attn_implementation == "eager"
+        assert model.config._experts_implementation == "batched_mm"
+
+    def test_device_map_auto(self, make_checkpoint):
+        folder = make_checkpoint()
+        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM, device_map="auto")
+        expected = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        assert torch.equal(forward(model), forward(expected))
+
+    @pytest.mark.parametrize("subset", [UNIFORM, None], ids=["subset", "full"])
+    def test_disk_offload(self, make_checkpoint, tmp_path, subset):
+        folder = make_checkpoint()
+        device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+        device_map["model.rotary_emb"] = "cpu"
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, expert_subset=subset, device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+        expected = AutoModelForCausalLM.from_pretrained(folder, expert_subset=subset)
+        assert torch.equal(forward(model), forward(expected))
+
+    def test_config_given_and_changed(self, make_checkpoint):
+        folder = make_checkpoint()
+        config = EmoForCausalLM.config_class.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, expert_subset=UNIFORM)
+        assert model.config.num_experts == 5 and config.num_experts == 12
+        model = EmoForCausalLM.from_pretrained(folder, expert_subset=UNIFORM, router_aux_loss_coef=0.5)
+        assert model.config.router_aux_loss_coef == 0.5
+
+    def test_loading_info_is_clean(self, make_checkpoint):
+        _, info = AutoModelForCausalLM.from_pretrained(
+            make_checkpoint(), expert_subset=UNIFORM, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+
+    def test_quantisation_while_loading(self, make_checkpoint):
+        pytest.importorskip("torchao", reason="torchao is an optional part of Transformers")
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        folder = make_checkpoint()
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM, quantization_config=config)
+        plain = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+        close = torch.nn.functional.cosine_similarity(forward(model), forward(plain), dim=-1)
+        assert close.min() > 0.98
+
+
+class TestBytes:
+    def test_only_wanted_bytes_are_read(self, make_checkpoint, monkeypatch):
+        folder = make_checkpoint(shards=True)
+        reads = []
+        read_into = LocalFiles.read_into
+
+        def recorded(self, file, start, buffer):
+            reads.append((file, start, start + len(buffer)))
+            read_into(self, file, start, buffer)
+
+        monkeypatch.setattr(LocalFiles, "read_into", recorded)
+        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        tensors = sum(parameter.numel() * 4 for parameter in model.parameters())
+        header_end = {
+            file.name: 8 + int.from_bytes(file.read_bytes()[:8], "little") for file in folder.glob("*.safetensors")
+        }
+        data = [read for read in reads if read[1] >= header_end[read[0]]]
+        assert sum(end - start for _, start, end in data) == tensors
+
+    @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts reads with the Linux kernel's own counter")
+    def test_the_kernel_counts_no_more_than_the_kept_tensors(self, make_checkpoint):
+        # Read calls and page faults alike, in a process of its own: a memory map of the file would show up here too.
+        folder = make_checkpoint(
+            num_hidden_layers=2, hidden_size=128, intermediate_size=128, num_experts=64, vocab_size=1000
+        )
+        code = f"""
+import os, torch, transformers_emo
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained({os.fspath(TOY)!r})  # so that every module is imported
+counted = lambda: int(next(l.split()[1] for l in Path("/proc/self/io").read_text().splitlines() if "rchar" in l))
+before = counted()
+model = AutoModelForCausalLM.from_pretrained({os.fspath(folder)!r}, expert_subset=[[0, 20, 40, 63]] * 2)
+maps = Path("/proc/self/maps").read_text()
+assert {os.fspath(folder)!r} not in maps
+print(counted() - before, sum(p.numel() * 4 for p in model.parameters()))
+"""
+        run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        read, kept = map(int, run.stdout.split()[-2:])
+        headers = 2 * (8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little"))
+        assert read <= 1.02 * kept + headers + 20_000  # 20 kB: the config files and this process's own /proc reads
+
+    def test_wanted_ranges_name_just_the_kept_tensors(self, make_checkpoint):
+        folder = make_checkpoint(shards=True)
+        config = EmoForCausalLM.config_class.from_pretrained(folder)
+        lazies = lazy_parameters(Checkpoint.from_folder(folder), config, UNIFORM)
+        ranges = wanted_ranges(lazies.values())
+        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        wanted = sum(end - start for spans in ranges.values() for start, end in spans)
+        assert wanted == sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+class TestRefusals:
+    """One clear error, before any tensor is read."""
+
+    @pytest.fixture(autouse=True)
+    def no_tensor_is_read(self, monkeypatch):
+        def refuse(*args):
+            raise AssertionError("a tensor was read")
+
+        monkeypatch.setattr("transformers_emo.subsets.checkpoint.LazyTensor.__getitem__", refuse)
+
+    @pytest.mark.parametrize(
+        ("experts", "message"),
+        [
+            ([[0, 11]] * 2, "has 2 layers, the model 3"),
+            ([[0, 12, 11]] * 3, "has no expert 12"),
+            ([[0, 0, 11]] * 3, "names expert 0 twice"),
+            ([[0, 1]] * 3, "drops expert 11"),
+            ([[11]] * 3, "keeps no routed expert"),
+            ("no-such-file.json", "no-such-file.json"),
+            (3, "Cannot read an expert subset from int"),
+        ],
+    )
+    def test_subset_that_does_not_fit(self, make_checkpoint, experts, message):
+        with pytest.raises(SubsetError, match=message):
+            AutoModelForCausalLM.from_pretrained(make_checkpoint(), expert_subset=experts)
+
+    def test_missing_shard(self, make_checkpoint):
+        folder = make_checkpoint(shards=True)
+        sorted(folder.glob("*.safetensors"))[1].unlink()
+        with pytest.raises(CheckpointError, match="No such file"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+    def test_truncated_shard(self, make_checkpoint):
+        folder = make_checkpoint(shards=True)
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-10])
+        with pytest.raises(CheckpointError, match="cut short"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+    def test_index_that_leaves_the_folder(self, make_checkpoint, tmp_path):
+        folder = make_checkpoint(shards=True)
+        index = folder / "model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        name, file = next(iter(data["weight_map"].items()))
+        shutil.copy(folder / file, folder.parent / "stolen.safetensors")
+        data["weight_map"][name] = "../stolen.safetensors"
+        index.write_text(json.dumps(data))
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+    def test_pickled_weights(self, make_checkpoint):
+        folder = make_checkpoint()
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="pickled"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        with pytest.raises(CheckpointError, match="Only safetensors"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM, use_safetensors=False)
+
+    def test_folder_without_weights(self, make_checkpoint):
+        folder = make_checkpoint()
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="no safetensors weights"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+    @pytest.mark.parametrize("lost", ["mlp.experts.4.up_proj", "mlp.gate.weight", "mlp.experts.3"])
+    def test_checkpoint_without_an_expert_it_should_have(self, make_checkpoint, lost):
+        folder = make_checkpoint()
+        tensors = load_file(folder / "model.safetensors")
+        tensors = {name: t for name, t in tensors.items() if lost not in name or ".0." not in name}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="lacks|has 11 experts"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+    def test_config_of_another_model(self, make_checkpoint, edit_json):
+        folder = make_checkpoint()
+        edit_json(folder / "config.json", num_experts=16)
+        with pytest.raises(CheckpointError, match="has 12 experts in layer 0, expected 16"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=[[0, 1, 15]] * 3)
+
+    def test_state_dict_and_quantised_weights(self, make_checkpoint, edit_json):
+        folder = make_checkpoint()
+        with pytest.raises(ValueError, match="cannot go with `state_dict`"):
+            EmoForCausalLM.from_pretrained(folder, expert_subset=UNIFORM, state_dict={})
+        edit_json(folder / "config.json", quantization_config={"quant_method": "torchao"})
+        with pytest.raises(CheckpointError, match="quantised"):
+            EmoForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+
+class TestMasks:
+    """`use_experts` and `generate(expert_subset=...)` on a full model."""
+
+    def test_generate_with_a_subset_is_the_loaded_subset(self, make_checkpoint):
+        folder = make_checkpoint()
+        full = AutoModelForCausalLM.from_pretrained(folder)
+        subset = AutoModelForCausalLM.from_pretrained(folder, expert_subset=PER_LAYER)
+        for kwargs in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
+            expected = subset.generate(INPUT_IDS, max_new_tokens=8, **kwargs)
+            ids = full.generate(INPUT_IDS, max_new_tokens=8, expert_subset=PER_LAYER, **kwargs)
+            assert torch.equal(ids, expected)
+
+    def test_mask_ends_with_the_context_even_after_an_error(self, make_model):
+        model = make_model()
+        before = forward(model)
+        with pytest.raises(RuntimeError, match="stop"), model.use_experts(UNIFORM):
+            assert not torch.equal(forward(model), before)
+            raise RuntimeError("stop")
+        assert torch.equal(forward(model), before)
+
+    def test_masks_nest(self, make_model):
+        model = make_model()
+        with model.use_experts(PER_LAYER):
+            outer = forward(model)
+            with model.use_experts(UNIFORM):
+                assert not torch.equal(forward(model), outer)
+            assert torch.equal(forward(model), outer)
+
+    def test_weights_and_router_logits_stay_as_they_are(self, make_model):
+        model = make_model()
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        plain = model(INPUT_IDS, output_router_logits=True).router_logits
+        with model.use_experts(UNIFORM):
+            masked = model(INPUT_IDS, output_router_logits=True).router_logits
+        assert torch.equal(masked[0], plain[0])  # raw logits: the first layer's input does not depend on the mask
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+    def test_gradients_reach_only_the_kept_experts(self, make_model):
+        model = make_model().train()
+        with model.use_experts(UNIFORM):
+            model(INPUT_IDS, labels=INPUT_IDS).loss.backward()
+        for layer, ids in zip(model.model.layers, UNIFORM, strict=True):
+            dropped = [e for e in range(12) if e not in ids]
+            assert layer.mlp.experts.down_proj.grad[dropped].abs().sum() == 0
+            assert layer.mlp.gate.weight.grad[dropped].abs().sum() == 0
+
+    def test_shared_experts_cannot_be_masked(self, make_model):
+        model = make_model()
+        for subset in (ExpertSubset([[0, 1]] * 3, drop_shared=True), [[0, 1]] * 3):
+            with pytest.raises(SubsetError, match="cannot be a mask|drops expert 11"):
+                model.generate(INPUT_IDS, expert_subset=subset)
+
+    def test_subset_model_takes_root_ids(self, make_checkpoint):
+        folder = make_checkpoint()
+        small = AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        inner = [[3, 8, 11], [1, 7, 11], [0, 10, 11]]
+        with small.use_experts(inner):
+            masked = forward(small)
+        expected = forward(AutoModelForCausalLM.from_pretrained(folder, expert_subset=inner))
+        torch.testing.assert_close(masked, expected, atol=1e-5, rtol=0)
+
+
+def test_whole_model_is_read_without_the_checkpoint_staying_mapped(make_checkpoint):
+    folder = make_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if Path("/proc/self/maps").exists():
+        assert os.fspath(folder) not in Path("/proc/self/maps").read_text()
+    (folder / "model.safetensors").write_bytes(b"")  # what is loaded does not depend on the file
+    assert torch.isfinite(forward(model)).all()
+
+
+def test_whole_model_with_other_shapes_is_left_to_transformers(make_checkpoint, edit_json):
+    folder = make_checkpoint()
+    edit_json(folder / "config.json", num_experts=16)
+    model = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert model.config.num_experts == 16
