@@ -6,7 +6,7 @@ holds for the copy of the code that is saved beside a model.
 """
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 
 def register_weight_names(model_type: str) -> None:
@@ -23,7 +23,7 @@ def register_weight_names(model_type: str) -> None:
 
     ```
     """
-    mapping = [
+    mapping: list[WeightConverter | WeightRenaming] = [
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",

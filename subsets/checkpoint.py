@@ -461,7 +461,7 @@ def wanted_ranges(tensors: Iterable[LazyTensor], *, gap: int = 0) -> dict[str, l
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, to be written to."""
-    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    return memoryview(tensor.view(torch.uint8).numpy().data) if tensor.numel() else memoryview(bytearray())
 
 
 def _read_header(source: Source, file: str) -> dict[str, TensorSpan]:

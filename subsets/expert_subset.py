@@ -219,7 +219,7 @@ class ExpertSubset:
                 return cls.load(named)
             return cls.load(value)
         if isinstance(value, Sequence):
-            return cls(list(value))
+            return cls([*value])
         raise SubsetError(
             f"Cannot read an expert subset from {type(value).__name__}: give an ExpertSubset, a path, a dict "
             "or a list "

@@ -200,6 +200,7 @@ def lazy_parameters(
     """
     if kept is None:
         kept = [list(range(layer.num_experts)) for layer in config.layer_experts]
+    kept_ids = [ids or [] for ids in kept]
     width, hidden = config.intermediate_size, config.hidden_size
     separate: dict[int, set[int]] = {}  # of layers with a tensor for each expert: the experts there are
     block = ""  # what stands before `layers.` in the checkpoint's names
@@ -211,13 +212,13 @@ def lazy_parameters(
         elif match := _STACKED_TENSOR.fullmatch(name):
             layer = int(match["layer"])
             _check_size(config, layer, span.shape[0])
-            ids = kept[layer]
+            ids = kept_ids[layer]
             lazies[name] = checkpoint.from_pieces(rows_of(span, ids), (len(ids), *span.shape[1:]))
         else:
             lazies[name] = checkpoint.lazy([name])
     for layer, present in separate.items():
         _check_size(config, layer, len(present))
-        experts, ids = f"{block}layers.{layer}.mlp.experts", kept[layer]
+        experts, ids = f"{block}layers.{layer}.mlp.experts", kept_ids[layer]
         pairs = [f"{experts}.{e}.{half}_proj.weight" for e in ids for half in ("gate", "up")]
         downs = [f"{experts}.{e}.down_proj.weight" for e in ids]
         lazies[f"{experts}.gate_up_proj"] = checkpoint.lazy(pairs, shape=(len(ids), 2 * width, hidden))

@@ -11,16 +11,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration import EmoConfig, LayerExperts
+from ..modeling_emo import EmoModel, EmoPreTrainedModel
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
 
 _METHODS = ("global", "random")
 
 
 def select_experts(
-    model: PreTrainedModel | str | os.PathLike,
+    model: EmoPreTrainedModel | str | os.PathLike,
     texts: Sequence[str] | None = None,
     num_experts: int = 16,
     *,
@@ -41,7 +42,7 @@ def select_experts(
     part of a larger one. Shared and always-active experts are always kept and count towards `num_experts`.
 
     Args:
-        model (`PreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to load
+        model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to load
             it from.
         texts (`Sequence[str]`, *optional*): calibration texts; one few-shot prompt of the domain is often
             enough.
@@ -76,24 +77,25 @@ def select_experts(
     """
     if method not in _METHODS:
         raise ValueError(f"Unknown method {method!r}, expected one of {', '.join(_METHODS)}.")
-    if not isinstance(model, PreTrainedModel):
-        tokenizer = tokenizer or (AutoTokenizer.from_pretrained(model) if texts is not None else None)
-        model = AutoModelForCausalLM.from_pretrained(model)
-    config = model.config
+    network: EmoPreTrainedModel | None
+    if isinstance(model, EmoPreTrainedModel):
+        network, config, source = model, model.config, model.name_or_path
+    else:
+        network, config, source = None, EmoConfig.from_pretrained(model), os.fspath(model)
     _check_number(config, num_experts)
     if method == "random":
-        scores, num_tokens = _random_scores(config, seed), None
+        return _take_best(config, _random_scores(config, seed), num_experts, method, None, source)
+    if input_ids is not None and texts is None:
+        ids = [torch.as_tensor(batch) for batch in input_ids]
+        masks = [torch.ones_like(batch) for batch in ids] if attention_mask is None else attention_mask
+        batches = [(batch, torch.as_tensor(mask)) for batch, mask in zip(ids, masks, strict=True)]
+    elif texts is not None and input_ids is None:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        batches = list(_tokenized(texts, tokenizer, batch_size, max_length))
     else:
-        if (texts is None) == (input_ids is None):
-            raise ValueError("Give either calibration `texts` or ready `input_ids`.")
-        if input_ids is not None:
-            masks = attention_mask or [torch.ones_like(batch) for batch in input_ids]
-            batches = list(zip(input_ids, masks, strict=True))
-        else:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
-            batches = list(_tokenized(texts, tokenizer, batch_size, max_length))
-        scores, num_tokens = _mean_probabilities(model, batches, progress)
-    return _take_best(config, scores, num_experts, method, num_tokens, model.name_or_path)
+        raise ValueError("Give either calibration `texts` or ready `input_ids`.")
+    scores, num_tokens = _mean_probabilities(network or EmoModel.from_pretrained(source), batches, progress)
+    return _take_best(config, scores, num_experts, method, num_tokens, source)
 
 
 def _check_number(config: EmoConfig, num_experts: int) -> None:
@@ -189,5 +191,5 @@ def _take_best(config, scores, num_experts, method, num_tokens, source) -> Exper
         root_experts_per_layer=sizes,
         method=method,
         num_tokens=num_tokens,
-        source=str(source) or None,
+        source=source or None,
     )

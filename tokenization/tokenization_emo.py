@@ -70,7 +70,7 @@ class EmoTokenizer(TokenizersBackend):
         super().__init__(**kwargs)
 
     @classmethod
-    def convert_to_native_format(cls, **kwargs):
+    def convert_to_native_format(cls, trust_remote_code=False, **kwargs):
         """The settings as they are: `tokenizer.json` needs no conversion."""
         return kwargs
 

@@ -1,0 +1,56 @@
+# Everything on a fresh machine: `make demo`, or `make test`. Both set up a virtual environment first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+ROOMS := configuration modeling_emo subsets tokenization
+CODE := api $(ROOMS) benchmarks examples tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest test-slow lint typecheck bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# The stamps are made last, so that an interrupted installation is begun again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## choose experts for a domain, load only those, generate, compare
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-dev  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m 'not slow'
+
+# The oldest Transformers supported, beside the environment's own. Its common test suite belongs to the newest.
+OLDEST := 5.21.0
+test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers supported
+	test -d build/transformers-$(OLDEST) || ( \
+	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
+	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
+	PYTHONPATH=build/transformers-$(OLDEST) $(BIN)/python -m pytest -m 'not slow' --ignore=tests/transformers_suite
+
+test-slow: $(VENV)/.installed-dev  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev typecheck  ## style and types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+# The type checker wants the package's modules where their imports say they are.
+typecheck: $(VENV)/.installed-dev
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	cp -rs $(CURDIR)/api build/typecheck/transformers_emo
+	for room in $(ROOMS); do cp -rs $(CURDIR)/$$room build/typecheck/transformers_emo/$$room; done
+	$(BIN)/mypy build/typecheck/transformers_emo
+
+bench: $(VENV)/.installed-dev  ## measure what the README claims
+	$(BIN)/python benchmarks/loading.py
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
