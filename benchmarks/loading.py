@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py [--layers 4] [--folder DIR]
 
-Makes a synthetic checkpoint at EMO's true width (hidden size 2048, 128 experts of width 1024, bfloat16), in shards cut by layer
-as released, then loads it in fresh processes. Ratios first:
+Makes a synthetic checkpoint at EMO's true width (hidden size 2048, 128 experts of width 1024, bfloat16), in
+shards cut by layer as released, then loads it in fresh processes. Ratios first:
 
 - bytes read from disk by a cold subset load (the kernel's own count) over the bytes of the tensors kept;
 - peak memory of the process, less what it used before loading, over the bytes of the loaded model;
@@ -27,7 +27,6 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
-
     from transformers_emo import EmoConfig
 
     if (folder / "config.json").exists():
@@ -58,17 +57,18 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     rest = {f"{name}.weight": random(config.vocab_size, hidden) for name in ("model.embed_tokens", "lm_head")}
     rest["model.norm.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
     write(f"model-{layers + 1:05d}-of-{layers + 1:05d}.safetensors", rest)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config.save_pretrained(folder)
 
 
 def load(folder: str, subset: bool) -> dict:
     """Load in this process; what it took."""
     import torch  # noqa: F401  (its memory belongs to the interpreter's own)
+    import transformers_emo  # noqa: F401
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    import transformers_emo  # noqa: F401
 
     logging.disable_progress_bar()
     config = json.loads(Path(folder, "config.json").read_text())
@@ -120,7 +120,9 @@ def measure(folder: Path, subset: bool, cold: bool) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--runs", type=int, default=3)
@@ -141,11 +143,17 @@ def main() -> None:
         return statistics.median(run[key] for run in runs[subset, cold])
 
     model, full = median(True, True, "model"), median(False, True, "model")
-    print(f"{KEPT} of 128 experts, {args.layers} layers: {model / 1e9:.2f} of {full / 1e9:.2f} GB, median of {args.runs}")
+    print(
+        f"{KEPT} of 128 experts, {args.layers} layers: {model / 1e9:.2f} of {full / 1e9:.2f} GB, median of "
+        f"{args.runs}"
+    )
     print(f"bytes read, cold subset / tensors kept: {median(True, True, 'read') / model:.4f}")
     for subset, size in ((True, model), (False, full)):
         name = "subset" if subset else "full"
-        print(f"peak memory / model, {name}:           {max(median(subset, c, 'peak') for c in (0, 1)) / size:.3f}")
+        print(
+            f"peak memory / model, {name}:           "
+            f"{max(median(subset, c, 'peak') for c in (0, 1)) / size:.3f}"
+        )
     for cold in (True, False):
         name = "cold" if cold else "warm"
         a, b = median(True, cold, "seconds"), median(False, cold, "seconds")

@@ -1,4 +1,4 @@
-"""The main job, end to end: choose experts for a domain from one prompt, load only those, generate and measure.
+"""The main job, end to end: choose experts for a domain from one prompt, load only those, generate, measure.
 
     python examples/demo.py [--domain coq] [--other man_fr] [--experts 8]
 
@@ -51,10 +51,9 @@ def perplexity(model, tokenizer, texts: list[str]) -> float:
 def measure(args: argparse.Namespace) -> dict:
     """Load the model with a subset (or whole), generate and evaluate; in a process of its own."""
     import torch
+    import transformers_emo  # noqa: F401  (registers EMO)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
-
-    import transformers_emo  # noqa: F401  (registers EMO)
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -98,7 +97,9 @@ def megabytes(count: int | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--domain", default="coq", help="domain that the experts are chosen for")
     parser.add_argument("--other", default="man_fr", help="domain to compare with")
@@ -112,7 +113,6 @@ def main() -> None:
 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
     from transformers_emo import select_experts
 
     logging.disable_progress_bar()
@@ -133,7 +133,10 @@ def main() -> None:
             rows[name] = in_own_process(args, subset)
 
     chosen = rows["chosen subset"]
-    print(f"\nPrompt:\n{chosen['prompt']}\n\nThe chosen {chosen['experts']} experts continue:\n{chosen['text']}\n")
+    print(
+        f"\nPrompt:\n{chosen['prompt']}\n\nThe chosen {chosen['experts']} experts "
+        f"continue:\n{chosen['text']}\n"
+    )
     ppl = [f"ppl {domain}" for domain in (args.domain, args.other)]
     header = ["", "experts", "bytes read", "peak memory*", *ppl]
     table = [header]
@@ -142,8 +145,15 @@ def main() -> None:
         table.append([name, str(row["experts"]), megabytes(row["read"]), megabytes(row["memory"]), *numbers])
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
     for line in table:
-        print("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]))
-    print("\nppl: perplexity on held-back documents, lower is better.  * of loading, above the interpreter's own")
+        print(
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            )
+        )
+    print(
+        "\nppl: perplexity on held-back documents, lower is better.  * of loading, above the interpreter's "
+        "own"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The EMO network (https://arxiv.org/abs/2605.06663): a pre-norm decoder with routed and shared experts.
 
-Attention, rotary embedding and norm are those of FlexOlmo in Transformers; what stands here is what EMO has of its own.
+Attention, rotary embedding and norm are those of FlexOlmo in Transformers; what stands here is what EMO has
+of its own.
 
-Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts of the layer (R routed, then the shared ones),
-K experts taken per token, F expert width.
+Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts of the layer (R routed, then
+the shared ones), K experts taken per token, F expert width.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ from .weight_names import register_weight_names
 
 
 def _resolve_output_router_logits(forward: Callable) -> Callable:
-    """Give `forward` a plain `output_router_logits=True` or `False`, from the argument or else from the config.
+    """Give `forward` a plain `output_router_logits=True` or `False`, from the argument or else from the
+    config.
 
     `"training"` in the config (what a released `true` is read as) asks for them in training mode only.
     """
@@ -89,15 +91,16 @@ class EmoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, expert_mask: None = None) -> torch.Tensor:
-        """(B, S, D) to (B, S, D). `expert_mask` is there to be called like an expert block, and is not used."""
+        """(B, S, D) to (B, S, D). `expert_mask` is taken as an expert block takes it, and not used."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class EmoTopKRouter(nn.Module):
     """Picks each token's experts: the top routed ones, and every shared one.
 
-    Routed and shared experts have softmaxes of their own, in float32, and the weights are not renormalised, so that a
-    single shared expert always has weight 1. With always-active experts there is one softmax over all experts instead.
+    Routed and shared experts have softmaxes of their own, in float32, and the weights are not renormalised,
+    so that a single shared expert always has weight 1. With always-active experts there is one softmax over
+    all experts instead.
     """
 
     def __init__(self, config: EmoConfig, layer: LayerExperts):
@@ -113,11 +116,12 @@ class EmoTopKRouter(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor`): (T, D).
-            expert_mask (`torch.Tensor`, *optional*): bool, (E,) or (T, E), false for experts that must not be taken.
+            expert_mask (`torch.Tensor`, *optional*): bool, (E,) or (T, E), false for experts that must not be
+                taken.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: raw logits (T, E), before the mask; weights (T, K) in the
-            logits' dtype; expert ids (T, K), int64.
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: raw logits (T, E), before the mask; weights (T,
+            K) in the logits' dtype; expert ids (T, K), int64.
         """
         logits_TE = F.linear(hidden_states, self.weight)
         masked_TE = logits_TE
@@ -156,7 +160,7 @@ class EmoTopKRouter(nn.Module):
 
 @use_experts_implementation
 class EmoExperts(nn.Module):
-    """A layer's experts as stacked parameters: `gate_up_proj` (E, 2F, D), gate above up, and `down_proj` (E, D, F)."""
+    """A layer's experts, stacked: `gate_up_proj` (E, 2F, D), gate above up, and `down_proj` (E, D, F)."""
 
     def __init__(self, config: EmoConfig, num_experts: int):
         super().__init__()
@@ -174,8 +178,8 @@ class EmoExperts(nn.Module):
 
         Args:
             hidden_states (`torch.Tensor`): (T, D).
-            top_k_index (`torch.Tensor`): (T, K) expert ids; under expert parallelism `num_experts` marks a pick that
-                another rank computes.
+            top_k_index (`torch.Tensor`): (T, K) expert ids; under expert parallelism `num_experts` marks a
+                pick that another rank computes.
             top_k_weights (`torch.Tensor`): (T, K).
 
         Returns:
@@ -230,7 +234,7 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         expert_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(B, S, D) to (B, S, D); `expert_mask` as in `EmoTopKRouter.forward`, the rest as in every decoder layer."""
+        """(B, S, D) to (B, S, D); `expert_mask` as in `EmoTopKRouter.forward`."""
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.pre_attention_layernorm(hidden_states),
@@ -250,7 +254,10 @@ def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
 
 
 class EmoPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, the loading hook and what Transformers wants to know of the network."""
+    """Weight initialisation, loading, saving and masking: what every EMO model has.
+
+    Example: see `EmoForCausalLM`.
+    """
 
     config: EmoConfig
     config_class = EmoConfig
@@ -268,8 +275,8 @@ class EmoPreTrainedModel(PreTrainedModel):
         "hidden_states": EmoDecoderLayer,
         "attentions": EmoAttention,
     }
-    # What the package adds to this network: reading part of a checkpoint, and naming expert subsets. Set on import of
-    # the package; `None` where this file is used alone, as code saved beside a model.
+    # What the package adds to this network: reading part of a checkpoint, and naming expert subsets. Set on
+    # import of the package; `None` where this file is used alone, as code saved beside a model.
     _package: ClassVar[Any] = None
 
     @torch.no_grad()
@@ -295,15 +302,16 @@ class EmoPreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub repository.
-            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts to load. Only their
-                bytes are read; they are renumbered, the router rows are cut to them and the result is a smaller,
-                stand-alone model.
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts to load.
+                Only their bytes are read; they are renumbered, the router rows are cut to them and the result
+                is a smaller, stand-alone model.
             args, kwargs: as for every Transformers model.
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.
             CheckpointError: if a file is missing, damaged or outside the folder; before any tensor is read.
-            ImportError: if `expert_subset` is given and this file is used without the `transformers_emo` package.
+            ImportError: if `expert_subset` is given and this file is used without the `transformers_emo`
+                package.
 
         Example:
 
@@ -321,7 +329,9 @@ class EmoPreTrainedModel(PreTrainedModel):
                 load, cls, pretrained_model_name_or_path, *args, expert_subset=expert_subset, **kwargs
             )
         if expert_subset is not None:
-            raise ImportError("`expert_subset` needs the transformers-emo package: `pip install transformers-emo`.")
+            raise ImportError(
+                "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
+            )
         return load(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
@@ -337,12 +347,12 @@ class EmoPreTrainedModel(PreTrainedModel):
     def use_experts(self, expert_subset) -> Iterator[Self]:
         """Route only to the experts of a subset while the context is open; no weight is touched.
 
-        Equal to the model loaded with that subset. The mask belongs to the model, not to the thread: calls from other
-        threads are masked too.
+        Equal to the model loaded with that subset. The mask belongs to the model, not to the thread: calls
+        from other threads are masked too.
 
         Args:
-            expert_subset (`ExpertSubset`, path, `dict` or list of lists): the experts to route to, shared ones
-                included.
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists): the experts to route to, shared
+                ones included.
 
         Raises:
             SubsetError: if the subset does not fit the model, or drops a shared expert (which a mask cannot).
@@ -363,10 +373,15 @@ class EmoPreTrainedModel(PreTrainedModel):
             kept = self._package.kept_experts(expert_subset, self.config)
         base = self.base_model
         masks = [
-            None if ids is None else torch.zeros(layer.num_experts, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
+            None
+            if ids is None
+            else torch.zeros(layer.num_experts, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
             for ids, layer in zip(kept, self.config.layer_experts, strict=True)
         ]
-        previous, base.expert_masks = base.expert_masks, [None if m is None else m.to(self.device) for m in masks]
+        previous, base.expert_masks = (
+            base.expert_masks,
+            [None if m is None else m.to(self.device) for m in masks],
+        )
         try:
             yield self
         finally:
@@ -377,8 +392,9 @@ class EmoPreTrainedModel(PreTrainedModel):
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
-            include_code (`bool`, defaults to `False`): write the modelling code beside the weights, so that people
-                without this package can load the model with `trust_remote_code=True` on Transformers 5.
+            include_code (`bool`, defaults to `False`): write the modelling code beside the weights, so that
+                people without this package can load the model with `trust_remote_code=True` on Transformers
+                5.
             args, kwargs: as for every Transformers model.
 
         Example:
@@ -426,8 +442,8 @@ class EmoPreTrainedModel(PreTrainedModel):
             del self.save_pretrained
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
-        # `save_pretrained(include_code=True, push_to_hub=True)` writes the code before Transformers notes what the
-        # folder holds already: it would pass for old and be left out.
+        # `save_pretrained(include_code=True, push_to_hub=True)` writes the code before Transformers notes
+        # what the folder holds already: it would pass for old and be left out.
         if getattr(self.config, "auto_map", None):
             files_timestamps = {name: t for name, t in files_timestamps.items() if name not in CODE_FILES}
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
@@ -456,7 +472,9 @@ class EmoModel(EmoPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(EmoDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            EmoDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = EmoRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -482,15 +500,16 @@ class EmoModel(EmoPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor`): (B, S) token ids; or `inputs_embeds` (B, S, D) instead.
             attention_mask (`torch.Tensor`, *optional*): (B, S), 0 for padding; or a ready 4-D mask.
-            position_ids (`torch.LongTensor`, *optional*): (B, S); 0, 1, 2 ... after the cached tokens by default.
+            position_ids (`torch.LongTensor`, *optional*): (B, S); 0, 1, 2 ... after the cached tokens by
+                default.
             past_key_values (`Cache`, *optional*): keys and values of the tokens before.
             use_cache (`bool`, *optional*): return `past_key_values`.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
         Returns:
-            `MoeModelOutputWithPast`: `last_hidden_state` (B, S, D); `router_logits`, where asked for: raw logits (T, E)
-            of each expert layer.
+            `MoeModelOutputWithPast`: `last_hidden_state` (B, S, D); `router_logits`, where asked for: raw
+            logits (T, E) of each expert layer.
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
@@ -503,7 +522,9 @@ class EmoModel(EmoPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            ).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -514,7 +535,9 @@ class EmoModel(EmoPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
-        for layer, expert_mask in zip(self.layers[: self.config.num_hidden_layers], self.expert_masks, strict=False):
+        for layer, expert_mask in zip(
+            self.layers[: self.config.num_hidden_layers], self.expert_masks, strict=False
+        ):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -524,7 +547,9 @@ class EmoModel(EmoPreTrainedModel):
                 expert_mask=expert_mask,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
 
 
 @dataclass
@@ -582,17 +607,18 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in
                 `EmoModel.forward`.
-            labels (`torch.LongTensor`, *optional*): (B, S), the input ids themselves (they are shifted inside), -100
-                where a token does not count.
-            output_router_logits (`bool`, *optional*): return the raw router logits and compute the balance loss. By
-                default as `config.output_router_logits` says.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many tokens only
-                (0: all), or of these positions.
+            labels (`torch.LongTensor`, *optional*): (B, S), the input ids themselves (they are shifted
+                inside), -100 where a token does not count.
+            output_router_logits (`bool`, *optional*): return the raw router logits and compute the balance
+                loss. By default as `config.output_router_logits` says.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): compute the logits of the last so many
+                tokens only (0: all), or of these positions.
             kwargs: `num_items_in_batch` for the losses, and what the attention implementation takes.
 
         Returns:
-            `EmoCausalLMOutputWithPast`: `logits` (B, S, vocabulary); with labels `loss`, the cross entropy plus, where the
-            router logits are output, `router_aux_loss_coef` times `aux_loss`, the balance loss; `ce_loss`.
+            `EmoCausalLMOutputWithPast`: `logits` (B, S, vocabulary); with labels `loss`, the cross entropy
+            plus, where the router logits are output, `router_aux_loss_coef` times `aux_loss`, the balance
+            loss; `ce_loss`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -635,8 +661,8 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         """Generate text, with all experts or with a subset of them; see `GenerationMixin.generate`.
 
         Args:
-            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts only, as
-                `use_experts` does, for this call.
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts
+                only, as `use_experts` does, for this call.
             args, kwargs: as for every Transformers model.
 
         Example:

@@ -137,7 +137,9 @@ class ExpertSubset:
         """`dict[str, Any]`: the subset as JSON data; see `from_dict`."""
         data = {"format": _FORMAT, "version": _VERSION, "experts": self.experts}
         optional = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "experts"}
-        return data | {name: value for name, value in optional.items() if value is not None and value is not False}
+        return data | {
+            name: value for name, value in optional.items() if value is not None and value is not False
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExpertSubset:

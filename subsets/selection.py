@@ -42,8 +42,8 @@ def select_experts(
     part of a larger one. Shared and always-active experts are always kept and count towards `num_experts`.
 
     Args:
-        model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to load
-            it from.
+        model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to
+            load it from.
         texts (`Sequence[str]`, *optional*): calibration texts; one few-shot prompt of the domain is often
             enough.
         num_experts (`int`, defaults to 16): experts to keep in each layer. Dense layers stay as they are.

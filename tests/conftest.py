@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from transformers.utils import logging
-
 from transformers_emo import EmoConfig, EmoForCausalLM
 
 logging.disable_progress_bar()

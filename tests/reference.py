@@ -1,4 +1,4 @@
-"""EMO written out naively from its description, in float64: what the network is compared with where there is no golden file.
+"""EMO written out naively from its description, in float64: for comparison where there is no golden file.
 
 Reads the tensors by their names on disk and loops over tokens and experts.
 """
@@ -13,12 +13,18 @@ def layer_settings(config: dict) -> list[tuple[int, int, list[int]]]:
     """(experts, shared experts, always-active ids) of each layer."""
     layers = config["num_hidden_layers"]
     experts = config.get("num_experts_per_layer") or [config["num_experts"]] * layers
-    shared = config.get("num_shared_experts_per_layer") or [min(config["num_shared_experts"], e) for e in experts]
-    always = config.get("always_active_experts_per_layer") or [config.get("always_active_experts") or []] * layers
+    shared = config.get("num_shared_experts_per_layer") or [
+        min(config["num_shared_experts"], e) for e in experts
+    ]
+    always = (
+        config.get("always_active_experts_per_layer") or [config.get("always_active_experts") or []] * layers
+    )
     return list(zip(experts, shared, always, strict=True))
 
 
-def route(logits: torch.Tensor, num_shared: int, always: list[int], top_k: int, norm: bool) -> dict[int, float]:
+def route(
+    logits: torch.Tensor, num_shared: int, always: list[int], top_k: int, norm: bool
+) -> dict[int, float]:
     """The experts of one token and their weights, from its router logits (E,)."""
     if always:
         probs = logits.softmax(0)
@@ -57,7 +63,9 @@ def forward(config: dict, tensors: dict[str, torch.Tensor], input_ids: torch.Ten
         return F.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
     def swiglu(x, prefix):
-        return linear(F.silu(linear(x, f"{prefix}.gate_proj")) * linear(x, f"{prefix}.up_proj"), f"{prefix}.down_proj")
+        return linear(
+            F.silu(linear(x, f"{prefix}.gate_proj")) * linear(x, f"{prefix}.up_proj"), f"{prefix}.down_proj"
+        )
 
     def rotate(x):
         half = head_dim // 2
@@ -67,7 +75,8 @@ def forward(config: dict, tensors: dict[str, torch.Tensor], input_ids: torch.Ten
         prefix = f"model.layers.{index}"
         x = norm(hidden, f"{prefix}.pre_attention_layernorm.weight")
         q, k, v = (
-            linear(x, f"{prefix}.self_attn.{p}_proj").view(batch, length, -1, head_dim).transpose(1, 2) for p in "qkv"
+            linear(x, f"{prefix}.self_attn.{p}_proj").view(batch, length, -1, head_dim).transpose(1, 2)
+            for p in "qkv"
         )
         q, k = rotate(q), rotate(k)
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
@@ -85,13 +94,17 @@ def forward(config: dict, tensors: dict[str, torch.Tensor], input_ids: torch.Ten
         output = torch.zeros_like(x)
         for token in range(len(x)):
             top_k = min(config["num_experts_per_tok"], num_experts)
-            for e, weight in route(logits[token], num_shared, always, top_k, config["norm_topk_prob"]).items():
+            for e, weight in route(
+                logits[token], num_shared, always, top_k, config["norm_topk_prob"]
+            ).items():
                 output[token] += weight * swiglu(x[token], f"{prefix}.mlp.experts.{e}")
         hidden = hidden + output.view_as(hidden)
     return linear(norm(hidden, "model.norm.weight"), "lm_head"), routers
 
 
-def balance_loss(config: dict, routers: list[torch.Tensor], counted: torch.Tensor, num_items=None) -> torch.Tensor:
+def balance_loss(
+    config: dict, routers: list[torch.Tensor], counted: torch.Tensor, num_items=None
+) -> torch.Tensor:
     """The released balance loss over the tokens where `counted` (B * S,) is true."""
     expert_layers = [layer for layer in layer_settings(config) if layer[0]]
     losses = []

@@ -60,7 +60,7 @@ def test_public_names_have_an_example(name):
 
 
 def _is_small(value) -> bool:
-    """Data and protocols, which a sentence describes; and generic heads, whose example is Transformers' own."""
+    """Data and protocols, which a sentence describes; generic heads, with Transformers' own example."""
     if not inspect.isclass(value):
         return value.__name__ in {"main"}
     return getattr(value, "_is_protocol", False) or len(inspect.getsource(value).splitlines()) < 12

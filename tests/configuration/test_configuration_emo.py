@@ -6,7 +6,6 @@ import pytest
 from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from transformers_emo import EmoConfig
 from transformers_emo.configuration import LayerExperts, LegacyEmoConfig
 
@@ -48,7 +47,11 @@ def test_legacy_config_becomes_a_plain_one():
     }
     for config_class in (EmoConfig, LegacyEmoConfig):
         config = config_class.from_dict(legacy)
-        assert (type(config), config.model_type, config.architectures) == (EmoConfig, "emo", ["EmoForCausalLM"])
+        assert (type(config), config.model_type, config.architectures) == (
+            EmoConfig,
+            "emo",
+            ["EmoForCausalLM"],
+        )
     assert legacy["model_type"] == "flex_olmo_noqknorm_prenorm"  # the caller's dict is left alone
 
 

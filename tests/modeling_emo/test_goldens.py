@@ -85,7 +85,9 @@ def test_loaded_subset_is_the_authors_pruned_model(name, tmp_path):
         with torch.no_grad():
             out = model(**batch, labels=inputs[f"{padding}.labels"], output_router_logits=True)
         real = batch["attention_mask"].bool()
-        torch.testing.assert_close(out.logits[real], outputs[f"{name}.{padding}.logits"][real], atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            out.logits[real], outputs[f"{name}.{padding}.logits"][real], atol=2e-5, rtol=0
+        )
         torch.testing.assert_close(out.loss, outputs[f"{name}.{padding}.loss"], atol=1e-5, rtol=0)
         torch.testing.assert_close(out.aux_loss, outputs[f"{name}.{padding}.lb_loss"], atol=1e-5, rtol=0)
 

@@ -3,7 +3,6 @@
 import pytest
 import reference
 import torch
-
 from transformers_emo.configuration import EmoConfig, LayerExperts
 from transformers_emo.modeling_emo import load_balancing_loss
 
@@ -12,7 +11,12 @@ from transformers_emo.modeling_emo import load_balancing_loss
 @pytest.mark.parametrize("num_items", [None, 50])
 def test_loss_is_the_naive_one(shared, num_items):
     torch.manual_seed(0)
-    settings = {"num_hidden_layers": 3, "num_experts": 10, "num_experts_per_tok": 4, "num_shared_experts": shared}
+    settings = {
+        "num_hidden_layers": 3,
+        "num_experts": 10,
+        "num_experts_per_tok": 4,
+        "num_shared_experts": shared,
+    }
     logits = [torch.randn(24, 10) for _ in range(3)]
     mask = torch.rand(4, 6) > 0.3
     got = load_balancing_loss(

@@ -1,4 +1,4 @@
-"""The network in all its released variants, against a naive implementation; and how it lives with Transformers."""
+"""The network in all its released variants, against a naive one; and how it lives with Transformers."""
 
 import json
 
@@ -13,9 +13,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DynamicCache,
+    GenerationConfig,
     StaticCache,
 )
-
 from transformers_emo import EmoConfig, EmoForCausalLM, EmoModel
 
 DENSE_FIRST = {"num_experts_per_layer": [0, 12, 12], "dense_intermediate_size": 40}
@@ -102,7 +102,10 @@ def test_dtypes_load_run_and_stay_close(make_checkpoint, dtype):
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
 def test_released_auto_map_never_replaces_our_classes(make_checkpoint, edit_json, trust_remote_code):
     folder = make_checkpoint()
-    auto_map = {"AutoConfig": "configuration_emo.EmoConfig", "AutoModelForCausalLM": "modeling_emo.EmoForCausalLM"}
+    auto_map = {
+        "AutoConfig": "configuration_emo.EmoConfig",
+        "AutoModelForCausalLM": "modeling_emo.EmoForCausalLM",
+    }
     edit_json(folder / "config.json", auto_map=auto_map)
     kwargs = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
@@ -217,17 +220,30 @@ def test_sampling_beams_and_assisted_decoding_run(make_model):
     assert torch.equal(assisted, greedy)
 
 
-def test_decode_step_compiles_as_one_graph_and_gives_the_same(make_model):
+def test_continuous_batching_generates_the_same(make_model):
     model = make_model()
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = model.generate(INPUT_IDS, generation_config=config)[:, INPUT_IDS.shape[1] :]
+    results = model.generate_batch(INPUT_IDS.tolist(), generation_config=config)
+    assert sorted(result.generated_tokens for result in results.values()) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_decode_step_compiles_as_one_graph_and_gives_the_same(make_model, experts, backend):
+    model = make_model()
+    model.set_experts_implementation(experts)
     expected = model.generate(INPUT_IDS, max_new_tokens=4, do_sample=False)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    step = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    step = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
     with torch.no_grad():
         token = model(INPUT_IDS, past_key_values=cache).logits[:, -1].argmax(-1)
         tokens = [token]
         for _ in range(3):
             position = torch.full((2, 1), cache.get_seq_length())
-            token = step(token[:, None], past_key_values=cache, position_ids=position).logits[:, -1].argmax(-1)
+            token = (
+                step(token[:, None], past_key_values=cache, position_ids=position).logits[:, -1].argmax(-1)
+            )
             tokens.append(token)
     assert torch.equal(torch.stack(tokens, 1), expected[:, INPUT_IDS.shape[1] :])
 
@@ -247,7 +263,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, use_reentra
 
 def test_untrained_weights_are_truncated_normal_and_loaded_ones_untouched(make_checkpoint):
     torch.manual_seed(0)
-    config = EmoConfig(vocab_size=2000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, pad_token_id=0)
+    config = EmoConfig(
+        vocab_size=2000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, pad_token_id=0
+    )
     model = EmoForCausalLM(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:

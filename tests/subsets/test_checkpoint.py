@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-
 from transformers_emo import CheckpointError
 from transformers_emo.subsets import Checkpoint, wanted_ranges
 from transformers_emo.subsets.checkpoint import TensorSpan, rows_of
@@ -18,7 +17,12 @@ from transformers_emo.subsets.checkpoint import TensorSpan, rows_of
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    tensors = {"a": torch.randn(6, 5), "b": torch.randn(6, 5), "bf16": torch.randn(3).bfloat16(), "s": torch.tensor(7)}
+    tensors = {
+        "a": torch.randn(6, 5),
+        "b": torch.randn(6, 5),
+        "bf16": torch.randn(3).bfloat16(),
+        "s": torch.tensor(7),
+    }
     save_file(tensors | {"empty": torch.empty(0, 4)}, tmp_path / "model.safetensors")
     return tmp_path
 
@@ -44,7 +48,10 @@ def test_slices_of_stacked_tensors_are_those_of_the_whole(rows, columns):
         def read_into(self, file, start, buffer):
             buffer[:] = data[start : start + len(buffer)]
 
-    pieces = [TensorSpan("m", 0, 120, torch.float32, (6, 5)), TensorSpan("m", 120, 240, torch.float32, (6, 5))]
+    pieces = [
+        TensorSpan("m", 0, 120, torch.float32, (6, 5)),
+        TensorSpan("m", 120, 240, torch.float32, (6, 5)),
+    ]
     lazy = Checkpoint(Memory(), {}).from_pieces(pieces, (12, 5))
     index = (slice(*rows), slice(*columns))
     assert torch.equal(lazy[index], whole[index])
@@ -149,7 +156,9 @@ class TestIndex:
         with pytest.raises(CheckpointError, match="two.safetensors: No such file"):
             Checkpoint.from_folder(tmp_path)
 
-    @pytest.mark.parametrize("file", ["../one.safetensors", "/one.safetensors", "x/../../one.safetensors", "a\0b"])
+    @pytest.mark.parametrize(
+        "file", ["../one.safetensors", "/one.safetensors", "x/../../one.safetensors", "a\0b"]
+    )
     def test_file_outside_the_folder(self, tmp_path, file):
         self.write(tmp_path, {"a": file})
         with pytest.raises(CheckpointError, match=r"outside its folder|names no file"):

@@ -7,7 +7,6 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from transformers_emo import EmoConfig, ExpertSubset, SubsetError
 from transformers_emo.subsets import local_experts, subset_config
 
@@ -108,7 +107,10 @@ def test_subset_of_a_model_of_another_size_is_refused():
 def test_dense_layers_have_none():
     config = config_of(num_experts_per_layer=[0, 8], dense_intermediate_size=16)
     assert ExpertSubset([None, [1, 7]]).for_model(config).experts == [None, [1, 7]]
-    assert subset_config(config, ExpertSubset([None, [1, 7]]).for_model(config)).num_experts_per_layer == [0, 2]
+    assert subset_config(config, ExpertSubset([None, [1, 7]]).for_model(config)).num_experts_per_layer == [
+        0,
+        2,
+    ]
     with pytest.raises(SubsetError, match="Layer 0 of the model is dense"):
         ExpertSubset([[1, 7], [1, 7]]).for_model(config)
 
@@ -148,7 +150,9 @@ def test_subset_of_a_subset_composes(data):
     first = data.draw(subsets_of(8, 1))
     small = subset_config(config, ExpertSubset(first).for_model(config))
     second = [
-        data.draw(st.sets(st.sampled_from(ids[:-1]), min_size=1).map(lambda s, last=ids[-1]: sorted(s) + [last]))
+        data.draw(
+            st.sets(st.sampled_from(ids[:-1]), min_size=1).map(lambda s, last=ids[-1]: sorted(s) + [last])
+        )
         for ids in first
     ]
     chosen = ExpertSubset(second).for_model(small)

@@ -7,7 +7,6 @@ import torch
 from conftest import GOLDENS, TOY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from transformers_emo import SubsetError, select_experts
 
 INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
@@ -115,7 +114,11 @@ def test_texts_choose_better_than_chance_on_a_trained_model():
         ({"num_experts": 4, "method": "best"}, ValueError, "Unknown method 'best'"),
         ({"num_experts": 4, "input_ids": None}, ValueError, "Give either"),
         ({"num_experts": 4, "texts": ["a"]}, ValueError, "Give either"),
-        ({"num_experts": 4, "attention_mask": [torch.zeros_like(INPUT_IDS)]}, ValueError, "no calibration token"),
+        (
+            {"num_experts": 4, "attention_mask": [torch.zeros_like(INPUT_IDS)]},
+            ValueError,
+            "no calibration token",
+        ),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(make_model, kwargs, error, message):
