@@ -22,6 +22,20 @@ _DENSE_TP_PLAN = {
 }
 
 
+# Settings that are not in released files, and their defaults.
+_OWN_DEFAULTS = {
+    "retained_experts": None,
+    "root_experts_per_layer": None,
+    "document_pool_min": None,
+    "document_pool_max": None,
+    "document_pool_eval": None,
+    "document_boundaries": "eos",
+    "balance_loss_coef": 0.1,
+    "router_z_loss_coef": 0.001,
+    "lm_z_loss_coef": 1e-5,
+}
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """How one layer's feed-forward block is divided into experts.
@@ -96,6 +110,17 @@ class EmoConfig(PreTrainedConfig):
             says `true`, which would make plain generation and evaluation pay for it: a `true` read from a
             file becomes `"training"`, and is written back as `true`.
         router_aux_loss_coef (`float`, defaults to 0.01): weight of the balance loss.
+        document_pool_min, document_pool_max (`int`, *optional*): train with document pools: in every layer a
+            document's tokens may use only so many routed experts, a number drawn from this range (both ends
+            included) for each layer and document. No pools when not given. EMO was trained with 8 and 128.
+        document_pool_eval (`int`, *optional*): the pool size of evaluation with `document_pool=True`.
+        document_boundaries (`str`, defaults to `"eos"`): where the segments of routing begin, unless a call
+            says: `"eos"` at every EOS token (as EMO was trained), `"after_eos"` after it, `"position_ids"`
+            where position ids start again.
+        balance_loss_coef (`float`, defaults to 0.1): weight of the balance loss of training with pools.
+        router_z_loss_coef (`float`, defaults to 0.001): weight of the routers' z-loss, with pools.
+        lm_z_loss_coef (`float`, defaults to 1e-5): weight of the z-loss of the language-model head, with
+            pools.
         retained_experts (`list[list[int] | None]`, *optional*): for a model that holds only a subset of its
             experts, the ids kept in each layer, in the numbering of the root model (`None` for a dense
             layer).
@@ -170,6 +195,13 @@ class EmoConfig(PreTrainedConfig):
     norm_topk_prob: bool = False
     output_router_logits: bool | Literal["training"] = False
     router_aux_loss_coef: float = 0.01
+    document_pool_min: int | None = None
+    document_pool_max: int | None = None
+    document_pool_eval: int | None = None
+    document_boundaries: Literal["eos", "after_eos", "position_ids"] = "eos"
+    balance_loss_coef: float = 0.1
+    router_z_loss_coef: float = 0.001
+    lm_z_loss_coef: float = 1e-5
     retained_experts: list[list[int] | None] | None = None
     root_experts_per_layer: list[int] | None = None
 
@@ -209,6 +241,29 @@ class EmoConfig(PreTrainedConfig):
                 )
         for index, layer in enumerate(self.layer_experts):
             self._validate_layer(index, layer)
+
+    def validate_document_pools(self):
+        """Part of `@strict` validation: pools hold at least the experts that a token picks."""
+        smallest, largest = self.document_pool_min, self.document_pool_max
+        if (smallest is None) != (largest is None):
+            raise ValueError(
+                f"`document_pool_min` is {smallest} and `document_pool_max` is {largest}: give both or "
+                "neither."
+            )
+        if smallest is not None and smallest > largest:
+            raise ValueError(
+                f"`document_pool_min` ({smallest}) is larger than `document_pool_max` ({largest})."
+            )
+        for name in ("document_pool_min", "document_pool_eval"):
+            size = getattr(self, name)
+            for index, layer in enumerate(self.layer_experts if size is not None else ()):
+                if layer.always_active:
+                    raise ValueError(f"`{name}` is not defined with always-active experts (layer {index}).")
+                if not layer.is_dense and size < layer.top_k - layer.num_shared:
+                    raise ValueError(
+                        f"`{name}` is {size}, fewer than the {layer.top_k - layer.num_shared} routed experts "
+                        f"that a token picks in layer {index}: expected at least as many."
+                    )
 
     def _validate_layer(self, index: int, layer: LayerExperts) -> None:
         if layer.num_experts < 0:
@@ -290,8 +345,9 @@ class EmoConfig(PreTrainedConfig):
         output["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
         if output.get("output_router_logits") == "training":
             output["output_router_logits"] = True
-        for name in ("retained_experts", "root_experts_per_layer"):
-            if output.get(name) is None:
+        # What the released config does not know is written where it says something.
+        for name, default in _OWN_DEFAULTS.items():
+            if output.get(name) == default:
                 output.pop(name, None)
         return output
 

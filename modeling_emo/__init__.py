@@ -1,6 +1,14 @@
 """The EMO network."""
 
-from .losses import load_balancing_loss
+from .document_pool import (
+    draw_pool_sizes,
+    flatten_segments,
+    pool_mask,
+    segments_from_eos,
+    segments_from_lengths,
+    segments_from_positions,
+)
+from .losses import document_pool_losses, lm_z_loss, load_balancing_loss
 from .modeling_emo import (
     EmoForCausalLM,
     EmoForSequenceClassification,
@@ -15,5 +23,13 @@ __all__ = [
     "EmoForTokenClassification",
     "EmoModel",
     "EmoPreTrainedModel",
+    "document_pool_losses",
+    "draw_pool_sizes",
+    "flatten_segments",
+    "lm_z_loss",
     "load_balancing_loss",
+    "pool_mask",
+    "segments_from_eos",
+    "segments_from_lengths",
+    "segments_from_positions",
 ]

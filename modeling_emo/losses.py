@@ -1,11 +1,13 @@
 """The losses that EMO adds to the cross entropy.
 
-Shape suffixes: T tokens (batch x sequence), E experts, R routed experts.
+Shape suffixes: T tokens (batch x sequence), E experts, R routed experts, L layers.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..configuration.configuration_emo import LayerExperts
@@ -88,3 +90,135 @@ def load_balancing_loss(
         mean_prob_R = (mask_T @ probs_TR) / mask_T.sum()
         losses.append(num_routed / top_k * (count_R * mean_prob_R).sum() / num_items_in_batch)
     return torch.stack(losses).mean()
+
+
+class RouterStatistics(NamedTuple):
+    """What the losses of training with document pools need of one layer's router, summed over the tokens.
+
+    Args:
+        count_R (`torch.Tensor`): picks of each routed expert, float32, without gradient.
+        prob_sum_R (`torch.Tensor`): summed probabilities within the pools, float32, with gradient.
+        z_sum (`torch.Tensor`): summed squares of the logsumexp over the pool's logits, with gradient.
+        num_tokens (`torch.Tensor`): tokens summed over.
+
+    Example: see `document_pool_losses`.
+    """
+
+    count_R: torch.Tensor
+    prob_sum_R: torch.Tensor
+    z_sum: torch.Tensor
+    num_tokens: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        logits_TR: torch.Tensor,
+        probs_TR: torch.Tensor,
+        picks_Tr: torch.Tensor,
+        token_mask_T: torch.Tensor | None,
+    ) -> "RouterStatistics":
+        """Sum up.
+
+        Args:
+            logits_TR (`torch.Tensor`): logits, -inf outside the pool.
+            probs_TR (`torch.Tensor`): their softmax.
+            picks_Tr (`torch.Tensor`): picked ids, r a token.
+            token_mask_T (`torch.Tensor`, *optional*): false for padding.
+        """
+        weight_T = (
+            logits_TR.new_ones(len(logits_TR)) if token_mask_T is None else token_mask_T.to(logits_TR.dtype)
+        )
+        count_R = torch.zeros_like(probs_TR[0])
+        count_R = count_R.scatter_add(0, picks_Tr.flatten(), weight_T.repeat_interleave(picks_Tr.shape[-1]))
+        z_T = logits_TR.logsumexp(dim=-1).square()
+        return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, weight_T.sum())
+
+
+def document_pool_losses(
+    statistics: Sequence[RouterStatistics],
+    layer_experts: Sequence[LayerExperts],
+    *,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Balance loss and router z-loss of training with document pools, averaged over the expert layers.
+
+    For one layer the balance loss is `(R / r) * sum_e C_e * P_e / N`: `C_e` the picks of e summed over all
+    data-parallel ranks, `P_e` the mean of the probability within the pools, N the number of tokens. The
+    z-loss is the mean square of the logsumexp over the pool's logits. Paper section 3,
+    https://arxiv.org/abs/2605.06663.
+
+    The counts of all layers cross the ranks in one all-reduce. Without `num_items_in_batch`, `P_e` and the
+    z-loss are means over this rank's tokens, so that gradients averaged over ranks (as
+    DistributedDataParallel does) are those of the joined batch. With it they are this rank's share of the sum
+    over ranks, as the cross entropy is then.
+
+    Args:
+        statistics (`Sequence[RouterStatistics]`): of the expert layers.
+        layer_experts (`Sequence[LayerExperts]`): the experts of those layers, dense layers left out.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, over ranks and accumulation steps.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: balance loss and z-loss, float32 scalars with gradient, without
+        coefficients.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.configuration import LayerExperts
+    >>> from transformers_emo.modeling_emo.losses import RouterStatistics, document_pool_losses
+    >>> logits = torch.eye(4) * 20
+    >>> statistics = RouterStatistics.of(logits, logits.softmax(-1), logits.topk(1).indices, None)
+    >>> balance, z = document_pool_losses([statistics], [LayerExperts(4, 0, (), 1)])
+    >>> round(balance.item(), 3), round(z.item())
+    (1.0, 400)
+
+    ```
+    """
+    own_tokens = statistics[0].num_tokens
+    widths = [len(layer.count_R) for layer in statistics]
+    summed = torch.cat([*(layer.count_R for layer in statistics), own_tokens[None]]).detach()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(summed)
+    *counts, all_tokens = summed.split([*widths, 1])
+    if num_items_in_batch is None:
+        num_items, mean_over = all_tokens, own_tokens
+        z_items = own_tokens
+    else:
+        num_items, mean_over = torch.as_tensor(num_items_in_batch, device=summed.device), all_tokens
+        z_items = num_items
+    balance, z = [], []
+    for layer, count_R, experts in zip(statistics, counts, layer_experts, strict=True):
+        scale = experts.num_routed / (experts.top_k - experts.num_shared)
+        balance.append(scale * (count_R * layer.prob_sum_R).sum() / mean_over / num_items)
+        z.append(layer.z_sum / z_items)
+    return torch.stack(balance).mean(), torch.stack(z).mean()
+
+
+def lm_z_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Mean square of the logsumexp of the next-token logits, over the positions that have a label.
+
+    Args:
+        logits (`torch.Tensor`): (B, S, vocabulary).
+        labels (`torch.Tensor`): (B, S), shifted inside, -100 where a token does not count.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divide the sum by this number instead.
+
+    Returns:
+        `torch.Tensor`: a float32 scalar with gradient, without coefficient.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.losses import lm_z_loss
+    >>> round(lm_z_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]])).item(), 3)  # log(8) squared
+    4.324
+
+    ```
+    """
+    counted = labels[:, 1:] != -100
+    squares = logits[:, :-1].float().logsumexp(dim=-1).square()
+    total = (squares * counted).sum()
+    return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -40,7 +40,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
-from .losses import load_balancing_loss
+from .document_pool import DocumentPools, PoolRequest, document_pools, pool_mask
+from .losses import RouterStatistics, document_pool_losses, lm_z_loss, load_balancing_loss
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
@@ -90,9 +91,11 @@ class EmoMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.dense_mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor, expert_mask: None = None) -> torch.Tensor:
-        """(B, S, D) to (B, S, D). `expert_mask` is taken as an expert block takes it, and not used."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def forward(
+        self, hidden_states: torch.Tensor, expert_mask: None = None, pools: DocumentPools | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """(B, S, D) to (B, S, D). The other arguments are taken as an expert block takes them, and not used."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)), None
 
 
 class EmoTopKRouter(nn.Module):
@@ -110,42 +113,58 @@ class EmoTopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(layer.num_experts, config.hidden_size))
 
     def forward(
-        self, hidden_states: torch.Tensor, expert_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        hidden_states: torch.Tensor,
+        expert_mask: torch.Tensor | None = None,
+        pools: DocumentPools | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, RouterStatistics | None]:
         """Route tokens.
 
         Args:
             hidden_states (`torch.Tensor`): (T, D).
             expert_mask (`torch.Tensor`, *optional*): bool, (E,) or (T, E), false for experts that must not be
                 taken.
+            pools (`DocumentPools`, *optional*): the documents and the sizes of their pools in this layer.
+                Each shared expert then has weight 1, as when EMO was trained.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: raw logits (T, E), before the mask; weights (T,
-            K) in the logits' dtype; expert ids (T, K), int64.
+            `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
+            K), int64; with pools in training what the losses need, else `None`.
         """
         logits_TE = F.linear(hidden_states, self.weight)
         masked_TE = logits_TE
         if expert_mask is not None:
             masked_TE = logits_TE.masked_fill(~expert_mask.to(logits_TE.device), float("-inf"))
+        statistics = None
         if self.layer.always_active:
             weights_TK, index_TK = self._take_always_active(masked_TE)
         else:
-            weights_TK, index_TK = self._take_routed_and_shared(masked_TE)
+            weights_TK, index_TK, statistics = self._take_routed_and_shared(masked_TE, pools)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return logits_TE, weights_TK.to(logits_TE.dtype), index_TK
+        return logits_TE, weights_TK.to(logits_TE.dtype), index_TK, statistics
 
-    def _take_routed_and_shared(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _take_routed_and_shared(
+        self, logits_TE: torch.Tensor, pools: DocumentPools | None
+    ) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics | None]:
         num_routed, num_shared = self.layer.num_routed, self.layer.num_shared
-        probs_TR = F.softmax(logits_TE[:, :num_routed], dim=-1, dtype=torch.float32)
+        logits_TR, shared_TS = logits_TE.float().split([num_routed, num_shared], dim=-1)
+        statistics = None
+        if pools is not None:
+            mask_TR = pool_mask(logits_TR, pools.segment_T, pools.size_N, pools.token_mask_T)
+            logits_TR = logits_TR.masked_fill(~mask_TR, float("-inf"))
+        probs_TR = F.softmax(logits_TR, dim=-1)
         weights_TK, index_TK = probs_TR.topk(self.layer.top_k - num_shared, dim=-1)
+        if pools is not None and self.training:
+            statistics = RouterStatistics.of(logits_TR, probs_TR, index_TK, pools.token_mask_T)
         if num_shared == 0:
-            return weights_TK, index_TK
-        shared_TS = F.softmax(logits_TE[:, num_routed:], dim=-1, dtype=torch.float32)
+            return weights_TK, index_TK, statistics
+        shared_TS = F.softmax(shared_TS, dim=-1) if pools is None else torch.ones_like(shared_TS)
         shared_index_S = torch.arange(num_routed, num_routed + num_shared, device=logits_TE.device)
         return (
             torch.cat([weights_TK, shared_TS], dim=-1),
             torch.cat([index_TK, shared_index_S.expand(logits_TE.shape[0], -1)], dim=-1),
+            statistics,
         )
 
     def _take_always_active(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,11 +224,16 @@ class EmoSparseMoeBlock(nn.Module):
         self.gate = EmoTopKRouter(config, layer)
         self.experts = EmoExperts(config, layer.num_experts)
 
-    def forward(self, hidden_states: torch.Tensor, expert_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, S, D) to (B, S, D); `expert_mask` as in `EmoTopKRouter.forward`."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        expert_mask: torch.Tensor | None = None,
+        pools: DocumentPools | None = None,
+    ) -> tuple[torch.Tensor, RouterStatistics | None]:
+        """(B, S, D) to (B, S, D); the other arguments and the statistics as in `EmoTopKRouter.forward`."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TK, index_TK = self.gate(hidden_TD, expert_mask)
-        return self.experts(hidden_TD, index_TK, weights_TK).reshape(hidden_states.shape)
+        _, weights_TK, index_TK, statistics = self.gate(hidden_TD, expert_mask, pools)
+        return self.experts(hidden_TD, index_TK, weights_TK).reshape(hidden_states.shape), statistics
 
 
 class EmoDecoderLayer(GradientCheckpointingLayer):
@@ -232,9 +256,14 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         expert_mask: torch.Tensor | None = None,
+        pools: DocumentPools | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        """(B, S, D) to (B, S, D); `expert_mask` as in `EmoTopKRouter.forward`."""
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(B, S, D) to (B, S, D); `expert_mask` and `pools` as in `EmoTopKRouter.forward`.
+
+        With pools in training the router's statistics follow: as outputs of the layer, and not through a
+        hook, so that their gradient survives every kind of gradient checkpointing.
+        """
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.pre_attention_layernorm(hidden_states),
@@ -245,7 +274,16 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask)
+        output, statistics = self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask, pools)
+        hidden_states = hidden_states + output
+        return hidden_states if statistics is None else (hidden_states, *statistics)
+
+
+def _data_parallel_rank(model: PreTrainedModel) -> int:
+    """This process's number among those that see different data (tensor-parallel ones see the same)."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0
+    return torch.distributed.get_rank() // (model.tp_size or 1)
 
 
 def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
@@ -449,6 +487,13 @@ class EmoPreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
 
+@dataclass
+class EmoModelOutputWithPast(MoeModelOutputWithPast):
+    """As every mixture of experts, and `router_statistics`: of each expert layer, with pools in training."""
+
+    router_statistics: tuple[RouterStatistics, ...] | None = None
+
+
 class EmoModel(EmoPreTrainedModel):
     """The EMO decoder without a head.
 
@@ -480,6 +525,8 @@ class EmoModel(EmoPreTrainedModel):
         self.gradient_checkpointing = False
         # One bool mask (E,) a layer while `use_experts` is open.
         self.expert_masks: list[torch.Tensor | None] = [None] * config.num_hidden_layers
+        # Draws the pool sizes; the device's global generator when `None`.
+        self.pool_generator: torch.Generator | None = None
         self.post_init()
 
     @_resolve_output_router_logits
@@ -493,8 +540,11 @@ class EmoModel(EmoPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        document_pool: int | bool | None = None,
+        document_pool_sizes: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> EmoModelOutputWithPast:
         """Run the decoder.
 
         Args:
@@ -504,15 +554,23 @@ class EmoModel(EmoPreTrainedModel):
                 default.
             past_key_values (`Cache`, *optional*): keys and values of the tokens before.
             use_cache (`bool`, *optional*): return `past_key_values`.
+            document_pool (`int` or `bool`, *optional*): route every document within a pool of so many routed
+                experts; `True` for the config's size, `False` for no pools. By default pools are on in
+                training, when the config has them.
+            document_pool_sizes (`torch.Tensor`, *optional*): (L, N) the size of each pool, for each layer and
+                segment, in the order of rows and of segments within them.
+            document_ids (`torch.Tensor`, *optional*): (B, S) the document of each token; otherwise `seq_idx`,
+                `cu_seq_lens_q` or what `config.document_boundaries` says.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
         Returns:
-            `MoeModelOutputWithPast`: `last_hidden_state` (B, S, D); `router_logits`, where asked for: raw
-            logits (T, E) of each expert layer.
+            `EmoModelOutputWithPast`: `last_hidden_state` (B, S, D); `router_logits`, where asked for: raw
+            logits (T, E) of each expert layer; `router_statistics`, with pools in training.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if pools are asked for
+                behind tokens in a cache, or documents cannot be told apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -533,30 +591,61 @@ class EmoModel(EmoPreTrainedModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        pools = document_pools(
+            self.config,
+            PoolRequest(
+                document_pool,
+                document_pool_sizes,
+                document_ids,
+                kwargs.get("seq_idx"),
+                kwargs.get("cu_seq_lens_q"),
+            ),
+            training=self.training,
+            input_ids=input_ids,
+            position_ids=position_ids.expand(inputs_embeds.shape[:2]),
+            attention_mask=attention_mask,
+            rank=_data_parallel_rank(self),
+            generator=self.pool_generator,
+        )
+        if pools is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "Document pools see whole documents: they cannot begin behind tokens in a cache."
+            )
 
         hidden_states = inputs_embeds
-        for layer, expert_mask in zip(
-            self.layers[: self.config.num_hidden_layers], self.expert_masks, strict=False
-        ):
-            hidden_states = layer(
+        statistics: list[RouterStatistics] = []
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            output = layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
-                expert_mask=expert_mask,
+                expert_mask=self.expert_masks[index],
+                pools=None if pools is None else pools[index],
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            if isinstance(output, tuple):
+                output, *layer_statistics = output
+                statistics.append(RouterStatistics(*layer_statistics))
+            hidden_states = output
+        return EmoModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_statistics=tuple(statistics) or None,
         )
 
 
 @dataclass
 class EmoCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """As every mixture of experts, and `ce_loss`: the cross entropy alone, without gradient."""
+    """As every mixture of experts, and the parts of the loss, without gradient and without coefficients.
+
+    `ce_loss` is the cross entropy; `router_z_loss` and `lm_z_loss` are there in training with document pools.
+    """
 
     ce_loss: torch.FloatTensor | None = None
+    router_z_loss: torch.FloatTensor | None = None
+    lm_z_loss: torch.FloatTensor | None = None
 
 
 class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
@@ -632,16 +721,30 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
 
-        loss = ce_loss = aux_loss = None
+        loss = ce_loss = aux_loss = router_z_loss = lm_z = None
+        num_items = kwargs.get("num_items_in_batch")
+        expert_layers = [layer for layer in self.config.layer_experts if not layer.is_dense]
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
             ce_loss = loss.detach()
-        if output_router_logits:
+        if outputs.router_statistics is not None:
+            aux_loss, router_z_loss = document_pool_losses(
+                outputs.router_statistics, expert_layers, num_items_in_batch=num_items
+            )
+            if loss is not None:
+                lm_z = lm_z_loss(logits, labels, num_items)
+                loss = (
+                    loss
+                    + self.config.balance_loss_coef * aux_loss
+                    + self.config.router_z_loss_coef * router_z_loss
+                    + self.config.lm_z_loss_coef * lm_z
+                )
+        elif output_router_logits:
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
-                [layer for layer in self.config.layer_experts if not layer.is_dense],
+                expert_layers,
                 token_mask=labels != -100 if labels is not None else attention_mask,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                num_items_in_batch=num_items,
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
@@ -655,6 +758,8 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             ce_loss=ce_loss,
+            router_z_loss=None if router_z_loss is None else router_z_loss.detach(),
+            lm_z_loss=None if lm_z is None else lm_z.detach(),
         )
 
     def generate(self, *args, expert_subset=None, **kwargs):

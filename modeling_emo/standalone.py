@@ -14,6 +14,7 @@ AUTO_MAP = {
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FILES = [
     "configuration/configuration_emo.py",
+    "modeling_emo/document_pool.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
     "modeling_emo/standalone.py",

@@ -1,0 +1,421 @@
+"""Document pools: the experts that the tokens of one document may use, and what a document is.
+
+Where documents begin is read from EOS tokens, from position ids that start again, from the lengths of packed
+sequences, or given. The pool of a document is chosen anew in every layer, from the router's own
+probabilities: paper section 3, https://arxiv.org/abs/2605.06663. Nothing here loops over documents, waits for
+the device or depends on values for its shapes (but for `count_segments` on a CPU), so that it compiles.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, N segments, R routed experts, L layers.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..configuration.configuration_emo import EmoConfig
+
+
+def segments_from_eos(
+    input_ids: torch.Tensor, eos_token_id: int | Sequence[int], *, eos_opens: bool
+) -> torch.Tensor:
+    """Number the documents of each row by their EOS tokens.
+
+    EMO has two conventions: for *routing* an EOS opens the next segment (one at position 0 changes nothing),
+    for *attention* it closes its own document.
+
+    Args:
+        input_ids (`torch.Tensor`): (B, S) token ids.
+        eos_token_id (`int` or `Sequence[int]`): the EOS token or tokens.
+        eos_opens (`bool`): whether an EOS belongs to the segment after it (routing) or before it (attention).
+
+    Returns:
+        `torch.Tensor`: (B, S) int64, 0 for the first segment of each row.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import segments_from_eos
+    >>> ids = torch.tensor([[1, 2, 9, 3, 4, 9, 5, 6]])
+    >>> segments_from_eos(ids, 9, eos_opens=True).tolist()
+    [[0, 0, 1, 1, 1, 2, 2, 2]]
+    >>> segments_from_eos(ids, 9, eos_opens=False).tolist()
+    [[0, 0, 0, 1, 1, 1, 2, 2]]
+
+    ```
+    """
+    eos = torch.as_tensor(eos_token_id, device=input_ids.device)
+    is_eos = torch.isin(input_ids, eos)
+    starts = is_eos[:, 1:] if eos_opens else is_eos[:, :-1]
+    return F.pad(starts.long(), (1, 0)).cumsum(dim=1)
+
+
+def segments_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number the documents of each row by where its position ids start again.
+
+    Args:
+        position_ids (`torch.Tensor`): (B, S); a position that is not larger than the one before begins a
+            document.
+
+    Returns:
+        `torch.Tensor`: (B, S) int64, 0 for the first segment of each row.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import segments_from_positions
+    >>> segments_from_positions(torch.tensor([[0, 1, 2, 0, 1, 0]])).tolist()
+    [[0, 0, 0, 1, 1, 2]]
+
+    ```
+    """
+    starts = position_ids[:, 1:] <= position_ids[:, :-1]
+    return F.pad(starts.long(), (1, 0)).cumsum(dim=1)
+
+
+def segments_from_lengths(cumulative_lengths: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Number the documents of one packed row by their cumulative lengths (`cu_seq_lens_q`).
+
+    Args:
+        cumulative_lengths (`torch.Tensor`): (N + 1,), starting at 0, as `DataCollatorWithFlattening` makes
+            them.
+        num_tokens (`int`): T.
+
+    Returns:
+        `torch.Tensor`: (1, T) int64.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import segments_from_lengths
+    >>> segments_from_lengths(torch.tensor([0, 3, 5]), 5).tolist()
+    [[0, 0, 0, 1, 1]]
+
+    ```
+    """
+    positions = torch.arange(num_tokens, device=cumulative_lengths.device)
+    return torch.searchsorted(cumulative_lengths[1:].contiguous(), positions, right=True).unsqueeze(0)
+
+
+def flatten_segments(segments_BS: torch.Tensor) -> torch.Tensor:
+    """Make segment numbers differ between rows: (B, S) to (T,), in the order of rows and of segments within
+    them.
+
+    Numbers of one row must start at 0 and grow by at most one from token to token, as those of the functions
+    above do, or be arbitrary ids that are constant within a document; then equal ids in one row are one
+    document.
+
+    Args:
+        segments_BS (`torch.Tensor`): (B, S) segment numbers or document ids.
+
+    Returns:
+        `torch.Tensor`: (T,) int64 from 0, without gaps.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import flatten_segments
+    >>> flatten_segments(torch.tensor([[0, 0, 1], [0, 1, 2]])).tolist()
+    [0, 0, 1, 2, 3, 4]
+
+    ```
+    """
+    starts = F.pad((segments_BS[:, 1:] != segments_BS[:, :-1]).long(), (1, 0), value=1)
+    return starts.flatten().cumsum(0) - 1
+
+
+def draw_pool_sizes(
+    shape: tuple[int, ...],
+    smallest: int,
+    largest: int,
+    *,
+    rank: int = 0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draw pool sizes uniformly from `smallest` to `largest`, both included.
+
+    Data-parallel ranks that share a seed draw different sizes: the uniform numbers of rank k are those of
+    rank 0, moved round the unit circle by k times the golden ratio, which keeps each of them uniform and
+    spreads the ranks evenly.
+
+    Args:
+        shape (`tuple[int, ...]`): such as (L, N).
+        smallest (`int`): the smallest pool, at least 1.
+        largest (`int`): the largest pool.
+        rank (`int`, defaults to 0): data-parallel rank.
+        generator (`torch.Generator`, *optional*): the device's global one by default, which checkpoints of a
+            training run store and restore.
+        device (`torch.device` or `str`, *optional*): where the sizes are wanted.
+
+    Returns:
+        `torch.Tensor`: int64 sizes.
+
+    Raises:
+        ValueError: if the range is empty or begins below 1.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import draw_pool_sizes
+    >>> sizes = draw_pool_sizes((2, 500), 8, 128, generator=torch.Generator().manual_seed(0))
+    >>> sizes.shape, sizes.min() >= 8, sizes.max() <= 128
+    (torch.Size([2, 500]), tensor(True), tensor(True))
+
+    ```
+    """
+    if not 1 <= smallest <= largest:
+        raise ValueError(
+            f"Pool sizes from {smallest} to {largest} are impossible: expected 1 <= smallest <= largest."
+        )
+    golden_ratio = 0.6180339887498949
+    uniform = torch.rand(shape, generator=generator, device=device)
+    uniform = (uniform + rank * golden_ratio % 1.0) % 1.0
+    return (smallest + uniform * (largest - smallest + 1)).long().clamp_(max=largest)
+
+
+def pool_mask(
+    logits_TR: torch.Tensor,
+    segment_T: torch.Tensor,
+    pool_size_N: torch.Tensor,
+    token_mask_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Choose the pool of every document of a batch: the experts with the largest summed router probability.
+
+    Carries no gradient. Ties go to the smaller id. A size of at least R restricts nothing.
+
+    Args:
+        logits_TR (`torch.Tensor`): router logits of the routed experts, any float dtype (the softmax is
+            float32).
+        segment_T (`torch.Tensor`): the document of each token, 0 to N - 1.
+        pool_size_N (`torch.Tensor`): routed experts in the pool of each document; N may be larger than the
+            number of documents.
+        token_mask_T (`torch.Tensor`, *optional*): false for padding, which has no say in any pool.
+
+    Returns:
+        `torch.Tensor`: bool (T, R), true for the experts in the pool of the token's document.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import pool_mask
+    >>> logits = torch.tensor([[3.0, 2.0, 0.0], [3.0, 2.5, 0.0], [0.0, 0.0, 4.0]])
+    >>> pool_mask(logits, torch.tensor([0, 0, 1]), torch.tensor([2, 1])).tolist()
+    [[True, True, False], [True, True, False], [False, False, True]]
+
+    ```
+    """
+    with torch.no_grad():
+        probs_TR = F.softmax(logits_TR, dim=-1, dtype=torch.float32)
+        if token_mask_T is not None:
+            probs_TR = probs_TR * token_mask_T[:, None]
+        num_routed = logits_TR.shape[-1]
+        sums_NR = probs_TR.new_zeros(len(pool_size_N), num_routed).index_add_(0, segment_T, probs_TR)
+        order_NR = sums_NR.argsort(dim=-1, descending=True, stable=True)
+        within_NR = torch.arange(num_routed, device=logits_TR.device) < pool_size_N[:, None]
+        pool_NR = torch.zeros_like(within_NR).scatter_(-1, order_NR, within_NR)
+        return pool_NR[segment_T]
+
+
+class DocumentPools(NamedTuple):
+    """The documents of a batch and the sizes of their pools in one layer.
+
+    Args:
+        segment_T (`torch.Tensor`): the document of each token, as `flatten_segments` numbers them.
+        size_N (`torch.Tensor`): routed experts in the pool of each document.
+        token_mask_T (`torch.Tensor`, *optional*): false for padding.
+
+    Example: see `document_pools`.
+    """
+
+    segment_T: torch.Tensor
+    size_N: torch.Tensor
+    token_mask_T: torch.Tensor | None
+
+
+def count_segments(segment_T: torch.Tensor) -> int:
+    """How many rows the table of pools needs: the number of segments, or T where asking would cost.
+
+    Reading the number off an accelerator waits for it, and a compiled graph cannot depend on it. There the
+    table has a row for every token, of which most stay empty.
+
+    Args:
+        segment_T (`torch.Tensor`): segment numbers from `flatten_segments`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.document_pool import count_segments
+    >>> count_segments(torch.tensor([0, 0, 1, 2, 2]))
+    3
+
+    ```
+    """
+    if segment_T.device.type != "cpu" or torch.compiler.is_compiling():
+        return len(segment_T)
+    return int(segment_T[-1]) + 1
+
+
+class PoolRequest(NamedTuple):
+    """What a forward says about documents and pools; see `EmoModel.forward`."""
+
+    document_pool: int | bool | None = None
+    document_pool_sizes: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
+    seq_idx: torch.Tensor | None = None
+    cu_seq_lens_q: torch.Tensor | None = None
+
+
+def find_segments(
+    config: EmoConfig,
+    request: PoolRequest,
+    input_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """The document of each token, (B, S), from the best source there is.
+
+    That is, in this order: `document_ids`, `seq_idx` or `cu_seq_lens_q` of the request, then what
+    `config.document_boundaries` says.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        request (`PoolRequest`): what the caller said.
+        input_ids (`torch.Tensor`, *optional*): (B, S), for EOS.
+        position_ids (`torch.Tensor`, *optional*): (B, S).
+
+    Raises:
+        ValueError: if the config asks for EOS tokens or position ids that are not there.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.document_pool import PoolRequest, find_segments
+    >>> ids = torch.tensor([[5, 6, 1, 7]])
+    >>> find_segments(EmoConfig(eos_token_id=1), PoolRequest(), ids, None).tolist()
+    [[0, 0, 1, 1]]
+
+    ```
+    """
+    for given in (request.document_ids, request.seq_idx):
+        if given is not None:
+            return given
+    if request.cu_seq_lens_q is not None:
+        tokens = input_ids if input_ids is not None else position_ids
+        if tokens is None:
+            raise ValueError(
+                "`cu_seq_lens_q` tells documents apart only beside `input_ids` or `position_ids`."
+            )
+        return segments_from_lengths(request.cu_seq_lens_q, tokens.shape[1])
+    if config.document_boundaries == "position_ids":
+        if position_ids is None:
+            raise ValueError("Documents begin where `position_ids` start again: give `position_ids`.")
+        return segments_from_positions(position_ids)
+    if input_ids is None or config.eos_token_id is None:
+        raise ValueError(
+            "Documents are told apart by EOS tokens, and there are no `input_ids` or no `eos_token_id`: give "
+            "`document_ids`."
+        )
+    return segments_from_eos(input_ids, config.eos_token_id, eos_opens=config.document_boundaries == "eos")
+
+
+def document_pools(
+    config: EmoConfig,
+    request: PoolRequest,
+    *,
+    training: bool,
+    input_ids: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    rank: int = 0,
+    generator: torch.Generator | None = None,
+) -> list[DocumentPools] | None:
+    """The documents of a batch and the sizes of their pools in every layer, or `None` for no pools.
+
+    Pools are on in training when the config has a range of sizes, drawn here for all layers at once: a layer
+    that gradient checkpointing runs a second time sees the same sizes. Otherwise they are on when asked for.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        request (`PoolRequest`): what the caller said.
+        training (`bool`): whether the model is in training mode.
+        input_ids, position_ids, attention_mask: of the forward, (B, S) each.
+        rank (`int`, defaults to 0): data-parallel rank; ranks draw different sizes.
+        generator (`torch.Generator`, *optional*): for the sizes.
+
+    Returns:
+        `list[DocumentPools]`, *optional*: one for each layer.
+
+    Raises:
+        ValueError: if a pool is asked for that the config does not define or that is too small, or documents
+            cannot be told apart.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.document_pool import PoolRequest, document_pools
+    >>> config, ids = EmoConfig(num_hidden_layers=2), torch.tensor([[5, 6, 7]])
+    >>> pools = document_pools(config, PoolRequest(document_pool=32), training=False, input_ids=ids,
+    ...                        position_ids=None, attention_mask=None)
+    >>> [pool.size_N.tolist() for pool in pools]
+    [[32], [32]]
+
+    ```
+    """
+    size = request.document_pool
+    if size is None:
+        size = training and config.document_pool_min is not None or request.document_pool_sizes is not None
+    if size is False:
+        return None
+    if size is True and not training and request.document_pool_sizes is None:
+        size = config.document_pool_eval
+        if size is None:
+            raise ValueError(
+                "`document_pool=True` needs `config.document_pool_eval`: set it, or give the size."
+            )
+    picked = max(layer.top_k - layer.num_shared for layer in config.layer_experts)
+    if size is not True and size < picked:
+        raise ValueError(
+            f"A document pool of {size} is smaller than the {picked} routed experts a token picks."
+        )
+
+    segment_T = flatten_segments(find_segments(config, request, input_ids, position_ids))
+    token_mask_T = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        token_mask_T = attention_mask.bool().flatten()
+    num_layers, num_segments = config.num_hidden_layers, count_segments(segment_T)
+    if request.document_pool_sizes is not None:
+        size_LN = request.document_pool_sizes.to(segment_T.device)
+        if (
+            size_LN.shape[0] != num_layers
+            or size_LN.shape[1] < num_segments
+            and not torch.compiler.is_compiling()
+        ):
+            raise ValueError(
+                f"`document_pool_sizes` has shape {tuple(size_LN.shape)}, expected ({num_layers} layers, "
+                f"{num_segments} "
+                "segments)."
+            )
+    elif size is True:
+        size_LN = draw_pool_sizes(
+            (num_layers, num_segments),
+            config.document_pool_min,
+            config.document_pool_max,
+            rank=rank,
+            generator=generator,
+            device=segment_T.device,
+        )
+    else:
+        size_LN = torch.full((num_layers, num_segments), size, device=segment_T.device)
+    return [DocumentPools(segment_T, size_N, token_mask_T) for size_N in size_LN]

@@ -1,0 +1,332 @@
+"""Document pools: segments, choices and losses, against the authors' training code and naive loops."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from conftest import GOLDENS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers_emo import EmoConfig
+from transformers_emo.configuration import LayerExperts
+from transformers_emo.modeling_emo import (
+    draw_pool_sizes,
+    flatten_segments,
+    pool_mask,
+    segments_from_eos,
+    segments_from_lengths,
+    segments_from_positions,
+)
+from transformers_emo.modeling_emo.document_pool import DocumentPools
+from transformers_emo.modeling_emo.losses import document_pool_losses
+from transformers_emo.modeling_emo.modeling_emo import EmoTopKRouter
+
+CASES = sorted(path.name for path in (GOLDENS / "C_training_router").iterdir())
+INPUT_IDS = torch.tensor([[5, 17, 1, 2, 33, 8, 90], [44, 44, 3, 71, 1, 1, 28]])
+POOLS = {"document_pool_min": 3, "document_pool_max": 11, "document_pool_eval": 5}
+
+
+@pytest.fixture(params=product(CASES, ["eval", "train"]), ids="-".join)
+def golden(request):
+    case, mode = request.param
+    folder = GOLDENS / "C_training_router" / case
+    meta, tensors = json.loads((folder / "meta.json").read_text()), load_file(folder / "golden.safetensors")
+    settings = meta["router"]
+    layer = LayerExperts(settings["num_experts"], settings["num_shared_experts"], (), settings["top_k"])
+    router = EmoTopKRouter(EmoConfig(hidden_size=settings["d_model"]), layer).train(mode == "train")
+    router.weight = torch.nn.Parameter(tensors["router_weight"].view(layer.num_experts, -1).clone())
+    segments = segments_from_eos(tensors["input_ids"], settings["eos_token_id"], eos_opens=True)
+    segment_T = flatten_segments(segments)
+    sizes = torch.tensor(sum(meta["train_pool_sizes_per_row_per_document"], []))
+    if mode == "eval":
+        sizes = torch.full_like(sizes, meta["eval_pool_size"])
+    return meta, tensors, router, segments, DocumentPools(segment_T, sizes, None), mode
+
+
+def test_router_is_the_authors(golden):
+    meta, tensors, router, segments, pools, mode = golden
+    assert torch.equal(segments, tensors["segment_id"])
+    x = tensors["x"].clone().requires_grad_()
+    num_routed, top_k = router.layer.num_routed, router.layer.top_k
+    logits, weights, index, statistics = router(x.reshape(-1, x.shape[-1]), pools=pools)
+    mask = pool_mask(logits[:, :num_routed], pools.segment_T, pools.size_N)
+    assert torch.equal(~mask, tensors[f"{mode}.logits_mask"].reshape(-1, num_routed))
+    assert torch.equal(index, tensors[f"{mode}.expert_indices"].reshape(-1, top_k))
+    expected = tensors[f"{mode}.expert_weights"].reshape(-1, top_k)
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+    counts = torch.bincount(index.flatten(), minlength=router.layer.num_experts)
+    assert torch.equal(counts, tensors[f"{mode}.batch_size_per_expert"])
+
+    total = (weights * tensors["fixed_random"].reshape(-1, top_k)).sum()
+    if mode == "train":
+        balance, z = document_pool_losses(
+            [statistics], [router.layer], num_items_in_batch=meta["loss_div_factor"]
+        )
+        torch.testing.assert_close(balance, tensors["train.lb_loss_unscaled"], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(z, tensors["train.z_loss_unscaled"], atol=1e-6, rtol=1e-6)
+        total = total + meta["router"]["lb_loss_weight"] * balance + meta["router"]["z_loss_weight"] * z
+    else:
+        assert statistics is None
+    total.backward()
+    torch.testing.assert_close(x.grad, tensors[f"{mode}.grad.x"], atol=1e-5, rtol=0)
+    gradient = router.weight.grad.flatten()
+    torch.testing.assert_close(gradient, tensors[f"{mode}.grad.router_weight"], atol=1e-5, rtol=0)
+
+
+def test_training_step_is_the_authors():
+    folder = GOLDENS / "D_train_step"
+    golden = load_file(folder / "train_step.safetensors")
+    step = json.loads((folder / "meta.json").read_text())["train_step"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "expected_hf").train()
+    # The training checkpoint has rows of padding in its vocabulary, and they have a part in the softmax.
+    padding = load_file(folder / "padded_rows.safetensors")
+    model.resize_token_embeddings(len(golden["grad.embeddings.weight"]))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-len(padding["embeddings"]) :] = padding["embeddings"]
+        model.lm_head.weight[-len(padding["lm_head"]) :] = padding["lm_head"]
+    # Their labels are shifted already.
+    labels = torch.cat([torch.full((2, 1), -100), golden["labels"][:, :-1]], dim=1)
+    out = model(
+        golden["input_ids"],
+        labels=labels,
+        document_pool_sizes=torch.tensor(step["pool_sizes_per_layer_rowmajor_docs"]),
+        num_items_in_batch=int(golden["loss_div_factor"]),
+    )
+    torch.testing.assert_close(out.logits, golden["logits_full_vocab"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.ce_loss, golden["ce_loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(1e-5 * out.lm_z_loss, golden["lm_z_loss"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.aux_loss, golden["lb_loss_unscaled_per_layer"].mean(), atol=1e-5, rtol=0)
+    z = golden["router_z_loss_unscaled_per_layer"].mean()
+    torch.testing.assert_close(out.router_z_loss, z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.loss, golden["objective_total"], atol=1e-5, rtol=0)
+
+    out.loss.backward()
+    hub_names = {
+        "embeddings": "model.embed_tokens",
+        "lm_head.norm": "model.norm",
+        "attention.w_q": "self_attn.q_proj",
+        "attention.w_out": "self_attn.o_proj",
+        "attention_norm": "pre_attention_layernorm",
+        "feed_forward_norm": "pre_feedforward_layernorm",
+        "feed_forward_moe.router": "mlp.gate",
+        "blocks": "model.layers",
+    }
+    gradients = {name: tensor for name, tensor in golden.items() if name.startswith("grad.")}
+    assert len(gradients) == 11
+    for name, expected in gradients.items():
+        name = name.removeprefix("grad.")
+        for old, new in hub_names.items():
+            name = name.replace(old, new)
+        gradient = model.get_parameter(name).grad.reshape(expected.shape)
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=0, msg=name)
+    for index, layer in enumerate(model.model.layers):
+        gate, up = layer.mlp.experts.gate_up_proj.grad.chunk(2, dim=1)
+        for w, gradient in (("w1", gate), ("w3", up), ("w2", layer.mlp.experts.down_proj.grad)):
+            expected = golden[f"grad_norm_per_expert.blocks.{index}.feed_forward_moe.experts.mlp.{w}"]
+            torch.testing.assert_close(gradient.flatten(1).norm(dim=1), expected, atol=1e-5, rtol=0)
+
+
+class TestSegments:
+    def test_example_of_the_specification(self):
+        ids = torch.tensor([[1, 2, 9, 3, 4, 9, 5, 6]])
+        assert segments_from_eos(ids, 9, eos_opens=True).tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
+        assert segments_from_eos(ids, 9, eos_opens=False).tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]]
+
+    @pytest.mark.parametrize(
+        ("ids", "opens"),
+        [
+            ([9, 1, 2], [0, 0, 0]),  # an EOS at position 0 opens nothing new
+            ([1, 2, 9], [0, 0, 1]),  # a trailing one is a segment of one token
+            ([1, 9, 9, 2], [0, 1, 2, 2]),  # so is the first of two
+            ([9, 9], [0, 1]),
+        ],
+    )
+    def test_edges(self, ids, opens):
+        assert segments_from_eos(torch.tensor([ids]), [9], eos_opens=True).tolist() == [opens]
+
+    @given(st.lists(st.integers(0, 3), min_size=1, max_size=20))
+    def test_both_conventions_are_the_naive_ones(self, ids):
+        opens, closes, current = [0], [0], [0, 0]
+        for position in range(1, len(ids)):
+            current[0] += ids[position] == 0
+            current[1] += ids[position - 1] == 0
+            opens.append(current[0])
+            closes.append(current[1])
+        tokens = torch.tensor([ids])
+        assert segments_from_eos(tokens, 0, eos_opens=True).tolist() == [opens]
+        assert segments_from_eos(tokens, 0, eos_opens=False).tolist() == [closes]
+
+    @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    def test_lengths_and_positions_agree(self, lengths):
+        expected = [index for index, length in enumerate(lengths) for _ in range(length)]
+        positions = torch.tensor([[p for length in lengths for p in range(length)]])
+        assert segments_from_positions(positions).tolist() == [expected]
+        cumulative = torch.tensor([0, *lengths]).cumsum(0)
+        assert segments_from_lengths(cumulative, sum(lengths)).tolist() == [expected]
+
+    def test_rows_never_share_a_document(self):
+        segments = torch.tensor([[0, 0, 1], [1, 1, 2], [0, 0, 0]])
+        assert flatten_segments(segments).tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 4]
+
+
+class TestPools:
+    @settings(deadline=None, max_examples=50)
+    @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(2, 9))
+    def test_choice_is_the_naive_one(self, seed, num_segments, num_routed):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(20, num_routed, generator=generator)
+        segment = torch.randint(0, num_segments, (20,), generator=generator)
+        sizes = torch.randint(1, num_routed + 3, (num_segments,), generator=generator)
+        real = torch.rand(20, generator=generator) > 0.2
+        mask = pool_mask(logits, segment, sizes, real)
+        for document in range(num_segments):
+            total = logits[(segment == document) & real].softmax(-1).sum(0)
+            ranked = sorted(range(num_routed), key=lambda e, total=total: (-total[e], e))
+            expected = [e in ranked[: sizes[document]] for e in range(num_routed)]
+            assert all(row == expected for row in mask[segment == document].tolist())
+
+    def test_pool_as_large_as_the_layer_restricts_nothing(self):
+        mask = pool_mask(torch.randn(6, 5), torch.zeros(6, dtype=torch.long), torch.tensor([5]))
+        assert mask.all()
+
+    def test_sizes_are_uniform_reproducible_and_differ_between_ranks(self):
+        def draw(rank):
+            return draw_pool_sizes((1, 4000), 3, 6, rank=rank, generator=torch.Generator().manual_seed(1))
+
+        for rank in (0, 1, 7):
+            share = torch.bincount(draw(rank).flatten(), minlength=7)[3:] / 4000
+            assert (share - 0.25).abs().max() < 0.04
+        assert torch.equal(draw(1), draw(1))
+        assert (draw(0) == draw(1)).float().mean() < 0.5
+
+    @pytest.mark.parametrize(("smallest", "largest"), [(0, 3), (4, 3)])
+    def test_impossible_sizes_are_refused(self, smallest, largest):
+        with pytest.raises(ValueError, match="impossible"):
+            draw_pool_sizes((1, 1), smallest, largest)
+
+
+class TestModel:
+    def test_pools_are_on_in_training_and_off_elsewhere(self, make_model):
+        model = make_model(**POOLS)
+        with torch.no_grad():
+            plain = model(INPUT_IDS).logits
+            pooled = model(INPUT_IDS, document_pool=True).logits
+            assert not torch.equal(plain, pooled)
+            assert torch.equal(model(INPUT_IDS, document_pool=5).logits, pooled)
+            assert torch.equal(model(INPUT_IDS, document_pool=11).logits, plain)  # no restriction
+            model.train()
+            torch.manual_seed(0)
+            trained = model(INPUT_IDS).logits
+            torch.manual_seed(0)
+            assert torch.equal(model(INPUT_IDS).logits, trained)  # reproducible from a seed
+            assert not torch.equal(model(INPUT_IDS).logits, trained)  # and drawn anew
+            assert torch.equal(model(INPUT_IDS, document_pool=False).logits, plain)
+
+    def test_tokens_of_a_document_use_no_expert_outside_its_pool(self, make_model):
+        model = make_model()
+        seen = {}
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.gate.register_forward_hook(lambda m, a, output, i=index: seen.update({i: output[2]}))
+        model(INPUT_IDS, document_pool=4)
+        segments = flatten_segments(segments_from_eos(INPUT_IDS, 1, eos_opens=True))
+        for picks in seen.values():
+            for document in segments.unique():
+                assert len(set(picks[segments == document][:, :3].flatten().tolist())) <= 4
+
+    def test_documents_given_in_every_way_route_alike(self, make_model):
+        model = make_model()
+        segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+        positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1]])
+        ids = INPUT_IDS[:1]
+        expected = model(ids, document_pool=4, document_ids=segments, position_ids=positions).logits
+        same = {
+            "document_ids": {"document_ids": segments * 10 + 3},
+            "seq_idx": {"seq_idx": segments.int()},
+            "cu_seq_lens": {"cu_seq_lens_q": torch.tensor([0, 3, 5, 7], dtype=torch.int32)},
+        }
+        for name, kwargs in same.items():
+            logits = model(ids, document_pool=4, position_ids=positions, **kwargs).logits
+            assert torch.equal(logits, expected), name
+        model.config.document_boundaries = "position_ids"
+        assert torch.equal(model(ids, document_pool=4, position_ids=positions).logits, expected)
+
+    def test_padding_has_no_say(self, make_model):
+        model = make_model()
+        mask = torch.ones_like(INPUT_IDS)
+        mask[1, 5:] = 0
+        logits = []
+        for filler in (7, 50):
+            ids = INPUT_IDS.clone()
+            ids[1, 5:] = filler
+            logits.append(model(ids, attention_mask=mask, document_pool=4).logits[mask.bool()])
+        assert torch.equal(logits[0], logits[1])
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing_sees_the_same_pools(self, make_model, use_reentrant):
+        model = make_model(**POOLS).train()
+
+        def gradients():
+            model.zero_grad()
+            torch.manual_seed(3)
+            out = model(INPUT_IDS, labels=INPUT_IDS)
+            out.loss.backward()
+            return out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+        out, expected = gradients()
+        assert out.aux_loss > 0 and out.router_z_loss > 0 and out.lm_z_loss > 0
+        torch.testing.assert_close(
+            out.loss, out.ce_loss + 0.1 * out.aux_loss + 1e-3 * out.router_z_loss + 1e-5 * out.lm_z_loss
+        )
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        _, checkpointed = gradients()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+    def test_shared_rows_of_the_router_get_no_gradient_from_the_losses(self, make_model):
+        model = make_model(**POOLS).train()
+        out = model(INPUT_IDS, labels=INPUT_IDS)
+        out.loss.backward()
+        for layer in model.model.layers:
+            assert layer.mlp.gate.weight.grad[-1].abs().sum() == 0
+            assert layer.mlp.gate.weight.grad[:-1].abs().sum() > 0
+
+    def test_compiles_as_one_graph(self, make_model):
+        model = make_model()
+        expected = model(INPUT_IDS, document_pool=4).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(INPUT_IDS, document_pool=4).logits, expected)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"document_pool_min": 2, "document_pool_max": 8}, "fewer than the 3 routed experts"),
+            ({"document_pool_min": 8}, "give both or neither"),
+            ({"document_pool_min": 8, "document_pool_max": 4}, "larger than"),
+            ({"document_pool_eval": 1}, "fewer than the 3"),
+        ],
+    )
+    def test_pools_that_cannot_be_are_refused(self, make_model, changes, message):
+        with pytest.raises(Exception, match=message):
+            make_model(**changes)
+
+    def test_calls_that_cannot_be_are_refused(self, make_model):
+        model = make_model()
+        with pytest.raises(ValueError, match="smaller than the 3 routed experts"):
+            model(INPUT_IDS, document_pool=2)
+        with pytest.raises(ValueError, match="needs `config.document_pool_eval`"):
+            model(INPUT_IDS, document_pool=True)
+        with pytest.raises(ValueError, match="give `document_ids`"):
+            model(inputs_embeds=model.model.embed_tokens(INPUT_IDS), document_pool=4)
+        cache = model(INPUT_IDS, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="behind tokens in a cache"):
+            model(INPUT_IDS, past_key_values=cache, document_pool=4)
+
+    def test_settings_survive_a_round_trip(self, make_model, tmp_path):
+        make_model(**POOLS, balance_loss_coef=0.2).save_pretrained(tmp_path)
+        config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+        assert {name: getattr(config, name) for name in POOLS} == POOLS
+        assert config.balance_loss_coef == 0.2
