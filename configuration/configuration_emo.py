@@ -4,8 +4,9 @@ The keys and their meaning are those of https://github.com/allenai/EMO; the pape
 https://arxiv.org/abs/2605.06663.
 """
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -127,7 +128,9 @@ class EmoConfig(PreTrainedConfig):
         root_experts_per_layer (`list[int]`, *optional*): for such a model, E of each layer of the root model.
 
     Raises:
-        ValueError: if the expert counts contradict each other; the message names the value and the layer.
+        StrictDataclassClassValidationError: if the expert counts or pool sizes contradict each other; the
+            message names the value and the layer.
+        StrictDataclassFieldValidationError: if a value is of the wrong type.
 
     Example:
 
@@ -141,7 +144,16 @@ class EmoConfig(PreTrainedConfig):
     """
 
     model_type = "emo"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # The Trainer gathers every other output as a prediction.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "aux_loss",
+        "router_logits",
+        "ce_loss",
+        "router_z_loss",
+        "lm_z_loss",
+        "router_statistics",
+    ]
     attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 500000.0
     # As OLMoE's plan, but without its norm on queries and keys the attention projections shard plainly.
@@ -239,8 +251,19 @@ class EmoConfig(PreTrainedConfig):
                     f"`{name}` has {len(value)} entries, expected one for each of the "
                     f"{self.num_hidden_layers} layers."
                 )
+        if self.num_experts_per_layer is None and self.num_shared_experts > self.num_experts:
+            raise ValueError(
+                f"`num_shared_experts` is {self.num_shared_experts}, more than the {self.num_experts} "
+                "experts."
+            )
         for index, layer in enumerate(self.layer_experts):
             self._validate_layer(index, layer)
+            held = None if self.retained_experts is None else self.retained_experts[index]
+            if held is not None and len(held) != layer.num_experts:
+                raise ValueError(
+                    f"`retained_experts` names {len(held)} experts in layer {index}, which has "
+                    f"{layer.num_experts}."
+                )
 
     def validate_document_pools(self):
         """Part of `@strict` validation: pools hold at least the experts that a token picks."""
@@ -250,7 +273,7 @@ class EmoConfig(PreTrainedConfig):
                 f"`document_pool_min` is {smallest} and `document_pool_max` is {largest}: give both or "
                 "neither."
             )
-        if smallest is not None and smallest > largest:
+        if smallest is not None and largest is not None and smallest > largest:
             raise ValueError(
                 f"`document_pool_min` ({smallest}) is larger than `document_pool_max` ({largest})."
             )
@@ -283,20 +306,18 @@ class EmoConfig(PreTrainedConfig):
         if outside or len(set(layer.always_active)) != len(layer.always_active):
             raise ValueError(
                 f"Layer {index} has always-active experts {list(layer.always_active)}, expected different "
-                "ids from 0 "
-                f"to {layer.num_experts - 1}."
+                f"ids from 0 to {layer.num_experts - 1}."
             )
         taken = len(layer.always_active) or layer.num_shared
         if layer.top_k < taken:
             raise ValueError(
                 f"Layer {index} takes {layer.top_k} experts per token, fewer than the {taken} that every "
-                "token takes: "
-                "raise `num_experts_per_tok`."
+                "token takes: raise `num_experts_per_tok`."
             )
         if self.norm_topk_prob and taken:
             raise ValueError(
-                "`norm_topk_prob=True` is not defined with shared or always-active experts "
-                f"(layer {index} has {taken}): set it to False."
+                f"`norm_topk_prob=True` is not defined with shared or always-active experts (layer {index} "
+                f"has {taken}): set it to False."
             )
 
     @classmethod
@@ -327,7 +348,7 @@ class EmoConfig(PreTrainedConfig):
 
         ```
         """
-        config_dict = _modernise(config_dict)
+        config_dict = cls._clean(_modernise(config_dict))
         config_dict.setdefault("num_shared_experts", 0)
         if config_dict.get("output_router_logits") is True:
             config_dict["output_router_logits"] = "training"
@@ -336,6 +357,23 @@ class EmoConfig(PreTrainedConfig):
             # again beside weights that do not come with that code.
             config_dict.pop("auto_map", None)
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _clean(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take a null where there must be a value for the default, and an integer for the number it is."""
+        types = {field.name: field.type for field in dataclasses.fields(cls)}
+        types |= {"rope_theta": float}  # a released key that is no field
+        cleaned = {}
+        for name, value in config_dict.items():
+            wanted = types.get(name)
+            if value is None and wanted is not None and type(None) not in get_args(wanted):
+                continue
+            if wanted is float and type(value) is int:
+                value = float(value)
+            if name == "always_active_experts_per_layer" and isinstance(value, list):
+                value = [ids or [] for ids in value]
+            cleaned[name] = value
+        return cleaned
 
     def to_dict(self) -> dict[str, Any]:
         """`dict[str, Any]`: the config under the released keys, as `config.json` holds it."""
@@ -353,7 +391,8 @@ class EmoConfig(PreTrainedConfig):
 
 
 class LegacyEmoConfig(EmoConfig):
-    """Reads configs of the legacy model type; what it returns is a plain `EmoConfig`.
+    """Reads `config.json` files of the legacy model type; what `from_dict` and `from_pretrained` give is an
+    `EmoConfig`.
 
     Example:
 

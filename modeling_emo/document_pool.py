@@ -373,17 +373,17 @@ def document_pools(
 
     ```
     """
-    size = request.document_pool
+    size, sizes = request.document_pool, request.document_pool_sizes
+    smallest, largest = config.document_pool_min, config.document_pool_max
     if size is None:
-        size = training and config.document_pool_min is not None or request.document_pool_sizes is not None
+        size = (training and smallest is not None) or sizes is not None
     if size is False:
         return None
-    if size is True and not training and request.document_pool_sizes is None:
+    if size is True and not training and sizes is None:
         size = config.document_pool_eval
-        if size is None:
-            raise ValueError(
-                "`document_pool=True` needs `config.document_pool_eval`: set it, or give the size."
-            )
+    if size is None or (size is True and sizes is None and (smallest is None or largest is None)):
+        name = "document_pool_min` and `document_pool_max" if training else "document_pool_eval"
+        raise ValueError(f"`document_pool=True` needs `config.{name}`: set it, or give the size.")
     picked = max(layer.top_k - layer.num_shared for layer in config.layer_experts)
     if size is not True and size < picked:
         raise ValueError(
@@ -395,8 +395,8 @@ def document_pools(
     if attention_mask is not None and attention_mask.dim() == 2:
         token_mask_T = attention_mask.bool().flatten()
     num_layers, num_segments = config.num_hidden_layers, count_segments(segment_T)
-    if request.document_pool_sizes is not None:
-        size_LN = request.document_pool_sizes.to(segment_T.device)
+    if sizes is not None:
+        size_LN = sizes.to(segment_T.device)
         if (
             size_LN.shape[0] != num_layers
             or size_LN.shape[1] < num_segments
@@ -404,14 +404,13 @@ def document_pools(
         ):
             raise ValueError(
                 f"`document_pool_sizes` has shape {tuple(size_LN.shape)}, expected ({num_layers} layers, "
-                f"{num_segments} "
-                "segments)."
+                f"{num_segments} segments)."
             )
-    elif size is True:
+    elif size is True and smallest is not None and largest is not None:
         size_LN = draw_pool_sizes(
             (num_layers, num_segments),
-            config.document_pool_min,
-            config.document_pool_max,
+            smallest,
+            largest,
             rank=rank,
             generator=generator,
             device=segment_T.device,

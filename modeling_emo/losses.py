@@ -37,7 +37,7 @@ def load_balancing_loss(
             forwards; the number of counted tokens by default.
 
     Returns:
-        `torch.Tensor`: the loss, a float32 scalar with gradient to the logits.
+        `torch.Tensor`: the loss, a float32 scalar with gradient to the logits; 0 if no token counts.
 
     Raises:
         ValueError: if there are no logits, or their number is not that of the layers.
@@ -57,8 +57,7 @@ def load_balancing_loss(
     if len(router_logits) == 0 or len(router_logits) != len(layer_experts):
         raise ValueError(
             f"Got router logits of {len(router_logits)} layers and the experts of {len(layer_experts)}, "
-            "expected the "
-            "same number of each and at least one: does the model have expert layers?"
+            "expected the same number of each and at least one: does the model have expert layers?"
         )
     device = router_logits[0].device
     num_tokens = router_logits[0].shape[0]
@@ -66,8 +65,9 @@ def load_balancing_loss(
         mask_T = torch.ones(num_tokens, device=device)
     else:
         mask_T = token_mask.reshape(-1).to(device=device, dtype=torch.float32)
+    num_counted = mask_T.sum().clamp(min=1)  # a micro-batch without a counted token has no loss, not NaN
     if num_items_in_batch is None:
-        num_items_in_batch = mask_T.sum()
+        num_items_in_batch = num_counted
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
     # The released code leaves out, in every layer, the always-active experts of the first one, unless layers
@@ -78,16 +78,19 @@ def load_balancing_loss(
     losses = []
     for logits_TE, layer in zip(router_logits, layer_experts, strict=True):
         always = (layer_experts[0] if same_size else layer).always_active
-        num_routed = layer.num_routed - len(always)
-        top_k = layer.top_k - layer.num_shared - len(always)
+        kept = [e for e in range(layer.num_routed) if e not in always]
+        num_routed = len(kept)
+        top_k = min(layer.top_k - layer.num_shared - len(always), num_routed)
+        if top_k <= 0:  # every token takes the same experts: nothing to balance
+            losses.append(torch.zeros((), device=device))
+            continue
         probs_TR = F.softmax(logits_TE[:, : layer.num_routed].to(device).float(), dim=-1)
-        if always:
-            kept = torch.tensor([e for e in range(layer.num_routed) if e not in always], device=device)
-            probs_TR = probs_TR[:, kept]
+        if num_routed < layer.num_routed:
+            probs_TR = probs_TR[:, torch.tensor(kept, device=device)]
         picks_Tr = probs_TR.topk(top_k, dim=-1).indices
         count_R = torch.zeros(num_routed, device=device)
         count_R = count_R.scatter_add(0, picks_Tr.flatten(), mask_T.repeat_interleave(top_k))
-        mean_prob_R = (mask_T @ probs_TR) / mask_T.sum()
+        mean_prob_R = (mask_T @ probs_TR) / num_counted
         losses.append(num_routed / top_k * (count_R * mean_prob_R).sum() / num_items_in_batch)
     return torch.stack(losses).mean()
 
@@ -182,10 +185,13 @@ def document_pool_losses(
         dist.all_reduce(summed)
     *counts, all_tokens = summed.split([*widths, 1])
     if num_items_in_batch is None:
-        num_items, mean_over = all_tokens, own_tokens
-        z_items = own_tokens
+        num_items, mean_over = all_tokens.clamp(min=1), own_tokens.clamp(min=1)
+        z_items = mean_over
     else:
-        num_items, mean_over = torch.as_tensor(num_items_in_batch, device=summed.device), all_tokens
+        num_items, mean_over = (
+            torch.as_tensor(num_items_in_batch, device=summed.device),
+            all_tokens.clamp(min=1),
+        )
         z_items = num_items
     balance, z = [], []
     for layer, count_R, experts in zip(statistics, counts, layer_experts, strict=True):
@@ -221,4 +227,4 @@ def lm_z_loss(
     counted = labels[:, 1:] != -100
     squares = logits[:, :-1].float().logsumexp(dim=-1).square()
     total = (squares * counted).sum()
-    return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from threading import RLock
 from typing import Any, ClassVar, Self
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -45,19 +48,24 @@ from .losses import RouterStatistics, document_pool_losses, lm_z_loss, load_bala
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
+_NEEDS_PACKAGE = "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
+# Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, locks cannot
+# be.
+_mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _wants_router_logits(config: EmoConfig, training: bool) -> bool:
+    """What the config says; `"training"` (what a released `true` is read as) asks in training only."""
+    return training if config.output_router_logits == "training" else bool(config.output_router_logits)
+
 
 def _resolve_output_router_logits(forward: Callable) -> Callable:
-    """Give `forward` a plain `output_router_logits=True` or `False`, from the argument or else from the
-    config.
-
-    `"training"` in the config (what a released `true` is read as) asks for them in training mode only.
-    """
+    """Give `forward` a plain `output_router_logits`; Transformers takes it from the config as it is."""
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
         if kwargs.get("output_router_logits") is None:
-            wanted = self.config.output_router_logits
-            kwargs["output_router_logits"] = self.training if wanted == "training" else bool(wanted)
+            kwargs["output_router_logits"] = _wants_router_logits(self.config, self.training)
         return forward(self, *args, **kwargs)
 
     return wrapper
@@ -94,7 +102,7 @@ class EmoMLP(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, expert_mask: None = None, pools: DocumentPools | None = None
     ) -> tuple[torch.Tensor, None]:
-        """(B, S, D) to (B, S, D). The other arguments are taken as an expert block takes them, and not used."""
+        """(B, S, D) to (B, S, D). The other arguments are those of an expert block, and not used."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)), None
 
 
@@ -177,6 +185,26 @@ class EmoTopKRouter(nn.Module):
         return probs_TE.gather(-1, index_TK), index_TK
 
 
+def _stack_experts(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """Let plain `load_state_dict` read experts as they are saved, one by one.
+
+    The Trainer resumes so, and not through `from_pretrained`: it would leave the experts as they were
+    initialised.
+    """
+    names = {
+        part: [f"{prefix}{e}.{part}_proj.weight" for e in range(module.num_experts)] for part in _EXPERT_PARTS
+    }
+    if all(name in state_dict for part in names.values() for name in part):
+        gate, up, down = (
+            torch.stack([state_dict.pop(name) for name in names[part]]) for part in _EXPERT_PARTS
+        )
+        state_dict[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
+        state_dict[f"{prefix}down_proj"] = down
+
+
+_EXPERT_PARTS = ("gate", "up", "down")
+
+
 @use_experts_implementation
 class EmoExperts(nn.Module):
     """A layer's experts, stacked: `gate_up_proj` (E, 2F, D), gate above up, and `down_proj` (E, D, F)."""
@@ -189,6 +217,7 @@ class EmoExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(_stack_experts)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -367,9 +396,7 @@ class EmoPreTrainedModel(PreTrainedModel):
                 load, cls, pretrained_model_name_or_path, *args, expert_subset=expert_subset, **kwargs
             )
         if expert_subset is not None:
-            raise ImportError(
-                "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
-            )
+            raise ImportError(_NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
@@ -385,15 +412,20 @@ class EmoPreTrainedModel(PreTrainedModel):
     def use_experts(self, expert_subset) -> Iterator[Self]:
         """Route only to the experts of a subset while the context is open; no weight is touched.
 
-        Equal to the model loaded with that subset. The mask belongs to the model, not to the thread: calls
-        from other threads are masked too.
+        The logits and what is generated are those of the model loaded with that subset. Router logits stay
+        those of all experts, and so does the balance loss. Inside another `use_experts`, the inner subset
+        holds alone.
+
+        The mask belongs to the model: a second thread that opens a context waits for the first to close, and
+        a call from another thread without a context of its own is masked too.
 
         Args:
             expert_subset (`ExpertSubset`, path, `dict` or list of lists): the experts to route to, shared
-                ones included.
+                ones included, in the numbering of the root model.
 
         Raises:
             SubsetError: if the subset does not fit the model, or drops a shared expert (which a mask cannot).
+            ImportError: if this file is used without the `transformers_emo` package.
 
         Example:
 
@@ -406,24 +438,23 @@ class EmoPreTrainedModel(PreTrainedModel):
 
         ```
         """
-        kept = expert_subset
-        if self._package is not None:
-            kept = self._package.kept_experts(expert_subset, self.config)
+        if self._package is None:
+            raise ImportError(_NEEDS_PACKAGE)
         base = self.base_model
-        masks = [
-            None
-            if ids is None
-            else torch.zeros(layer.num_experts, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
-            for ids, layer in zip(kept, self.config.layer_experts, strict=True)
-        ]
-        previous, base.expert_masks = (
-            base.expert_masks,
-            [None if m is None else m.to(self.device) for m in masks],
-        )
-        try:
-            yield self
-        finally:
-            base.expert_masks = previous
+        masks: list[torch.Tensor | None] = []
+        for ids, layer in zip(
+            self._package.kept_experts(expert_subset, self.config), self.config.layer_experts, strict=True
+        ):
+            mask = torch.zeros(layer.num_experts, dtype=torch.bool, device=self.device)
+            masks.append(
+                None if ids is None else mask.index_fill_(0, torch.tensor(ids, device=self.device), True)
+            )
+        with _mask_locks.setdefault(base, RLock()):
+            previous, base.expert_masks = base.expert_masks, masks
+            try:
+                yield self
+            finally:
+                base.expert_masks = previous
 
     def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):
         """Save the model in the released layout; see `PreTrainedModel.save_pretrained`.
@@ -511,6 +542,9 @@ class EmoModel(EmoPreTrainedModel):
 
     ```
     """
+
+    # What the heads' checkpoints have beside the decoder.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\.", r"^score\."]
 
     def __init__(self, config: EmoConfig):
         super().__init__(config)
@@ -602,7 +636,7 @@ class EmoModel(EmoPreTrainedModel):
             ),
             training=self.training,
             input_ids=input_ids,
-            position_ids=position_ids.expand(inputs_embeds.shape[:2]),
+            position_ids=position_ids.expand(inputs_embeds.shape[:2]),  # type: ignore[union-attr]
             attention_mask=attention_mask,
             rank=_data_parallel_rank(self),
             generator=self.pool_generator,
@@ -676,7 +710,6 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @_resolve_output_router_logits
     @can_return_tuple
     def forward(
         self,
@@ -709,6 +742,8 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             plus, where the router logits are output, `router_aux_loss_coef` times `aux_loss`, the balance
             loss; `ce_loss`.
         """
+        if output_router_logits is None:
+            output_router_logits = _wants_router_logits(self.config, self.training and labels is not None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -739,11 +774,14 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
                     + self.config.router_z_loss_coef * router_z_loss
                     + self.config.lm_z_loss_coef * lm_z
                 )
-        elif output_router_logits:
+        elif output_router_logits and expert_layers:
+            token_mask = None if labels is None else labels != -100
+            if labels is None and attention_mask is not None and attention_mask.dim() == 2:
+                token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # less what is cached
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 expert_layers,
-                token_mask=labels != -100 if labels is not None else attention_mask,
+                token_mask=token_mask,
                 num_items_in_batch=num_items,
             )
             if loss is not None:
@@ -788,11 +826,19 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)
 
 
-class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrainedModel):
+class _OnEmoModel:
+    """Generic heads ask `AutoModel` for their base; it knows none where this code was saved beside a model."""
+
+    def __init__(self, config: EmoConfig):
+        AutoModel.register(type(config), EmoModel, exist_ok=True)
+        super().__init__(config)  # type: ignore[call-arg]
+
+
+class EmoForSequenceClassification(_OnEmoModel, GenericForSequenceClassification, EmoPreTrainedModel):
     """EMO with a classifier on the last token that is not padding (Transformers' generic head)."""
 
 
-class EmoForTokenClassification(GenericForTokenClassification, EmoPreTrainedModel):
+class EmoForTokenClassification(_OnEmoModel, GenericForTokenClassification, EmoPreTrainedModel):
     """EMO with a classifier on every token (Transformers' generic head)."""
 
 

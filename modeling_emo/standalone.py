@@ -9,6 +9,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_emo.EmoConfig",
     "AutoModel": "modeling_emo.EmoModel",
     "AutoModelForCausalLM": "modeling_emo.EmoForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_emo.EmoForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_emo.EmoForTokenClassification",
 }
 
 _PACKAGE = Path(__file__).resolve().parents[1]

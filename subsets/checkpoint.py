@@ -27,6 +27,9 @@ import torch
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
@@ -37,6 +40,8 @@ _DTYPES = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -131,8 +136,7 @@ class LocalFiles:
             if got == 0:
                 raise CheckpointError(
                     f"{self.folder / file} ends at byte {start + filled}, expected {start + len(buffer)}: it "
-                    "was cut "
-                    "short while being read."
+                    "was cut short while being read."
                 )
             filled += got
 
@@ -217,7 +221,7 @@ class LazyTensor:
         """Rows `start` to `stop` of the first dimension (a scalar has one row)."""
         row_shape = self.shape[1:]
         row_numel = math.prod(row_shape)
-        rows = torch.empty((stop - start) * row_numel, dtype=self.cast_to or self.dtype)
+        rows = torch.empty((stop - start) * row_numel, dtype=self.cast_to or self.dtype, device="cpu")
         itemsize = self.dtype.itemsize
         first, last = start * row_numel * itemsize, stop * row_numel * itemsize
         offset = 0  # of the piece in the whole tensor, in bytes
@@ -234,7 +238,7 @@ class LazyTensor:
         if part.dtype == self.dtype:
             self.source.read_into(file, start, _bytes_of(part))
             return
-        raw = torch.empty(part.shape, dtype=self.dtype)
+        raw = torch.empty(part.shape, dtype=self.dtype, device="cpu")
         self.source.read_into(file, start, _bytes_of(raw))
         part.copy_(raw)
 
@@ -294,8 +298,7 @@ class Checkpoint:
         if pickled:
             raise CheckpointError(
                 f"The weights in {folder} are pickled ({pickled[0]}), which cannot be read in part and can "
-                "run code: "
-                "convert them to safetensors first."
+                "run code: convert them to safetensors first."
             )
         raise CheckpointError(
             f"There are no safetensors weights in {folder}: expected {weights} or {index.name}."
@@ -385,8 +388,7 @@ class Checkpoint:
         if len(dtypes) != 1 or size != math.prod(shape) * pieces[0].dtype.itemsize:
             raise CheckpointError(
                 f"Tensors of {size} bytes and dtypes {sorted(map(str, dtypes))} do not make up one of shape "
-                f"{tuple(shape)}: "
-                "config.json and the weights are of different models."
+                f"{tuple(shape)}: config.json and the weights are of different models."
             )
         return LazyTensor(self.source, pieces, pieces[0].dtype, shape)
 
@@ -483,6 +485,8 @@ def _read_header(source: Source, file: str) -> dict[str, TensorSpan]:
     source.read_into(file, 8, memoryview(raw))
     try:
         header = json.loads(raw.decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError(f"expected an object, got a {type(header).__name__}")
         header.pop("__metadata__", None)
         spans = {name: _span(file, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -526,7 +530,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(
             f"The index {path} is damaged ({type(error).__name__}: {error}): download it again."
         ) from error
-    folder = path.parent.absolute()
+    folder = Path(os.path.abspath(path.parent))  # not resolved: the shards themselves may be links
     for name, file in pairs:
         if not isinstance(file, str) or not file or "\0" in file:
             raise CheckpointError(

@@ -83,6 +83,24 @@ class ExpertSubset:
 
     def __post_init__(self):
         object.__setattr__(self, "experts", _checked_ids(self.experts))
+        for name, expected, fits in (
+            ("scores", "one list a layer", lambda v: isinstance(v, list) and len(v) == len(self.experts)),
+            (
+                "root_experts_per_layer",
+                "one number a layer",
+                lambda v: isinstance(v, list) and all(map(_is_id, v)),
+            ),
+            ("num_tokens", "a number", _is_id),
+            ("method", "a name", lambda v: isinstance(v, str)),
+            ("source", "a name", lambda v: isinstance(v, str)),
+            ("revision", "a name", lambda v: isinstance(v, str)),
+        ):
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise SubsetError(f"`{name}` is {value!r}, expected {expected}.")
+        for name in ("drop_shared", "local_ids"):
+            if not isinstance(getattr(self, name), bool):
+                raise SubsetError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the subset as JSON; the file is whole or not there.
@@ -220,12 +238,11 @@ class ExpertSubset:
             if not Path(value).exists() and named is not None and named.is_file():
                 return cls.load(named)
             return cls.load(value)
-        if isinstance(value, Sequence):
-            return cls([*value])
+        if isinstance(value, Sequence) or hasattr(value, "tolist"):
+            return cls(_as_layers(value))
         raise SubsetError(
             f"Cannot read an expert subset from {type(value).__name__}: give an ExpertSubset, a path, a dict "
-            "or a list "
-            "with one list of ids a layer."
+            "or a list with one list of ids a layer."
         )
 
     def for_model(self, config: EmoConfig) -> ExpertSubset:
@@ -259,8 +276,7 @@ class ExpertSubset:
         if self.root_experts_per_layer is not None and list(self.root_experts_per_layer) != root_sizes:
             raise SubsetError(
                 f"The subset was made for another model: one with {self.root_experts_per_layer} experts in "
-                "its layers, "
-                f"and this one has {root_sizes}."
+                f"its layers, and this one has {root_sizes}."
             )
         present = present_experts(config)
         experts = [
@@ -291,8 +307,7 @@ class ExpertSubset:
         if missing:
             raise SubsetError(
                 f"Expert {missing[0]} of layer {index} is not in this model, which is itself a subset "
-                f"holding {present}: "
-                "choose among those or load from the full model."
+                f"holding {present}: choose among those or load from the full model."
             )
         shared = present[layer.num_routed :]
         protected = sorted({*shared, *(present[e] for e in layer.always_active)})
@@ -300,8 +315,7 @@ class ExpertSubset:
         if dropped and not self.drop_shared:
             raise SubsetError(
                 f"The subset drops expert {dropped[0]} of layer {index}, which every token uses (shared or "
-                "always "
-                f"active): add {dropped} to the layer, or set drop_shared=True if it is meant."
+                f"always active): add {dropped} to the layer, or set drop_shared=True if it is meant."
             )
         if not set(ids) - set(protected):
             raise SubsetError(
@@ -427,13 +441,22 @@ def subset_config(config: EmoConfig, subset: ExpertSubset) -> EmoConfig:
         config.always_active_experts_per_layer = None if same else always
     else:
         config.always_active_experts = config.always_active_experts_per_layer = None
-    config.retained_experts = subset.experts
+    config.retained_experts = copy.deepcopy(subset.experts)
     config.root_experts_per_layer = subset.root_experts_per_layer
     config.validate()
     return config
 
 
+def _is_id(value: Any) -> bool:
+    # bool is an int to Python, and true and false are no ids.
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
 def _as_layers(value: Any) -> list:
+    if hasattr(value, "tolist"):  # arrays and tensors
+        value = value.tolist()
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return list(value)
     raise SubsetError(f"Expected one list of expert ids a layer, got {value!r}.")
@@ -446,8 +469,7 @@ def _checked_ids(experts: Iterable) -> list[list[int] | None]:
             checked.append(None)
             continue
         ids = _as_layers(ids)
-        # bool is an int to Python, and true and false are no ids.
-        wrong = [e for e in ids if isinstance(e, bool) or not isinstance(e, Integral) or e < 0]
+        wrong = [e for e in ids if not _is_id(e)]
         if wrong:
             raise SubsetError(f"Layer {index} names expert {wrong[0]!r}: expected integers from 0.")
         doubled = [e for e, count in Counter(ids).items() if count > 1]

@@ -1,13 +1,13 @@
-"""Loading a model with only some of its experts: from a checkpoint on disk to the parameters of the network.
+"""Loading a model with only some of its experts: from a checkpoint to the parameters of the network.
 
 `modeling_emo` calls this module through one hook (`EmoPreTrainedModel._package`). Each stacked parameter is
-    handed to
-Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its business, and
-every expert's bytes are read straight to the place where they stay.
+handed to Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its
+business, and every expert's bytes are read straight to the place where they stay.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -16,14 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from transformers.core_model_loading import WeightConverter
+from transformers.utils import logging
 
 from ..configuration import EmoConfig
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, rows_of
+from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LocalFiles, rows_of
 from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
 
+logger = logging.get_logger(__name__)
+
+_NOT_FOR_CONFIG = (
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+)  # said of the model being loaded, not of the file
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _EXPERT_TENSOR = re.compile(
-    r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight"
+    r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
 )
 _STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_up|down)_proj|gate\.weight)")
 
@@ -52,7 +60,8 @@ def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None
 
     ```
     """
-    subset = ExpertSubset.of(expert_subset)
+    folder = config.name_or_path if os.path.isdir(config.name_or_path or "") else None
+    subset = ExpertSubset.of(expert_subset, folder)
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     return local_experts(subset.for_model(config), config)
@@ -84,26 +93,32 @@ def from_pretrained(
             "Only safetensors weights can be read in part: leave out `use_safetensors=False`."
         )
 
+    base = _base_of_adapter(path)  # where the config and the weights are
     config = kwargs.pop("config", None)
     if not isinstance(config, EmoConfig):
+        aside = {name: kwargs.pop(name) for name in _NOT_FOR_CONFIG if name in kwargs}
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         config, kwargs = EmoConfig.from_pretrained(
-            path if config is None else config, return_unused_kwargs=True, **kwargs
+            base if config is None else config, return_unused_kwargs=True, **kwargs
         )
-        kwargs |= hub
+        kwargs |= hub | aside
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"The weights of {path} are quantised, and their experts cannot be taken apart: take the subset "
-            "of the "
-            "unquantised model, and pass `quantization_config` to quantise it while loading."
+            f"The weights of {path} are quantised, and their experts cannot be taken apart. Take the subset "
+            "of the unquantised model; `quantization_config` quantises it while loading."
         )
-    folder = Path(path, kwargs.get("subfolder") or "") if os.path.isdir(path) else None
+    folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
     subset = ExpertSubset.of(expert_subset, None if folder is None else str(folder)).for_model(config)
     kept = local_experts(subset, config)
     if folder is not None:  # see that the files are whole before the network is built
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
         checkpoint.source.close()
         lazy_parameters(checkpoint, config, kept)
+    if subset.source and _name(subset.source) != _name(base):
+        logger.warning(
+            f"The expert subset was chosen on {subset.source!r} and is loaded from {os.fspath(base)!r}: ids "
+            "mean nothing in another model. Make sure that both are the same."
+        )
     token = _request.set((config, kept))
     try:
         return load(path, *args, config=subset_config(config, subset), **kwargs)
@@ -136,14 +151,14 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
             state_dict is not None or not checkpoint_files or on_disk or load_config.hf_quantizer is not None
         )
         left_alone = left_alone or not all(file.endswith(".safetensors") for file in checkpoint_files)
-        if left_alone or not _has_only_our_mapping(load_config):
+        if left_alone or not _has_our_mapping(load_config):
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
     folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in checkpoint_files]))
     files = [os.path.relpath(os.path.abspath(file), folder) for file in checkpoint_files]
-    checkpoint = Checkpoint.from_files(folder, files)
+    source = LocalFiles(folder)
     try:
         try:
-            tensors = lazy_parameters(checkpoint, config, kept)
+            tensors = lazy_parameters(Checkpoint.from_files(folder, files, source), config, kept)
         except CheckpointError:
             if kept is not None:
                 raise
@@ -151,12 +166,11 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if load_config.hf_quantizer is None:
             _cast_while_reading(tensors, model)
-        # Offloaded parameters are looked up in the checkpoint's files by name, where the whole router would
-        # be found.
+        # Transformers would look up offloaded parameters in the files by name, and find the whole router.
         files_for_offload = None if on_disk else checkpoint_files
         result = load(model, tensors, files_for_offload, load_config, *args, **kwargs)
     finally:
-        checkpoint.source.close()
+        source.close()
     # The tensors came in under the network's own names; saving must still take the experts apart again.
     model._weight_conversions = [
         transform
@@ -209,9 +223,14 @@ def lazy_parameters(
         if match := _EXPERT_TENSOR.fullmatch(name):
             separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
             block = match["block"]
+            expected = (hidden, width) if match["part"] == "down" else (width, hidden)
+            if span.shape != expected:
+                raise CheckpointError(
+                    f"{name} has shape {span.shape}, expected {expected}: config.json and the weights differ."
+                )
         elif match := _STACKED_TENSOR.fullmatch(name):
             layer = int(match["layer"])
-            _check_size(config, layer, span.shape[0])
+            _check_size(config, layer, span.shape[0] if span.shape else 0)
             ids = kept_ids[layer]
             lazies[name] = checkpoint.from_pieces(rows_of(span, ids), (len(ids), *span.shape[1:]))
         else:
@@ -228,13 +247,12 @@ def lazy_parameters(
 
 
 def _check_size(config: EmoConfig, layer: int, present: int) -> None:
-    """See that the checkpoint has as many experts in a layer as its config says."""
+    """See that there is such a layer and that it has as many experts as the config says."""
     expected = config.layer_experts[layer].num_experts if layer < config.num_hidden_layers else 0
-    if present != expected:
+    if present != expected or expected == 0:
         raise CheckpointError(
             f"The checkpoint has {present} experts in layer {layer}, expected {expected}: config.json and "
-            "the weights are "
-            "of different models."
+            "the weights differ."
         )
 
 
@@ -247,10 +265,22 @@ def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
         ):
             if f"layers.{index}.mlp.{parameter}" not in names:
                 raise CheckpointError(
-                    f"The checkpoint lacks layers.{index}.mlp.{parameter}: config.json and the weights are "
-                    "of different "
-                    "models."
+                    f"The checkpoint lacks layers.{index}.mlp.{parameter}: config.json and the weights "
+                    "differ."
                 )
+
+
+def _base_of_adapter(path: str | os.PathLike) -> str | os.PathLike:
+    """The model that a folder with nothing but an adapter belongs to; any other path as it is."""
+    adapter, config = Path(path, "adapter_config.json"), Path(path, "config.json")
+    if adapter.is_file() and not config.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
+    return path
+
+
+def _name(source: str | os.PathLike) -> str:
+    """The last part of a path or repository id, by which a local copy of a repository is known too."""
+    return os.path.basename(os.path.normpath(os.fspath(source)))
 
 
 def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:
@@ -266,6 +296,6 @@ def _is_expert_converter(transform) -> bool:
     return isinstance(transform, WeightConverter) and "mlp.experts." in transform.target_patterns[0]
 
 
-def _has_only_our_mapping(load_config) -> bool:
+def _has_our_mapping(load_config) -> bool:
     """Whether the expert converters are there (a custom key mapping might have replaced them)."""
     return any(_is_expert_converter(transform) for transform in load_config.weight_mapping or [])

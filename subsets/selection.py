@@ -22,7 +22,7 @@ _METHODS = ("global", "random")
 
 def select_experts(
     model: EmoPreTrainedModel | str | os.PathLike,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[str] | str | None = None,
     num_experts: int = 16,
     *,
     method: str = "global",
@@ -44,14 +44,14 @@ def select_experts(
     Args:
         model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to
             load it from.
-        texts (`Sequence[str]`, *optional*): calibration texts; one few-shot prompt of the domain is often
-            enough.
+        texts (`Sequence[str]` or `str`, *optional*): calibration texts; one few-shot prompt of the domain is
+            often enough.
         num_experts (`int`, defaults to 16): experts to keep in each layer. Dense layers stay as they are.
         method (`str`, defaults to `"global"`): `"global"` or `"random"`.
         input_ids (`Sequence[torch.Tensor]`, *optional*): ready batches (B, S) of token ids, instead of texts.
         attention_mask (`Sequence[torch.Tensor]`, *optional*): for each of them a mask (B, S), 0 for padding.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for the texts; found beside the model by default.
-        max_length (`int`, *optional*): cut texts to so many tokens.
+        max_length (`int`, *optional*): cut texts to so many tokens; the model's context by default.
         batch_size (`int`, defaults to 8): texts in one forward pass.
         seed (`int`, defaults to 0): of the random choice.
         progress (`bool`, defaults to `True`): show a progress bar.
@@ -80,32 +80,60 @@ def select_experts(
     network: EmoPreTrainedModel | None
     if isinstance(model, EmoPreTrainedModel):
         network, config, source = model, model.config, model.name_or_path
-    else:
+    elif isinstance(model, str | os.PathLike):
         network, config, source = None, EmoConfig.from_pretrained(model), os.fspath(model)
+    else:
+        raise ValueError(
+            f"Cannot choose experts of {type(model).__name__}: give an EMO model (the one inside a wrapper), "
+            "a folder or a Hub repository."
+        )
     _check_number(config, num_experts)
     if method == "random":
         return _take_best(config, _random_scores(config, seed), num_experts, method, None, source)
-    if input_ids is not None and texts is None:
-        ids = [torch.as_tensor(batch) for batch in input_ids]
-        masks = [torch.ones_like(batch) for batch in ids] if attention_mask is None else attention_mask
-        batches = [(batch, torch.as_tensor(mask)) for batch, mask in zip(ids, masks, strict=True)]
-    elif texts is not None and input_ids is None:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        batches = list(_tokenized(texts, tokenizer, batch_size, max_length))
-    else:
+    if (texts is None) == (input_ids is None):
         raise ValueError("Give either calibration `texts` or ready `input_ids`.")
+    if input_ids is not None:
+        batches = _ready_batches(input_ids, attention_mask)
+    else:
+        if tokenizer is None and not source:
+            raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        texts = [texts] if isinstance(texts, str) else list(texts or [])
+        batches = list(_tokenized(texts, tokenizer, batch_size, max_length or config.max_position_embeddings))
+    if not any(mask.any() for _, mask in batches):
+        raise ValueError("There is no calibration token: give at least one text that is not empty.")
     scores, num_tokens = _mean_probabilities(network or EmoModel.from_pretrained(source), batches, progress)
     return _take_best(config, scores, num_experts, method, num_tokens, source)
 
 
+def _ready_batches(input_ids, attention_mask) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of ids and mask (B, S), from lists of batches or single ones."""
+
+    def as_batches(value) -> list[torch.Tensor]:
+        value = [value] if isinstance(value, torch.Tensor) and value.dim() == 2 else value
+        return [torch.atleast_2d(torch.as_tensor(batch)) for batch in value]
+
+    ids = as_batches(input_ids)
+    masks = (
+        [torch.ones_like(batch) for batch in ids] if attention_mask is None else as_batches(attention_mask)
+    )
+    if [batch.shape for batch in ids] != [mask.shape for mask in masks]:
+        raise ValueError(
+            f"`input_ids` has batches of shape {[tuple(b.shape) for b in ids]} and `attention_mask` of shape "
+            f"{[tuple(m.shape) for m in masks]}: expected the same."
+        )
+    return list(zip(ids, masks, strict=True))
+
+
 def _check_number(config: EmoConfig, num_experts: int) -> None:
+    if not isinstance(num_experts, int):
+        raise SubsetError(f"`num_experts` is {num_experts!r}, expected an integer.")
     for index, layer in enumerate(config.layer_experts):
         protected = len(_protected(layer))
         if not layer.is_dense and not protected < num_experts <= layer.num_experts:
             raise SubsetError(
                 f"Cannot keep {num_experts} experts in layer {index}: it has {layer.num_experts}, of which "
-                f"{protected} are "
-                f"always kept; expected {protected + 1} to {layer.num_experts}."
+                f"{protected} are always kept; expected {protected + 1} to {layer.num_experts}."
             )
 
 
@@ -116,8 +144,8 @@ def _protected(layer: LayerExperts) -> set[int]:
 
 def _tokenized(texts, tokenizer, batch_size, max_length) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     # Padded here, not by the tokenizer: one without a padding token serves as well, and padding never counts.
-    encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)["input_ids"]
-    encoded = [ids for ids in encoded if ids]
+    texts = [text for text in texts if text]
+    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     for start in range(0, len(encoded), batch_size):
         rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded[start : start + batch_size]]
         yield (
@@ -151,8 +179,6 @@ def _mean_probabilities(model, batches, progress) -> tuple[list[torch.Tensor | N
                 total_E[:scored] += probs_TE.sum(0, dtype=torch.float64).cpu()
     finally:
         model.train(training)
-    if num_tokens == 0:
-        raise ValueError("There is no calibration token: give at least one text that is not empty.")
     means = iter(total / num_tokens for total in sums)
     return [None if layer.is_dense else next(means) for layer in model.config.layer_experts], num_tokens
 

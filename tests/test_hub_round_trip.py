@@ -117,6 +117,13 @@ try:
     type(model).from_pretrained("saved-again", expert_subset=[[0, 3]] * 2)
 except ImportError as error:
     out["subset"] = str(error)
+try:
+    model.generate(PROMPT, expert_subset=[[0, 3]] * 2)
+except ImportError as error:
+    out["mask"] = str(error)
+model.save_pretrained("head-source")
+auto_class = transformers.AutoModelForSequenceClassification
+out["head"] = type(auto_class.from_pretrained("head-source", trust_remote_code=True)).__name__
 out["ids"] = AutoTokenizer.from_pretrained("user/emo-test")("Experts group by topic: é, 日本")["input_ids"]
 print(json.dumps(out))
 """
@@ -215,3 +222,8 @@ def test_without_the_package_saving_keeps_the_code(pushed, pulled_alone):
 
 def test_without_the_package_a_subset_says_what_to_install(pulled_alone):
     assert "pip install transformers-emo" in pulled_alone["subset"]
+    assert "pip install transformers-emo" in pulled_alone["mask"]
+
+
+def test_without_the_package_heads_load_too(pulled_alone):
+    assert pulled_alone["head"] == "EmoForSequenceClassification"

@@ -67,11 +67,44 @@ def test_legacy_config_becomes_a_plain_one():
         ({"always_active_experts": [1, 1], "num_shared_experts": 0}, r"always-active experts \[1, 1\]"),
         ({"norm_topk_prob": True}, "norm_topk_prob"),
         ({"retained_experts": [[1]]}, "retained_experts"),
+        ({"retained_experts": [[1], [2]]}, "names 1 experts in layer 0, which has 8"),
+        ({"num_shared_experts": 9}, "more than the 8 experts"),
     ],
 )
 def test_contradictions_are_refused_by_name(changes, message):
     with pytest.raises(Exception, match=message):
         EmoConfig(**{"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 4} | changes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dense_mlp_bias", "num_shared_experts", "norm_topk_prob", "output_router_logits", "attention_bias"]
+    + [
+        "tie_word_embeddings",
+        "use_cache",
+        "router_aux_loss_coef",
+        "hidden_act",
+        "rope_theta",
+        "rope_scaling",
+    ],
+)
+def test_null_in_a_file_means_the_default(name):
+    config = EmoConfig.from_dict({"model_type": "emo", name: None})
+    expected = EmoConfig.from_dict({"model_type": "emo"})
+    assert config.to_dict() == expected.to_dict()
+    assert config.rope_parameters["rope_theta"] == 500000.0
+
+
+def test_integers_and_nulls_within_lists_in_a_file_are_understood():
+    config = EmoConfig.from_dict(
+        {
+            "router_aux_loss_coef": 0,
+            "num_hidden_layers": 2,
+            "always_active_experts_per_layer": [None, [1]],
+        }
+    )
+    assert config.router_aux_loss_coef == 0.0
+    assert config.always_active_experts_per_layer == [[], [1]]
 
 
 def test_wrong_type_is_refused():

@@ -321,6 +321,8 @@ class TestModel:
             model(INPUT_IDS, document_pool=True)
         with pytest.raises(ValueError, match="give `document_ids`"):
             model(inputs_embeds=model.model.embed_tokens(INPUT_IDS), document_pool=4)
+        with pytest.raises(ValueError, match="needs `config.document_pool_min` and `document_pool_max`"):
+            make_model().train()(INPUT_IDS, document_pool=True)
         cache = model(INPUT_IDS, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="behind tokens in a cache"):
             model(INPUT_IDS, past_key_values=cache, document_pool=4)

@@ -41,6 +41,27 @@ def test_gradient_reaches_routed_logits_only():
     assert logits.grad[:, :6].abs().sum() > 0 and torch.equal(logits.grad[:, 6:], torch.zeros(10, 2))
 
 
+def test_batch_without_a_counted_token_has_no_loss():
+    logits = torch.randn(4, 8, requires_grad=True)
+    loss = load_balancing_loss([logits], [LayerExperts(8, 1, (), 3)], token_mask=torch.zeros(4))
+    loss.backward()
+    assert loss == 0 and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize(
+    "layer", [LayerExperts(8, 1, (), 1), LayerExperts(1, 1, (), 1), LayerExperts(8, 0, (0, 1), 2)]
+)
+def test_layer_without_a_choice_has_nothing_to_balance(layer):
+    assert load_balancing_loss([torch.randn(4, layer.num_experts)], [layer]) == 0
+
+
+def test_always_active_expert_among_the_shared_ones_is_left_out_once():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 8)
+    loss = load_balancing_loss([logits], [LayerExperts(8, 1, (7,), 3)])
+    assert torch.isfinite(loss) and loss > 0
+
+
 def test_layers_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="router logits of 1 layers and the experts of 2"):
         load_balancing_loss([torch.zeros(2, 4)], [LayerExperts(4, 0, (), 1)] * 2)

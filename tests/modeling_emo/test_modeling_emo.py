@@ -1,6 +1,8 @@
 """The network in all its released variants, against a naive one; and how it lives with Transformers."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import reference
@@ -15,6 +17,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     StaticCache,
+    Trainer,
+    TrainingArguments,
 )
 from transformers_emo import EmoConfig, EmoForCausalLM, EmoModel
 
@@ -164,6 +168,31 @@ class TestOutputRouterLogits:
         model.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["output_router_logits"] is True
 
+    @pytest.mark.parametrize(
+        "kwargs", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str
+    )
+    def test_generating_in_training_mode_works_with_left_padding(self, make_checkpoint, edit_json, kwargs):
+        folder = make_checkpoint()
+        edit_json(folder / "config.json", output_router_logits=True)
+        model = AutoModelForCausalLM.from_pretrained(folder).train()
+        mask = torch.ones_like(INPUT_IDS)
+        mask[1, :3] = 0
+        for always in ("training", True):
+            model.config.output_router_logits = always
+            ids = model.generate(INPUT_IDS, attention_mask=mask, max_new_tokens=2, do_sample=False, **kwargs)
+            assert ids.shape == (2, 9)
+
+    def test_model_without_expert_layers_trains(self, make_model):
+        model = make_model(
+            num_experts_per_layer=[0, 0, 0], dense_intermediate_size=16, output_router_logits="training"
+        )
+        out = model.train()(INPUT_IDS, labels=INPUT_IDS)
+        assert out.aux_loss is None and torch.equal(out.loss, out.ce_loss)
+
+    def test_arguments_by_position_are_understood(self, make_model):
+        out = make_model()(INPUT_IDS, None, None, None, None, INPUT_IDS, None, True)
+        assert out.aux_loss is not None
+
     def test_asking_for_them_works_in_every_way(self, make_checkpoint):
         folder = make_checkpoint()
         model = AutoModelForCausalLM.from_pretrained(folder, output_router_logits=True)
@@ -259,6 +288,32 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_model, use_reentra
     model(INPUT_IDS, labels=INPUT_IDS).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_released_names_load_with_plain_load_state_dict(make_checkpoint, make_model):
+    # As the Trainer does when it resumes: left to itself it would keep the initial experts, silently.
+    expected = make_model(seed=0)
+    model = make_model(seed=1)
+    tensors = load_file(make_checkpoint(seed=0) / "model.safetensors")
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert missing == [] and unexpected == []
+    assert torch.equal(model(INPUT_IDS).logits, expected(INPUT_IDS).logits)
+
+
+def test_trainer_predictions_are_the_logits(make_model, tmp_path):
+    data = [{"input_ids": row, "labels": row} for row in INPUT_IDS]
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    predictions = Trainer(make_model(), arguments, eval_dataset=data).predict(data).predictions
+    assert predictions.shape == (2, 7, 96)
+
+
+def test_models_can_be_copied_and_pickled(make_model):
+    model = make_model()
+    expected = model(INPUT_IDS).logits
+    with model.use_experts([[0, 1, 2, 11]] * 3):
+        pass
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(INPUT_IDS).logits, expected)
 
 
 def test_untrained_weights_are_truncated_normal_and_loaded_ones_untouched(make_checkpoint):

@@ -24,7 +24,11 @@ def subsets_of(size: int, shared: int, layers: int = 2):
 
 
 @settings(deadline=None)
-@given(subsets_of(8, 1), st.none() | st.text(max_size=5), st.none() | st.integers(0, 10**9))
+@given(
+    subsets_of(8, 1),
+    st.none() | st.text(max_size=5),
+    st.none() | st.integers(0, 10**9),
+)
 def test_json_round_trip_keeps_everything(tmp_path_factory, experts, method, num_tokens):
     scores = [[0.5, None] * 4, None]
     subset = ExpertSubset(experts, scores=scores, method=method, num_tokens=num_tokens, source="me/emo")
@@ -37,7 +41,8 @@ def test_json_round_trip_keeps_everything(tmp_path_factory, experts, method, num
 def test_ids_are_sorted_and_plain_integers():
     np = pytest.importorskip("numpy")
     assert json.dumps(ExpertSubset([np.array([5, 2, 7]).tolist(), (7, 1)]).experts) == "[[2, 5, 7], [1, 7]]"
-    assert ExpertSubset([[np.int64(3)]]).experts == [[3]]
+    assert ExpertSubset([[np.int64(3)], {9, 2}]).experts == [[3], [2, 9]]
+    assert ExpertSubset.of(np.array([[5, 1], [2, 3]])).experts == [[1, 5], [2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,9 @@ def test_malformed_ids_are_refused(experts, message):
         ('{"experts": [[1]], "version": 2}', "version 2"),
         ('{"experts": [[1]], "format": "other"}', "'other'"),
         ('{"experts": [[1]], "colour": 3}', "Unknown keys ['colour']"),
+        ('{"experts": [[1]], "drop_shared": "no"}', "`drop_shared` is 'no', expected true or false"),
+        ('{"experts": [[1]], "root_experts_per_layer": 32}', "`root_experts_per_layer` is 32"),
+        ('{"experts": [[1]], "scores": 3}', "`scores` is 3"),
     ],
 )
 def test_files_that_are_no_subsets_are_refused_with_their_name(tmp_path, content, message):

@@ -1,10 +1,12 @@
 """Loading part of a model: the right numbers, only the wanted bytes, one clear error for what cannot be."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -193,6 +195,53 @@ class TestComposition:
         )
         assert model.config._attn_implementation == "eager"
         assert model.config._experts_implementation == "batched_mm"
+
+    @pytest.mark.parametrize("kwargs", [{"dtype": "auto"}, {"torch_dtype": "auto"}], ids=str)
+    def test_automatic_dtype_of_a_class(self, make_checkpoint, kwargs):
+        model = EmoForCausalLM.from_pretrained(make_checkpoint(), expert_subset=UNIFORM, **kwargs)
+        assert model.dtype == torch.float32
+
+    def test_path_with_dots_and_links(self, make_checkpoint, tmp_path, monkeypatch):
+        folder = make_checkpoint(shards=True)
+        linked = tmp_path / "snapshot"
+        linked.mkdir()
+        for file in folder.iterdir():  # as in the cache of the Hub
+            (linked / file.name).symlink_to(file)
+        monkeypatch.chdir(tmp_path)
+        for path in (f"../{tmp_path.name}/snapshot", linked, folder / ".." / folder.name):
+            model = AutoModelForCausalLM.from_pretrained(path, expert_subset=UNIFORM)
+            assert model.config.num_experts == 5
+
+    def test_default_device(self, make_checkpoint):
+        folder = make_checkpoint()
+        lazies = lazy_parameters(
+            Checkpoint.from_folder(folder), EmoForCausalLM.config_class.from_pretrained(folder), UNIFORM
+        )
+        with torch.device("meta"):
+            assert lazies["model.layers.0.mlp.gate.weight"][...].device.type == "cpu"
+
+    def test_adapter_folder_loads_the_subset_of_its_base(self, make_checkpoint, tmp_path):
+        peft = pytest.importorskip("peft", reason="peft is an optional part of Transformers")
+        folder = make_checkpoint()
+        base = EmoForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+        adapted = peft.get_peft_model(
+            base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        )
+        adapted.peft_config["default"].base_model_name_or_path = os.fspath(folder)
+        adapted.save_pretrained(tmp_path)
+        expected = forward(adapted)
+        for cls in (EmoForCausalLM, AutoModelForCausalLM):
+            assert torch.equal(forward(cls.from_pretrained(tmp_path, expert_subset=UNIFORM)), expected)
+
+    def test_subset_of_another_model_is_warned_of(self, make_checkpoint, caplog):
+        folder = make_checkpoint()
+        subset = ExpertSubset(UNIFORM, source="allenai/StdMoE_1b14b_1T")
+        transformers_logger = logging.getLogger("transformers")
+        transformers_logger.propagate = True
+        package_logger = logging.getLogger("transformers_emo")
+        with caplog.at_level("WARNING", logger=package_logger.name):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=subset)
+        assert "chosen on 'allenai/StdMoE_1b14b_1T'" in caplog.text
 
     def test_device_map_auto(self, make_checkpoint):
         folder = make_checkpoint()
@@ -385,6 +434,26 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="has 12 experts in layer 0, expected 16"):
             AutoModelForCausalLM.from_pretrained(folder, expert_subset=[[0, 1, 15]] * 3)
 
+    def test_experts_of_another_shape(self, make_checkpoint):
+        folder = make_checkpoint()
+        tensors = load_file(folder / "model.safetensors")
+        turned = {n: t.T.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+        save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"has shape \(32, 24\), expected \(24, 32\)|shape"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
+    @pytest.mark.parametrize("shape", [(), (0, 32), (12, 32)])
+    @pytest.mark.parametrize("layer", [0, 9])
+    def test_damaged_router(self, make_checkpoint, shape, layer):
+        folder = make_checkpoint()
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.zeros(shape)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if (shape, layer) == ((12, 32), 0):
+            return  # that one is in order
+        with pytest.raises(CheckpointError, match=f"experts in layer {layer}"):
+            AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
+
     def test_state_dict_and_quantised_weights(self, make_checkpoint, edit_json):
         folder = make_checkpoint()
         with pytest.raises(ValueError, match="cannot go with `state_dict`"):
@@ -413,6 +482,19 @@ class TestMasks:
             assert not torch.equal(forward(model), before)
             raise RuntimeError("stop")
         assert torch.equal(forward(model), before)
+
+    def test_threads_with_subsets_of_their_own_do_not_mix(self, make_model):
+        model = make_model()
+        subsets = [UNIFORM, PER_LAYER]
+
+        def generate(index):
+            return model.generate(INPUT_IDS, expert_subset=subsets[index], max_new_tokens=8, do_sample=False)
+
+        expected = [generate(0), generate(1)]
+        with ThreadPoolExecutor(4) as pool:
+            for index, ids in enumerate(pool.map(generate, [0, 1] * 6)):
+                assert torch.equal(ids, expected[index % 2])
+        assert model.model.expert_masks == [None] * 3
 
     def test_masks_nest(self, make_model):
         model = make_model()
@@ -465,6 +547,24 @@ def test_whole_model_is_read_without_the_checkpoint_staying_mapped(make_checkpoi
         assert os.fspath(folder) not in Path("/proc/self/maps").read_text()
     (folder / "model.safetensors").write_bytes(b"")  # what is loaded does not depend on the file
     assert torch.isfinite(forward(model)).all()
+
+
+def test_whole_model_with_experts_turned_round_is_refused(make_checkpoint):
+    folder = make_checkpoint()
+    tensors = load_file(folder / "model.safetensors")
+    turned = {n: t.T.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+    save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatch"):
+        EmoForCausalLM.from_pretrained(folder)
+
+
+def test_whole_model_beside_tensors_of_rare_dtypes_loads(make_checkpoint):
+    folder = make_checkpoint()
+    expected = forward(EmoForCausalLM.from_pretrained(folder))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["extra"] = torch.zeros(3, dtype=torch.uint32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(forward(EmoForCausalLM.from_pretrained(folder)), expected)
 
 
 def test_whole_model_with_other_shapes_is_left_to_transformers(make_checkpoint, edit_json):

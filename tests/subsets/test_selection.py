@@ -124,3 +124,36 @@ def test_texts_choose_better_than_chance_on_a_trained_model():
 def test_what_cannot_be_chosen_is_refused(make_model, kwargs, error, message):
     with pytest.raises(error, match=message):
         select_experts(make_model(), **{"input_ids": [INPUT_IDS], "progress": False} | kwargs)
+
+
+def test_one_text_and_one_batch_are_taken_as_such(make_model):
+    text = "Theorem plus_comm"
+    one = select_experts(TOY, text, 8, progress=False)
+    assert one.num_tokens == select_experts(TOY, [text], 8, progress=False).num_tokens < len(text)
+    model = make_model()
+    expected = select_experts(model, input_ids=[INPUT_IDS], num_experts=4, progress=False)
+    for batch in (INPUT_IDS, INPUT_IDS.tolist(), [INPUT_IDS.tolist()]):
+        assert (
+            select_experts(model, input_ids=batch, num_experts=4, progress=False).experts == expected.experts
+        )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"texts": []}, "no calibration token"),
+        ({"texts": ["", ""]}, "no calibration token"),
+        ({"texts": ["a"], "num_experts": 4.0}, "`num_experts` is 4.0"),
+        ({"input_ids": [INPUT_IDS], "attention_mask": [INPUT_IDS[:, :3]]}, "expected the same"),
+    ],
+)
+def test_misuse_has_a_clear_error(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        select_experts(TOY, **{"num_experts": 4, "progress": False} | kwargs)
+
+
+def test_wrappers_and_models_from_nowhere_say_what_to_give(make_model):
+    with pytest.raises(ValueError, match="the one inside a wrapper"):
+        select_experts(torch.nn.Sequential(make_model()), ["a"], 4)
+    with pytest.raises(ValueError, match="give the `tokenizer`"):
+        select_experts(make_model(), ["a"], 4)
