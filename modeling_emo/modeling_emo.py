@@ -827,7 +827,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
 
 
 class _OnEmoModel:
-    """Generic heads ask `AutoModel` for their base; it knows none where this code was saved beside a model."""
+    """Generic heads ask `AutoModel` for their base; it knows none where this code stands beside a model."""
 
     def __init__(self, config: EmoConfig):
         AutoModel.register(type(config), EmoModel, exist_ok=True)
