@@ -31,6 +31,7 @@ _OWN_DEFAULTS = {
     "document_pool_max": None,
     "document_pool_eval": None,
     "document_boundaries": "eos",
+    "attention_within_documents": False,
     "balance_loss_coef": 0.1,
     "router_z_loss_coef": 0.001,
     "lm_z_loss_coef": 1e-5,
@@ -118,6 +119,8 @@ class EmoConfig(PreTrainedConfig):
         document_boundaries (`str`, defaults to `"eos"`): where the segments of routing begin, unless a call
             says: `"eos"` at every EOS token (as EMO was trained), `"after_eos"` after it, `"position_ids"`
             where position ids start again.
+        attention_within_documents (`bool`, defaults to `False`): in training, tokens attend to their own
+            document only. EMO was trained so; its baselines were not.
         balance_loss_coef (`float`, defaults to 0.1): weight of the balance loss of training with pools.
         router_z_loss_coef (`float`, defaults to 0.001): weight of the routers' z-loss, with pools.
         lm_z_loss_coef (`float`, defaults to 1e-5): weight of the z-loss of the language-model head, with
@@ -211,6 +214,7 @@ class EmoConfig(PreTrainedConfig):
     document_pool_max: int | None = None
     document_pool_eval: int | None = None
     document_boundaries: Literal["eos", "after_eos", "position_ids"] = "eos"
+    attention_within_documents: bool = False
     balance_loss_coef: float = 0.1
     router_z_loss_coef: float = 0.001
     lm_z_loss_coef: float = 1e-5

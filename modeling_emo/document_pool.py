@@ -279,6 +279,8 @@ def find_segments(
     request: PoolRequest,
     input_ids: torch.Tensor | None,
     position_ids: torch.Tensor | None,
+    *,
+    eos_opens: bool,
 ) -> torch.Tensor:
     """The document of each token, (B, S), from the best source there is.
 
@@ -290,6 +292,7 @@ def find_segments(
         request (`PoolRequest`): what the caller said.
         input_ids (`torch.Tensor`, *optional*): (B, S), for EOS.
         position_ids (`torch.Tensor`, *optional*): (B, S).
+        eos_opens (`bool`): whether an EOS belongs to the segment after it or before it, where EOS decides.
 
     Raises:
         ValueError: if the config asks for EOS tokens or position ids that are not there.
@@ -301,7 +304,7 @@ def find_segments(
     >>> from transformers_emo import EmoConfig
     >>> from transformers_emo.modeling_emo.document_pool import PoolRequest, find_segments
     >>> ids = torch.tensor([[5, 6, 1, 7]])
-    >>> find_segments(EmoConfig(eos_token_id=1), PoolRequest(), ids, None).tolist()
+    >>> find_segments(EmoConfig(eos_token_id=1), PoolRequest(), ids, None, eos_opens=True).tolist()
     [[0, 0, 1, 1]]
 
     ```
@@ -325,7 +328,7 @@ def find_segments(
             "Documents are told apart by EOS tokens, and there are no `input_ids` or no `eos_token_id`: give "
             "`document_ids`."
         )
-    return segments_from_eos(input_ids, config.eos_token_id, eos_opens=config.document_boundaries == "eos")
+    return segments_from_eos(input_ids, config.eos_token_id, eos_opens=eos_opens)
 
 
 def document_pools(
@@ -390,7 +393,8 @@ def document_pools(
             f"A document pool of {size} is smaller than the {picked} routed experts a token picks."
         )
 
-    segment_T = flatten_segments(find_segments(config, request, input_ids, position_ids))
+    eos_opens = config.document_boundaries == "eos"
+    segment_T = flatten_segments(find_segments(config, request, input_ids, position_ids, eos_opens=eos_opens))
     token_mask_T = None
     if attention_mask is not None and attention_mask.dim() == 2:
         token_mask_T = attention_mask.bool().flatten()

@@ -24,7 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -43,7 +43,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
-from .document_pool import DocumentPools, PoolRequest, document_pools, pool_mask
+from .document_pool import DocumentPools, PoolRequest, document_pools, find_segments, pool_mask
 from .losses import RouterStatistics, document_pool_losses, lm_z_loss, load_balancing_loss
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
@@ -577,6 +577,7 @@ class EmoModel(EmoPreTrainedModel):
         document_pool: int | bool | None = None,
         document_pool_sizes: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        attention_within_documents: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EmoModelOutputWithPast:
         """Run the decoder.
@@ -595,6 +596,8 @@ class EmoModel(EmoPreTrainedModel):
                 segment, in the order of rows and of segments within them.
             document_ids (`torch.Tensor`, *optional*): (B, S) the document of each token; otherwise `seq_idx`,
                 `cu_seq_lens_q` or what `config.document_boundaries` says.
+            attention_within_documents (`bool`, *optional*): let tokens attend to their own document only; an
+                EOS is the last token of its document here. By default as the config says, in training.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
@@ -617,23 +620,38 @@ class EmoModel(EmoPreTrainedModel):
             position_ids = (
                 torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             ).unsqueeze(0)
+        request = PoolRequest(
+            document_pool,
+            document_pool_sizes,
+            document_ids,
+            kwargs.get("seq_idx"),
+            kwargs.get("cu_seq_lens_q"),
+        )
+        if attention_within_documents is None:
+            attention_within_documents = self.training and self.config.attention_within_documents
+        same_document = None
+        if attention_within_documents:
+            if "flash" in self.config._attn_implementation:
+                raise ValueError(
+                    "Flash attention keeps documents apart by `cu_seq_lens_q` alone: give those, or use "
+                    "sdpa, eager or "
+                    "flex attention for `attention_within_documents`."
+                )
+            # Here an EOS closes its own document: the token after it starts the next one.
+            segments_BS = find_segments(self.config, request, input_ids, position_ids, eos_opens=False)
+            same_document = packed_sequence_mask_function(segments_BS)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            and_mask_function=same_document,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         pools = document_pools(
             self.config,
-            PoolRequest(
-                document_pool,
-                document_pool_sizes,
-                document_ids,
-                kwargs.get("seq_idx"),
-                kwargs.get("cu_seq_lens_q"),
-            ),
+            request,
             training=self.training,
             input_ids=input_ids,
             position_ids=position_ids.expand(inputs_embeds.shape[:2]),  # type: ignore[union-attr]

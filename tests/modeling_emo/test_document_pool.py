@@ -1,6 +1,8 @@
 """Document pools: segments, choices and losses, against the authors' training code and naive loops."""
 
 import json
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -332,3 +334,96 @@ class TestModel:
         config = AutoModelForCausalLM.from_pretrained(tmp_path).config
         assert {name: getattr(config, name) for name in POOLS} == POOLS
         assert config.balance_loss_coef == 0.2
+
+
+class TestAttentionWithinDocuments:
+    """A packed row gives the logits of each document alone."""
+
+    DOCUMENTS = ([5, 17, 1], [33, 8, 90, 44, 1], [3, 71])  # an EOS (1) closes its document
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+    def test_packed_logits_are_those_of_each_document_alone(self, make_model, attention):
+        model = make_model(hidden_size=64)
+        model.set_attn_implementation(attention)
+        packed = torch.tensor([sum(self.DOCUMENTS, [])])
+        with torch.no_grad():
+            # Positions go on from document to document, but rotary embeddings only know distances.
+            logits = model(packed, attention_within_documents=True, use_cache=False).logits[0]
+            for document, part in zip(self.DOCUMENTS, logits.split([3, 5, 2]), strict=True):
+                alone = model(torch.tensor([document])).logits[0]
+                torch.testing.assert_close(part, alone, atol=1e-4, rtol=1e-4)
+            plain = model(packed, use_cache=False).logits[0]
+        assert not torch.allclose(plain[-1], logits[-1], atol=1e-3)
+
+    def test_it_is_a_switch_of_its_own_and_on_in_training(self, make_model):
+        model = make_model(attention_within_documents=True)
+        packed = torch.tensor([sum(self.DOCUMENTS, [])])
+        with torch.no_grad():
+            plain, within = model(packed).logits, model(packed, attention_within_documents=True).logits
+            assert not torch.allclose(plain, within, atol=1e-3)
+            assert torch.equal(model.train()(packed).logits, within)
+            assert torch.equal(model(packed, attention_within_documents=False).logits, plain)
+
+    def test_padding_and_given_documents_compose(self, make_model):
+        model = make_model()
+        packed = torch.tensor([[0, 0, 5, 17, 33, 8, 90]])
+        mask = (packed != 0).long()
+        documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+        kwargs = {"attention_mask": mask, "document_ids": documents, "attention_within_documents": True}
+        with torch.no_grad():
+            logits = model(packed, **kwargs).logits[0, 4:]
+            alone = model(torch.tensor([[33, 8, 90]])).logits[0]
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+
+
+_TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers_emo import EmoForCausalLM
+
+folder, mode = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = EmoForCausalLM.from_pretrained(folder).train()
+data = torch.load(f"{folder}/data.pt")
+ids, sizes = data["ids"][2 * rank : 2 * rank + 2], data["sizes"][rank]
+kwargs = {"num_items_in_batch": data["items"]} if mode == "items" else {}
+wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+out = wrapped(ids, labels=ids, document_pool_sizes=sizes, **kwargs)
+# With a number of items losses are shares of a sum, which the Trainer multiplies by the number of ranks.
+scale = dist.get_world_size() if mode == "items" else 1
+(out.loss * scale).backward()
+aux = out.aux_loss.detach().clone() * scale
+dist.all_reduce(aux)
+if rank == 0:
+    result = {"aux": aux / dist.get_world_size(), "grads": {n: p.grad for n, p in model.named_parameters()}}
+    torch.save(result, f"{folder}/result.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mode", ["mean", "items"])
+def test_two_ranks_give_the_balance_and_gradients_of_the_joined_batch(make_model, tmp_path, mode):
+    torch.manual_seed(0)
+    model = make_model(**POOLS).train()
+    ids = torch.randint(2, 96, (4, 12))
+    ids[:, 5] = 1  # two documents a row
+    sizes = torch.randint(3, 12, (3, 8))
+    items = 4 * 11 if mode == "items" else None
+    out = model(ids, labels=ids, document_pool_sizes=sizes, num_items_in_batch=items)
+    out.loss.backward()
+
+    model.save_pretrained(tmp_path)
+    data = {"ids": ids, "sizes": [sizes[:, :4], sizes[:, 4:]], "items": items}
+    torch.save(data, tmp_path / "data.pt")
+    script = tmp_path / "two_ranks.py"
+    script.write_text(_TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(script), str(tmp_path), mode], check=True, capture_output=True, timeout=120)
+    result = torch.load(tmp_path / "result.pt")
+    torch.testing.assert_close(result["aux"], out.aux_loss.detach(), atol=1e-6, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(result["grads"][name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
