@@ -71,6 +71,10 @@ import transformers_emo
 out = {"pulled": facts(AutoModelForCausalLM.from_pretrained("user/emo-test"))}
 out["pinned"] = facts(AutoModelForCausalLM.from_pretrained("user/emo-test", revision=COMMIT))
 out["private"] = facts(AutoModelForCausalLM.from_pretrained("user/emo-private"))
+subset = AutoModelForCausalLM.from_pretrained("user/emo-test", expert_subset=[[0, 3], [1, 3]])
+out["subset"] = facts(subset)
+subset.push_to_hub("user/emo-subset")
+out["subset pulled"] = facts(AutoModelForCausalLM.from_pretrained("user/emo-subset"))
 out["ids"] = AutoTokenizer.from_pretrained("user/emo-test")("Experts group by topic: é, 日本")["input_ids"]
 print(json.dumps(out))
 """
@@ -169,6 +173,12 @@ def test_a_pinned_revision_is_what_it_was(pushed, pulled):
     _, facts = pushed
     assert same(pulled["pinned"], facts["first"])
     assert facts["first"]["tensors"] != facts["second"]["tensors"]
+
+
+def test_a_subset_is_taken_from_the_hub_and_stands_alone_there(pulled):
+    assert pulled["subset"]["config"]["retained_experts"] == [[0, 3], [1, 3]]
+    assert pulled["subset"]["tensors"]["model.layers.0.mlp.gate.weight"][0] == [2, 16]
+    assert same(pulled["subset"], pulled["subset pulled"])
 
 
 def test_the_tokenizer_comes_back(pushed, pulled):
