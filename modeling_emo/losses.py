@@ -225,6 +225,8 @@ def lm_z_loss(
     ```
     """
     counted = labels[:, 1:] != -100
-    squares = logits.float().logsumexp(dim=-1)[:, :-1].square()  # sliced last: a slice of the logits is a copy
+    squares = (
+        logits.float().logsumexp(dim=-1)[:, :-1].square()
+    )  # sliced last: a slice of the logits is a copy
     total = (squares * counted).sum()
     return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

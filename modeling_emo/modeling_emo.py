@@ -49,8 +49,7 @@ from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
 _NEEDS_PACKAGE = "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
-# Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, locks cannot
-# be.
+# Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, unlike locks.
 _mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 

@@ -24,11 +24,8 @@ from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_conf
 
 logger = logging.get_logger(__name__)
 
-_NOT_FOR_CONFIG = (
-    "dtype",
-    "torch_dtype",
-    "quantization_config",
-)  # said of the model being loaded, not of the file
+# Said of the model being loaded, not of what its file says.
+_NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _EXPERT_TENSOR = re.compile(
     r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
