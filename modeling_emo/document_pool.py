@@ -285,7 +285,8 @@ def find_segments(
     """The document of each token, (B, S), from the best source there is.
 
     That is, in this order: `document_ids`, `seq_idx` or `cu_seq_lens_q` of the request, then what
-    `config.document_boundaries` says.
+    `config.document_boundaries` says. `document_ids` are those of routing; where an EOS opens its segment
+    there, it is given back to the document before it for `eos_opens=False`.
 
     Args:
         config (`EmoConfig`): the model's config.
@@ -309,9 +310,20 @@ def find_segments(
 
     ```
     """
-    for given in (request.document_ids, request.seq_idx):
-        if given is not None:
-            return given
+    if request.document_ids is not None:
+        if (
+            eos_opens
+            or config.document_boundaries != "eos"
+            or input_ids is None
+            or config.eos_token_id is None
+        ):
+            return request.document_ids
+        # Given as for routing, where an EOS opens a segment: here it belongs to the document before it.
+        is_eos = torch.isin(input_ids, torch.as_tensor(config.eos_token_id, device=input_ids.device))
+        before = torch.cat([request.document_ids[:, :1], request.document_ids[:, :-1]], dim=1)
+        return torch.where(is_eos, before, request.document_ids)
+    if request.seq_idx is not None:
+        return request.seq_idx
     if request.cu_seq_lens_q is not None:
         tokens = input_ids if input_ids is not None else position_ids
         if tokens is None:

@@ -364,6 +364,16 @@ class TestAttentionWithinDocuments:
             assert torch.equal(model.train()(packed).logits, within)
             assert torch.equal(model(packed, attention_within_documents=False).logits, plain)
 
+    def test_segments_of_routing_given_by_hand_make_the_same_attention(self, make_model):
+        model = make_model()
+        packed = torch.tensor([[5, 17, 1, 1, 8, 90, 1, 3, 71, 1]])  # with a doubled and a trailing EOS
+        given = segments_from_eos(packed, 1, eos_opens=True)
+        with torch.no_grad():
+            logits = model(packed, attention_within_documents=True).logits
+            assert torch.equal(
+                model(packed, attention_within_documents=True, document_ids=given).logits, logits
+            )
+
     def test_padding_and_given_documents_compose(self, make_model):
         model = make_model()
         packed = torch.tensor([[0, 0, 5, 17, 33, 8, 90]])
