@@ -2,9 +2,10 @@
 
     python benchmarks/document_pools.py [--hidden 1024] [--tokens 4096] [--documents 16]
 
-A step is forward, loss and backward of a model with 128 experts (8 taken for a token) over one packed row. Steps with pools and
-without alternate, after one of each that does not count. Three rows, ratio first: routing alone (the released balance loss in
-both), with the pools' own losses, and the router with its pools alone against the expert block.
+A step is forward, loss and backward of a model with 128 experts (8 taken for a token) over one packed row.
+Steps with pools and without alternate, after one of each that does not count. Three rows, ratio first: with
+the cross entropy alone in both, with the pools' own losses, and the router with its pools against the expert
+block.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import statistics
 import time
 
 import torch
-
 from transformers_emo import EmoConfig, EmoForCausalLM
 from transformers_emo.modeling_emo.document_pool import PoolRequest, document_pools
 
@@ -34,7 +34,9 @@ def ratio(a, b, runs: int) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=4096)
