@@ -1,5 +1,14 @@
-"""Training EMO: choosing what trains."""
+"""Training EMO: adapters that know their experts, and the choice of what trains."""
 
+from .adapters import expand_adapter, load_adapter, lora_config, save_adapter
 from .fine_tuning import KeepFrozenRows, keep_frozen_rows, train_only
 
-__all__ = ["KeepFrozenRows", "keep_frozen_rows", "train_only"]
+__all__ = [
+    "KeepFrozenRows",
+    "expand_adapter",
+    "keep_frozen_rows",
+    "load_adapter",
+    "lora_config",
+    "save_adapter",
+    "train_only",
+]
