@@ -1,5 +1,16 @@
-"""Training EMO: what `Trainer` needs beside the model."""
+"""Training EMO: batches for `Trainer`, adapters that know their experts, and the choice of what trains."""
 
+from .adapters import expand_adapter, load_adapter, lora_config, save_adapter
 from .collator import DocumentCollator
+from .fine_tuning import KeepFrozenRows, keep_frozen_rows, train_only
 
-__all__ = ["DocumentCollator"]
+__all__ = [
+    "DocumentCollator",
+    "KeepFrozenRows",
+    "expand_adapter",
+    "keep_frozen_rows",
+    "load_adapter",
+    "lora_config",
+    "save_adapter",
+    "train_only",
+]

@@ -1,0 +1,245 @@
+"""LoRA on EMO: what can be adapted, and that an adapter stays with the experts it was trained on."""
+
+import json
+import sys
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers_emo import EmoForCausalLM, SubsetError
+from transformers_emo.training import expand_adapter, load_adapter, lora_config, save_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+
+TARGETS = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "stacked": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "names_on_disk": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "router": {"target_parameters": ["mlp.gate.weight"]},
+    "all_at_once": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"],
+    },
+}
+SUBSET = [[0, 3, 5, 8, 11], [1, 2, 9, 10, 11], [0, 4, 6, 7, 11]]
+OTHER = [[0, 3, 5, 8, 11], [1, 2, 3, 10, 11], [0, 4, 6, 7, 11]]
+UNEVEN = [[0, 3, 5, 8, 11], [1, 2, 11], [0, 4, 6, 7, 9, 10, 11]]
+TOKENS = torch.randint(2, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def load(make_checkpoint):
+    """Load a small model, whole or in part; always the same weights."""
+    folder = make_checkpoint(output_router_logits=False)
+
+    def load(subset=None, **kwargs):
+        return EmoForCausalLM.from_pretrained(folder, expert_subset=subset, **kwargs)
+
+    return load
+
+
+def fill(model, seed=7):
+    """Give every factor of an adapter values: as PEFT starts, one of each pair is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("subset", [None, SUBSET], ids=["full", "subset"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_trains_saves_loads_and_merges(load, tmp_path, target, subset, implementation):
+    base = load(subset, experts_implementation=implementation)
+    model = get_peft_model(base, lora_config(base, r=2, lora_alpha=4, **TARGETS[target])).train()
+    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(3):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+    expected = logits(model.eval())
+    plain = logits(load(subset))
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(load(subset, experts_implementation=implementation), tmp_path)
+    torch.testing.assert_close(logits(loaded), expected, atol=0, rtol=0)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_names_on_disk_adapt_every_matrix_of_the_experts(load):
+    model = get_peft_model(load(), LoraConfig(r=2, lora_alpha=2, **TARGETS["names_on_disk"]))
+    factors = {name: tuple(p.shape) for name, p in model.named_parameters() if ".layers.0." in name}
+    # gate and up have a rank each in the one parameter they are in
+    assert factors["base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight"] == (48, 32)
+    assert factors["base_model.model.model.layers.0.mlp.experts.lora_A.default.weight"] == (24, 24)
+
+
+def test_half_of_a_stacked_parameter_is_refused(load):
+    with pytest.raises(ValueError, match="gate_proj without also targeting up_proj"):
+        get_peft_model(load(), LoraConfig(target_modules=["q_proj", "gate_proj"]))
+
+
+def test_an_adapter_with_a_factor_for_each_expert_loads(load, tmp_path):
+    """As PEFT trains where experts are modules of their own, as in the code released with EMO."""
+    config = LoraConfig(r=2, lora_alpha=2, **TARGETS["names_on_disk"])
+    config.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    weights, expected = {}, load()
+    for index, layer in enumerate(expected.model.layers):
+        for expert in range(12):
+            delta = {}
+            for part, (into, out) in {"gate": (32, 24), "up": (32, 24), "down": (24, 32)}.items():
+                a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((2, into), (out, 2)))
+                name = f"base_model.model.model.layers.{index}.mlp.experts.{expert}.{part}_proj"
+                weights |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+                delta[part] = b @ a
+            layer.mlp.experts.gate_up_proj.data[expert] += torch.cat([delta["gate"], delta["up"]])
+            layer.mlp.experts.down_proj.data[expert] += delta["down"]
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(load(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_router_logits_are_those_of_the_adapted_router(load):
+    model = fill(get_peft_model(load(), LoraConfig(r=2, **TARGETS["router"])))
+    adapted = model(TOKENS, output_router_logits=True).router_logits
+    merged = model.merge_and_unload()(TOKENS, output_router_logits=True).router_logits
+    assert len(adapted) == 3
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-5)
+
+
+def test_every_way_of_saving_records_the_experts(load, tmp_path):
+    model = load(SUBSET)
+    adapted = get_peft_model(model, lora_config(model, r=2, **TARGETS["router"]))
+    adapted.save_pretrained(tmp_path / "peft")
+    plain = get_peft_model(load(SUBSET), LoraConfig(r=2, **TARGETS["router"]))
+    save_adapter(plain, tmp_path / "ours")
+    with_adapter = load(SUBSET)
+    with_adapter.add_adapter(lora_config(with_adapter, r=2, **TARGETS["router"]))
+    with_adapter.save_pretrained(tmp_path / "transformers")
+    for folder in tmp_path.iterdir():
+        record = json.loads((folder / "expert_subset.json").read_text())
+        assert record["experts"] == SUBSET and record["root_experts_per_layer"] == [12, 12, 12]
+        assert "expert_subset" not in json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_adapters_of_other_names_have_records_of_their_own(load, tmp_path):
+    model = get_peft_model(load(SUBSET), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="math")
+    save_adapter(model, tmp_path)
+    assert load_adapter(load(SUBSET), tmp_path / "math").peft_config["default"].r == 2
+
+
+def test_plain_peft_reads_our_adapters_without_a_word(load, tmp_path):
+    model = load(SUBSET)
+    saved = fill(get_peft_model(model, lora_config(model, r=2, **TARGETS["stacked"])))
+    saved.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(load(SUBSET), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(saved))
+
+
+@pytest.mark.parametrize("target", ["attention", "stacked"])
+def test_other_experts_are_refused_before_anything_is_loaded(load, tmp_path, target):
+    model = load(SUBSET)
+    get_peft_model(model, lora_config(model, r=2, **TARGETS[target])).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    other = load(OTHER)
+    with pytest.raises(SubsetError, match=r"\[1, 2, 9, 10, 11\] in layer 1, .* holds \[1, 2, 3, 10, 11\]"):
+        load_adapter(other, tmp_path)
+    assert not hasattr(other, "peft_config")
+
+
+def test_an_adapter_of_the_full_model_is_refused_by_a_subset(load, tmp_path):
+    model = load()
+    get_peft_model(model, lora_config(model, r=2, **TARGETS["attention"])).save_pretrained(tmp_path)
+    with pytest.raises(SubsetError, match="layer 0"):
+        load_adapter(load(SUBSET), tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(load, make_model, tmp_path):
+    model = load(SUBSET)
+    get_peft_model(model, lora_config(model, r=2, **TARGETS["attention"])).save_pretrained(tmp_path)
+    with pytest.raises(SubsetError, match=r"another model: one with \[12, 12, 12\].* this one has \[16"):
+        load_adapter(make_model(num_experts=16), tmp_path)
+
+
+def test_an_adapter_without_a_record_must_be_told_its_experts(load, tmp_path):
+    saved = fill(get_peft_model(load(SUBSET), LoraConfig(r=2, **TARGETS["stacked"])))
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(SubsetError, match="trained_on"):
+        load_adapter(load(SUBSET), tmp_path)
+    loaded = load_adapter(load(SUBSET), tmp_path, trained_on=SUBSET)
+    torch.testing.assert_close(logits(loaded), logits(saved))
+
+
+@pytest.mark.parametrize("subset", [SUBSET, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_adapter_of_a_subset_does_the_same_on_the_masked_full_model(load, tmp_path, target, subset):
+    model = load(subset)
+    adapted = fill(get_peft_model(model, lora_config(model, r=2, lora_alpha=4, **TARGETS[target])))
+    adapted.save_pretrained(tmp_path)
+    full = load_adapter(load(), tmp_path)
+    with full.get_base_model().use_experts(tmp_path / "expert_subset.json"):
+        masked = logits(full)
+    torch.testing.assert_close(masked, logits(adapted), atol=1e-5, rtol=1e-5)
+
+
+def test_experts_outside_the_subset_keep_their_weights(load, tmp_path):
+    model = load(SUBSET)
+    adapted = fill(get_peft_model(model, lora_config(model, r=2, **TARGETS["all_at_once"])))
+    adapted.save_pretrained(tmp_path)
+    merged, before = load_adapter(load(), tmp_path).merge_and_unload(), load()
+    for layer, (after, old) in enumerate(zip(merged.model.layers, before.model.layers, strict=True)):
+        for name, parameter in old.mlp.named_parameters():
+            changed = (after.mlp.get_parameter(name) != parameter).flatten(1).any(1).nonzero().flatten()
+            assert changed.tolist() == SUBSET[layer]
+
+
+def test_an_adapter_goes_from_a_subset_to_a_larger_subset(load, tmp_path):
+    larger = [sorted({*ids, 4, 9}) for ids in SUBSET]
+    model = load(SUBSET)
+    adapted = fill(get_peft_model(model, lora_config(model, r=2, **TARGETS["all_at_once"])))
+    adapted.save_pretrained(tmp_path / "small")
+    expand_adapter(tmp_path / "small", load(larger).config, tmp_path / "larger")
+    grown = load_adapter(load(larger), tmp_path / "larger")
+    with grown.get_base_model().use_experts(SUBSET):
+        torch.testing.assert_close(logits(grown), logits(adapted), atol=1e-5, rtol=1e-5)
+
+
+def test_what_has_no_place_for_each_expert_is_not_expanded(load, tmp_path):
+    model = load(SUBSET)
+    config = lora_config(model, r=2, **TARGETS["router"])
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.model.layers.0.mlp.gate.weight": torch.ones(5, 32)}, file)
+    with pytest.raises(SubsetError, match="cannot be expanded"):
+        load_adapter(load(), tmp_path)
+
+
+def test_without_peft_the_error_says_what_to_install(make_model, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for call in (lora_config, lambda model: load_adapter(model, tmp_path)):
+        with pytest.raises(ImportError, match=r"transformers-emo\[peft\]"):
+            call(make_model())
+
+
+def test_a_model_without_adapter_is_not_saved_as_one(make_model, tmp_path):
+    with pytest.raises(TypeError, match="get_peft_model"):
+        save_adapter(make_model(), tmp_path)

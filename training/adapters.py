@@ -1,0 +1,310 @@
+"""LoRA adapters that know which experts they were trained on.
+
+PEFT trains the router and the stacked experts through `target_parameters`. An adapter of stacked experts has
+no expert ids of its own: loaded onto other experts of the same number, it would silently adapt the wrong
+ones. So a file beside it, `expert_subset.json`, says which experts of the root model it belongs to.
+
+Shape suffixes: E experts of a layer, K of them kept in the adapter's subset, r the rank, I what a matrix
+takes and O what it gives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import cached_file
+
+from ..configuration import EmoConfig
+from ..modeling_emo import EmoPreTrainedModel
+from ..subsets import ExpertSubset, SubsetError, present_experts, root_experts
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+_RECORD = "expert_subset.json"
+_HUB_KWARGS = ("cache_dir", "revision", "subfolder", "token")
+# Factors of the stacked experts (PEFT nests its wrappers: one per parameter) and of the router.
+_EXPERT_FACTOR = re.compile(
+    r".*\.layers\.(?P<layer>\d+)\.mlp\.(?P<part>experts|gate)(\.base_layer)*\.lora_(?P<factor>[AB])\.weight"
+)
+_EXPERT_TENSOR = re.compile(r".*\.layers\.\d+\.mlp\.(experts|gate)\..*")
+
+
+def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
+    """A PEFT `LoraConfig` whose adapter remembers the experts of `model`, whoever saves it.
+
+    Args:
+        model (`EmoPreTrainedModel`): the model to be adapted, full or a subset.
+        kwargs: of `peft.LoraConfig`. What can be adapted: attention (`target_modules=["q_proj", "v_proj"]`);
+            the experts (`target_modules=["gate_proj", "up_proj", "down_proj"]`, or the stacked parameters by
+            name, `target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`); the router
+            (`target_parameters=["mlp.gate.weight"]`). Stacked parameters take no `lora_dropout`. PEFT reads
+            `gate_proj` and its like as the experts' in every layer: dense layers are adapted by
+            `target_parameters=["mlp.gate_proj.weight", ...]`.
+
+    Returns:
+        `LoraConfig`: for `peft.get_peft_model`, or as `peft_config=` of TRL's trainers.
+
+    Raises:
+        ImportError: without PEFT.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.training import lora_config
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo", expert_subset=[[0, 1, 2, 31]] * 4)
+    >>> adapted = get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj", "v_proj"]))
+    >>> adapted.save_pretrained(tmp_path)
+    >>> (tmp_path / "expert_subset.json").is_file()
+    True
+
+    ```
+    """
+    _require_peft()
+    from .peft_config import SubsetLoraConfig
+
+    return SubsetLoraConfig(**kwargs, expert_subset=_subset_of(model.config).to_dict())
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs) -> None:
+    """Save an adapter with the experts it was trained on, whatever config it was made with.
+
+    Args:
+        model (`peft.PeftModel`): the adapted model.
+        folder (`str` or `os.PathLike`): the folder.
+        kwargs: of `PeftModel.save_pretrained`.
+
+    Raises:
+        ImportError: without PEFT.
+        TypeError: if the model is not one of PEFT's.
+
+    Example:
+
+    ```python
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.training import save_adapter
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo", expert_subset=[[0, 1, 2, 31]] * 4)
+    >>> adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=["mlp.gate.weight"]))
+    >>> save_adapter(adapted, tmp_path)
+    >>> (tmp_path / "expert_subset.json").is_file()
+    True
+
+    ```
+    """
+    peft = _require_peft()
+    if not isinstance(model, peft.PeftModel):
+        raise TypeError(
+            f"Expected a model that `peft.get_peft_model` made, got {type(model).__name__}: wrap it first, "
+            "or save a whole model with its own `save_pretrained`."
+        )
+    model.save_pretrained(os.fspath(folder), **kwargs)
+    subset = _subset_of(model.get_base_model().config)
+    for name in kwargs.get("selected_adapters") or model.peft_config:
+        # PEFT's own layout: the default adapter in the folder itself, others in folders of their names.
+        subset.save(Path(folder, _RECORD) if name == "default" else Path(folder, name, _RECORD))
+
+
+def load_adapter(
+    base: EmoPreTrainedModel,
+    adapter: str | os.PathLike,
+    *,
+    trained_on: Any = None,
+    is_trainable: bool = False,
+    **kwargs,
+) -> PeftModel:
+    """Put a saved adapter on a model, once it is known to belong to the model's experts.
+
+    On a model that holds the adapter's experts and more (the full model, a larger subset) the adapter is
+    expanded through the root ids, as `expand_adapter` does; the other experts stay as they are. With
+    `base.use_experts(subset)` the result computes what the subset with its adapter computes.
+
+    Args:
+        base (`EmoPreTrainedModel`): the model; adapted in place, as PEFT does.
+        adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
+        trained_on (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts it was trained on,
+            for an adapter saved without them.
+        is_trainable (`bool`, defaults to `False`): load it to be trained further.
+        kwargs: of `PeftModel.from_pretrained`.
+
+    Returns:
+        `peft.PeftModel`: the adapted model.
+
+    Raises:
+        ImportError: without PEFT.
+        SubsetError: if the adapter was trained on experts that the model does not hold, or on unknown ones;
+            before anything is loaded.
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from transformers_emo import EmoForCausalLM, SubsetError
+    >>> from transformers_emo.training import load_adapter, lora_config
+    >>> def subset(ids):
+    ...     return EmoForCausalLM.from_pretrained("model_cards/toy-emo", expert_subset=[ids] * 4)
+    >>> model = subset([0, 1, 2, 31])
+    >>> config = lora_config(model, r=2, target_parameters=["mlp.experts.down_proj"])
+    >>> get_peft_model(model, config).save_pretrained(tmp_path)
+    >>> adapted = load_adapter(subset([0, 1, 2, 31]), tmp_path)
+    >>> try:
+    ...     load_adapter(subset([0, 1, 7, 31]), tmp_path)
+    ... except SubsetError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    The adapter was trained on the experts [0, 1, 2, 31] in layer 0, and this model holds [0, 1, 7, 31]...
+    >>> on_full = load_adapter(EmoForCausalLM.from_pretrained("model_cards/toy-emo"), tmp_path)
+
+    ```
+    """
+    peft = _require_peft()
+    subset = _subset_of_adapter(adapter, base.config, trained_on, kwargs)
+    if subset.experts == _subset_of(base.config).experts:
+        return peft.PeftModel.from_pretrained(base, os.fspath(adapter), is_trainable=is_trainable, **kwargs)
+    hub = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
+    with TemporaryDirectory() as folder:
+        expand_adapter(adapter, base.config, folder, trained_on=subset, **hub)
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=is_trainable, **kwargs)
+
+
+def expand_adapter(
+    adapter: str | os.PathLike, config: EmoConfig, folder: str | os.PathLike, *, trained_on: Any = None, **hub
+) -> None:
+    """Write an adapter of a subset anew, for a model that holds those experts and more.
+
+    Of the stacked experts each expert's factors go to its place, of the router each row; the places between
+    are zeros, which change nothing. All else (attention) is as it was.
+
+    Args:
+        adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
+        config (`EmoConfig`): the config of the larger model, mostly the full one.
+        folder (`str` or `os.PathLike`): where the expanded adapter goes.
+        trained_on (`ExpertSubset`, path, `dict` or list of lists, *optional*): as in `load_adapter`.
+        hub: `revision`, `subfolder`, `token` or `cache_dir` of a Hub repository.
+
+    Raises:
+        ImportError: without PEFT.
+        SubsetError: if the model lacks some of the adapter's experts, or the adapter is of a kind that has no
+            known place for each expert (anything but LoRA on the stacked experts or the router).
+
+    Example:
+
+    ```python
+    >>> from peft import get_peft_model
+    >>> from transformers_emo import EmoConfig, EmoForCausalLM
+    >>> from transformers_emo.training import expand_adapter, lora_config
+    >>> full = EmoConfig.from_pretrained("model_cards/toy-emo")
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo", expert_subset=[[0, 1, 2, 31]] * 4)
+    >>> adapted = get_peft_model(model, lora_config(model, r=2, target_parameters=["mlp.gate.weight"]))
+    >>> adapted.save_pretrained(tmp_path / "small")
+    >>> expand_adapter(tmp_path / "small", full, tmp_path / "full")
+
+    ```
+    """
+    peft = _require_peft()
+    from safetensors.torch import save_file
+
+    kept = _subset_of_adapter(adapter, config, trained_on, hub)
+    present = present_experts(config)
+    peft_config = peft.PeftConfig.from_pretrained(os.fspath(adapter), **hub)
+    weights = peft.load_peft_weights(os.fspath(adapter), device="cpu", **hub)
+    expanded = {}
+    for name, tensor in weights.items():
+        match = _EXPERT_FACTOR.fullmatch(name)
+        if match is None and _EXPERT_TENSOR.fullmatch(name):
+            raise SubsetError(
+                f"{name} of the adapter cannot be expanded to other experts: only LoRA on stacked experts "
+                "and on the router can (`target_parameters`). Merge it into the subset it was trained on."
+            )
+        if match is not None:
+            layer = int(match["layer"])
+            place = {root: index for index, root in enumerate(present[layer])}
+            ids = torch.tensor([place[root] for root in kept.experts[layer] or []])
+            spread = _spread_router if match["part"] == "gate" else _spread_experts
+            tensor = spread(tensor, match["factor"], ids, len(place))
+        expanded[name] = tensor
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(expanded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _subset_of(config).save(folder / _RECORD)
+    peft_config.save_pretrained(os.fspath(folder))
+
+
+def _spread_experts(tensor: torch.Tensor, factor: str, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """PEFT flattens `lora_A` (K, r, I) to (K * r, I), but `lora_B` (O, r, K) to (O, r * K), expert last."""
+    if factor == "A":
+        tensor_KrI = tensor.reshape(len(ids), -1, tensor.shape[-1])
+        expanded_ErI = tensor.new_zeros(num_experts, *tensor_KrI.shape[1:])
+        return expanded_ErI.index_copy_(0, ids, tensor_KrI).flatten(0, 1)
+    tensor_OrK = tensor.reshape(tensor.shape[0], -1, len(ids))
+    expanded_OrE = tensor.new_zeros(*tensor_OrK.shape[:2], num_experts)
+    return expanded_OrE.index_copy_(2, ids, tensor_OrK).flatten(1, 2)
+
+
+def _spread_router(tensor: torch.Tensor, factor: str, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Of the router `lora_A` (r, D) belongs to all experts, and `lora_B` (K, r) has a row for each."""
+    if factor == "A":
+        return tensor
+    return tensor.new_zeros(num_experts, tensor.shape[1]).index_copy_(0, ids, tensor)
+
+
+def _subset_of(config: EmoConfig) -> ExpertSubset:
+    """All experts that a model holds; `None` stands for a dense layer."""
+    return ExpertSubset(
+        [ids or None for ids in present_experts(config)],
+        root_experts_per_layer=root_experts(config),
+    )
+
+
+def _subset_of_adapter(
+    adapter: str | os.PathLike, config: EmoConfig, trained_on: Any, kwargs: dict[str, Any]
+) -> ExpertSubset:
+    """The adapter's experts, checked against those of the model it is meant for."""
+    subset = None if trained_on is None else ExpertSubset.of(trained_on)
+    if subset is None:
+        hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        path = cached_file(os.fspath(adapter), _RECORD, _raise_exceptions_for_missing_entries=False, **hub)
+        subset = None if path is None else ExpertSubset.load(path)
+    here = _subset_of(config)
+    if subset is None:
+        if config.retained_experts is None:  # an adapter of the full model, as anyone's PEFT saves it
+            return here
+        raise SubsetError(
+            f"The adapter {os.fspath(adapter)!r} has no {_RECORD}, so that the experts it was trained on are "
+            f"not known, and this model holds a subset ({_first_layer(here)}): name them by `trained_on=`."
+        )
+    if len(subset.experts) != len(here.experts) or (
+        subset.root_experts_per_layer not in (None, here.root_experts_per_layer)
+    ):
+        raise SubsetError(
+            f"The adapter was trained on another model: one with {subset.root_experts_per_layer or '?'} "
+            f"experts in its {len(subset.experts)} layers, and this one has {here.root_experts_per_layer} in "
+            f"its {len(here.experts)}."
+        )
+    for layer, (theirs, ours) in enumerate(zip(subset.experts, here.experts, strict=True)):
+        if set(theirs or []) - set(ours or []) or (theirs is None) != (ours is None):
+            raise SubsetError(
+                f"The adapter was trained on the experts {theirs} in layer {layer}, and this model holds "
+                f"{ours}: load it onto that subset (`from_pretrained(..., expert_subset={_RECORD!r})` with "
+                "the file beside the adapter) or onto the full model."
+            )
+    return subset
+
+
+def _first_layer(subset: ExpertSubset) -> str:
+    layer, ids = next((index, ids) for index, ids in enumerate(subset.experts) if ids)
+    return f"{ids} in layer {layer}"
+
+
+def _require_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("Adapters need PEFT: `pip install 'transformers-emo[peft]'`.") from error
+    return peft

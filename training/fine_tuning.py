@@ -1,0 +1,145 @@
+"""What trains: all of a model, or its routed experts, its shared ones and its router step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from ..modeling_emo import EmoPreTrainedModel
+
+What = Literal["all", "routed", "routed+shared", "routed+shared+router"]
+
+
+def train_only(model: EmoPreTrainedModel, what: What) -> None:
+    """Choose what trains; everything else is frozen.
+
+    Routed and shared experts stand in the same stacked parameters, `gate_up_proj` (E, 2F, D) and `down_proj`
+    (E, D, F). With `"routed"` these train, and a hook zeroes the gradient of the shared experts' rows before
+    it is summed or reduced over ranks. Weight decay needs no gradient, though: with an optimiser that decays
+    weights, or that has already gathered momentum for those rows, use `KeepFrozenRows` too.
+
+    The hooks stay through `Trainer`, accelerate, DDP and `model.to(...)`. They do not go along with a copy
+    (`copy.deepcopy`, pickling), nor with parameters that sharding replaces (FSDP): for those choose another
+    `what`.
+
+    Args:
+        model (`EmoPreTrainedModel`): the model, full or a subset. Each call undoes the one before.
+        what (`str`): `"all"`; `"routed"`, the routed experts; `"routed+shared"`, all experts, always-active
+            ones count as shared; `"routed+shared+router"`, and the router too. Dense layers train with
+            `"all"` only.
+
+    Raises:
+        ValueError: if `what` is none of these.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.training import train_only
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+    >>> train_only(model, "routed+shared+router")
+    >>> sorted({name.split("mlp.")[1] for name, p in model.named_parameters() if p.requires_grad})
+    ['experts.down_proj', 'experts.gate_up_proj', 'gate.weight']
+
+    ```
+    """
+    if what not in get_args(What):
+        raise ValueError(f"`what` is {what!r}, expected one of {list(get_args(What))}.")
+    model.requires_grad_(what == "all")
+    for block, layer in zip(_blocks(model), model.config.layer_experts, strict=True):
+        if layer.is_dense:
+            continue
+        for handle in block.experts.__dict__.pop("_frozen_row_hooks", []):
+            handle.remove()
+        block.experts.__dict__.pop("_frozen_rows", None)
+        if what == "all":
+            continue
+        block.experts.requires_grad_(True)
+        block.gate.requires_grad_(what == "routed+shared+router")
+        rows = [*range(layer.num_routed, layer.num_experts), *layer.always_active]
+        if what == "routed" and rows:
+            block.experts._frozen_rows = rows
+            block.experts._frozen_row_hooks = [
+                parameter.register_hook(_RowMask(rows)) for parameter in block.experts.parameters()
+            ]
+
+
+def keep_frozen_rows(model: EmoPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimiser leave the rows frozen by `train_only` exactly as they are, weight decay or not.
+
+    They are put aside before each of its steps and put back after it.
+
+    Args:
+        model (`EmoPreTrainedModel`): a model on which `train_only` was called.
+        optimizer (`torch.optim.Optimizer`): the optimiser that trains it.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.training import keep_frozen_rows, train_only
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+    >>> train_only(model, "routed")
+    >>> keep_frozen_rows(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+
+    ```
+    """
+    aside: list[tuple[nn.Parameter, list[int], torch.Tensor]] = []
+
+    def put_aside(*_) -> None:
+        aside[:] = [(p, rows, p.detach()[rows].clone()) for p, rows in _frozen_rows(model)]
+
+    def put_back(*_) -> None:
+        with torch.no_grad():
+            for parameter, rows, values in aside:
+                parameter[rows] = values
+        aside.clear()
+
+    optimizer.register_step_pre_hook(put_aside)
+    optimizer.register_step_post_hook(put_back)
+
+
+class KeepFrozenRows(TrainerCallback):
+    """`keep_frozen_rows` for `Trainer`, which makes its optimiser itself.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.training import KeepFrozenRows
+    >>> callbacks = [KeepFrozenRows()]  # Trainer(model, ..., callbacks=callbacks)
+
+    ```
+    """
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        """Watch over the optimiser, once there is one."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper takes no hooks
+        keep_frozen_rows(model, optimizer)
+
+
+class _RowMask:
+    """Zeroes the rows of a gradient. A class and not a closure, so that models can still be pickled."""
+
+    def __init__(self, rows: list[int]):
+        self.rows = rows
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.index_fill(0, torch.tensor(self.rows, device=gradient.device), 0)
+
+
+def _blocks(model: EmoPreTrainedModel) -> list[Any]:
+    """The feed-forward block of each layer: an `EmoMLP` or an `EmoSparseMoeBlock`."""
+    return [layer.mlp for layer in model.base_model.layers]  # type: ignore[union-attr]
+
+
+def _frozen_rows(model: EmoPreTrainedModel) -> Iterator[tuple[nn.Parameter, list[int]]]:
+    for block in _blocks(model):
+        experts = getattr(block, "experts", None)
+        if experts is not None and "_frozen_rows" in experts.__dict__:
+            for parameter in experts.parameters():
+                yield parameter, experts._frozen_rows
