@@ -610,6 +610,8 @@ class EmoModel(EmoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        # Generating hands over a cache, in training mode too: that is no training step.
+        training_step = self.training and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
@@ -627,14 +629,18 @@ class EmoModel(EmoPreTrainedModel):
             kwargs.get("cu_seq_lens_q"),
         )
         if attention_within_documents is None:
-            attention_within_documents = self.training and self.config.attention_within_documents
+            attention_within_documents = training_step and self.config.attention_within_documents
+        asked = attention_within_documents or document_pool or document_pool_sizes is not None
+        if asked and past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "Documents are told apart as a whole: they cannot begin behind tokens in a cache."
+            )
         same_document = None
         if attention_within_documents:
             if "flash" in self.config._attn_implementation:
                 raise ValueError(
                     "Flash attention keeps documents apart by `cu_seq_lens_q` alone: give those, or use "
-                    "sdpa, eager or "
-                    "flex attention for `attention_within_documents`."
+                    "sdpa, eager or flex attention for `attention_within_documents`."
                 )
             # Here an EOS closes its own document: the token after it starts the next one.
             segments_BS = find_segments(self.config, request, input_ids, position_ids, eos_opens=False)
@@ -651,17 +657,13 @@ class EmoModel(EmoPreTrainedModel):
         pools = document_pools(
             self.config,
             request,
-            training=self.training,
+            training=training_step,
             input_ids=input_ids,
             position_ids=position_ids.expand(inputs_embeds.shape[:2]),  # type: ignore[union-attr]
             attention_mask=attention_mask,
             rank=_data_parallel_rank(self),
             generator=self.pool_generator,
         )
-        if pools is not None and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                "Document pools see whole documents: they cannot begin behind tokens in a cache."
-            )
 
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []

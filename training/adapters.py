@@ -26,7 +26,7 @@ from ..subsets import ExpertSubset, SubsetError, present_experts, root_experts
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-_RECORD = "expert_subset.json"
+RECORD = "expert_subset.json"
 _HUB_KWARGS = ("cache_dir", "revision", "subfolder", "token")
 # Factors of the stacked experts (PEFT nests its wrappers: one per parameter) and of the router.
 _EXPERT_FACTOR = re.compile(
@@ -109,7 +109,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs) -> None:
     subset = _subset_of(model.get_base_model().config)
     for name in kwargs.get("selected_adapters") or model.peft_config:
         # PEFT's own layout: the default adapter in the folder itself, others in folders of their names.
-        subset.save(Path(folder, _RECORD) if name == "default" else Path(folder, name, _RECORD))
+        subset.save(Path(folder, RECORD) if name == "default" else Path(folder, name, RECORD))
 
 
 def load_adapter(
@@ -232,7 +232,7 @@ def expand_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(expanded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _subset_of(config).save(folder / _RECORD)
+    _subset_of(config).save(folder / RECORD)
     peft_config.save_pretrained(os.fspath(folder))
 
 
@@ -269,14 +269,14 @@ def _subset_of_adapter(
     subset = None if trained_on is None else ExpertSubset.of(trained_on)
     if subset is None:
         hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        path = cached_file(os.fspath(adapter), _RECORD, _raise_exceptions_for_missing_entries=False, **hub)
+        path = cached_file(os.fspath(adapter), RECORD, _raise_exceptions_for_missing_entries=False, **hub)
         subset = None if path is None else ExpertSubset.load(path)
     here = _subset_of(config)
     if subset is None:
         if config.retained_experts is None:  # an adapter of the full model, as anyone's PEFT saves it
             return here
         raise SubsetError(
-            f"The adapter {os.fspath(adapter)!r} has no {_RECORD}, so that the experts it was trained on are "
+            f"The adapter {os.fspath(adapter)!r} has no {RECORD}, so that the experts it was trained on are "
             f"not known, and this model holds a subset ({_first_layer(here)}): name them by `trained_on=`."
         )
     if len(subset.experts) != len(here.experts) or (
@@ -291,7 +291,7 @@ def _subset_of_adapter(
         if set(theirs or []) - set(ours or []) or (theirs is None) != (ours is None):
             raise SubsetError(
                 f"The adapter was trained on the experts {theirs} in layer {layer}, and this model holds "
-                f"{ours}: load it onto that subset (`from_pretrained(..., expert_subset={_RECORD!r})` with "
+                f"{ours}: load it onto that subset (`from_pretrained(..., expert_subset={RECORD!r})` with "
                 "the file beside the adapter) or onto the full model."
             )
     return subset

@@ -7,8 +7,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ..subsets import ExpertSubset
-
-RECORD = "expert_subset.json"
+from .adapters import RECORD
 
 
 @dataclass

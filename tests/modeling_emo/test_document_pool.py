@@ -329,6 +329,13 @@ class TestModel:
         with pytest.raises(ValueError, match="behind tokens in a cache"):
             model(INPUT_IDS, past_key_values=cache, document_pool=4)
 
+    def test_generating_in_training_mode_is_without_pools(self, make_model):
+        # As sampling for reinforcement learning does: a pool would need the whole document.
+        model = make_model(**POOLS, attention_within_documents=True)
+        kwargs = {"max_new_tokens": 3, "do_sample": False}
+        expected = model.generate(INPUT_IDS, **kwargs)
+        assert torch.equal(model.train().generate(INPUT_IDS, **kwargs), expected)
+
     def test_settings_survive_a_round_trip(self, make_model, tmp_path):
         make_model(**POOLS, balance_loss_coef=0.2).save_pretrained(tmp_path)
         config = AutoModelForCausalLM.from_pretrained(tmp_path).config
@@ -373,6 +380,12 @@ class TestAttentionWithinDocuments:
             assert torch.equal(
                 model(packed, attention_within_documents=True, document_ids=given).logits, logits
             )
+
+    def test_tokens_in_a_cache_are_refused(self, make_model):
+        model = make_model()
+        cache = model(INPUT_IDS, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="behind tokens in a cache"):
+            model(INPUT_IDS, past_key_values=cache, attention_within_documents=True)
 
     def test_padding_and_given_documents_compose(self, make_model):
         model = make_model()

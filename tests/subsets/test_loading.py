@@ -1,7 +1,6 @@
 """Loading part of a model: the right numbers, only the wanted bytes, one clear error for what cannot be."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -236,10 +235,7 @@ class TestComposition:
     def test_subset_of_another_model_is_warned_of(self, make_checkpoint, caplog):
         folder = make_checkpoint()
         subset = ExpertSubset(UNIFORM, source="allenai/StdMoE_1b14b_1T")
-        transformers_logger = logging.getLogger("transformers")
-        transformers_logger.propagate = True
-        package_logger = logging.getLogger("transformers_emo")
-        with caplog.at_level("WARNING", logger=package_logger.name):
+        with caplog.at_level("WARNING"):
             AutoModelForCausalLM.from_pretrained(folder, expert_subset=subset)
         assert "chosen on 'allenai/StdMoE_1b14b_1T'" in caplog.text
 
@@ -442,15 +438,14 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"has shape \(32, 24\), expected \(24, 32\)|shape"):
             AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
 
-    @pytest.mark.parametrize("shape", [(), (0, 32), (12, 32)])
-    @pytest.mark.parametrize("layer", [0, 9])
+    @pytest.mark.parametrize(
+        ("layer", "shape"), [(0, ()), (0, (0, 32)), (9, ()), (9, (0, 32)), (9, (12, 32))]
+    )
     def test_damaged_router(self, make_checkpoint, shape, layer):
         folder = make_checkpoint()
         tensors = load_file(folder / "model.safetensors")
         tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.zeros(shape)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        if (shape, layer) == ((12, 32), 0):
-            return  # that one is in order
         with pytest.raises(CheckpointError, match=f"experts in layer {layer}"):
             AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
 
