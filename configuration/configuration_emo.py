@@ -156,6 +156,8 @@ class EmoConfig(PreTrainedConfig):
         "router_z_loss",
         "lm_z_loss",
         "router_statistics",
+        "expert_counts",
+        "document_pool_size",
     ]
     attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 500000.0

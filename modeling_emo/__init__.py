@@ -8,7 +8,7 @@ from .document_pool import (
     segments_from_lengths,
     segments_from_positions,
 )
-from .losses import document_pool_losses, lm_z_loss, load_balancing_loss
+from .losses import BalanceCounts, document_pool_losses, lm_z_loss, load_balancing_loss
 from .modeling_emo import (
     EmoForCausalLM,
     EmoForSequenceClassification,
@@ -18,6 +18,7 @@ from .modeling_emo import (
 )
 
 __all__ = [
+    "BalanceCounts",
     "EmoForCausalLM",
     "EmoForSequenceClassification",
     "EmoForTokenClassification",

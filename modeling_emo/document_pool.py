@@ -434,3 +434,36 @@ def document_pools(
     else:
         size_LN = torch.full((num_layers, num_segments), size, device=segment_T.device)
     return [DocumentPools(segment_T, size_N, token_mask_T) for size_N in size_LN]
+
+
+def mean_pool_size(pools: Sequence[DocumentPools], config: EmoConfig) -> torch.Tensor:
+    """Routed experts in a pool, mean over the documents of a batch and the expert layers.
+
+    Args:
+        pools (`Sequence[DocumentPools]`): one for each layer, from `document_pools`.
+        config (`EmoConfig`): the model's config. A pool of more than the R routed experts counts as R.
+
+    Returns:
+        `torch.Tensor`: float32 scalar; padding is no document.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.document_pool import DocumentPools, mean_pool_size
+    >>> pools = [DocumentPools(torch.tensor([0, 0, 1]), torch.tensor([8, 32]), None)]
+    >>> mean_pool_size(pools, EmoConfig(num_hidden_layers=1))
+    tensor(20.)
+
+    ```
+    """
+    segment_T, size_N, token_mask_T = pools[0]
+    tokens_T = segment_T.new_ones(len(segment_T)) if token_mask_T is None else token_mask_T.long()
+    is_document_N = size_N.new_zeros(len(size_N)).index_add_(0, segment_T, tokens_T) > 0
+    mean_L = [
+        (pool.size_N.clamp(max=layer.num_routed) * is_document_N).sum() / is_document_N.sum().clamp(min=1)
+        for pool, layer in zip(pools, config.layer_experts, strict=True)
+        if not layer.is_dense
+    ]
+    return torch.stack(mean_L).mean()

@@ -137,11 +137,79 @@ class RouterStatistics(NamedTuple):
         return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, weight_T.sum())
 
 
+def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
+    """Picks of every routed expert, summed over all data-parallel ranks in one all-reduce for all layers.
+
+    Args:
+        statistics (`Sequence[RouterStatistics]`): of the expert layers.
+
+    Returns:
+        `torch.Tensor`: float32, the counts of one layer after the other, then the number of tokens.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.losses import RouterStatistics, sum_counts
+    >>> logits = torch.eye(2)
+    >>> sum_counts([RouterStatistics.of(logits, logits.softmax(-1), logits.topk(1).indices, None)])
+    tensor([1., 1., 2.])
+
+    ```
+    """
+    summed = torch.cat([*(layer.count_R for layer in statistics), statistics[0].num_tokens[None]]).detach()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(summed)
+    return summed
+
+
+class BalanceCounts:
+    """Picks of the routed experts over the micro-batches of one optimiser step, for the balance loss.
+
+    Gradients are wanted after every micro-batch, when the picks of later ones are not known. So each
+    micro-batch is balanced against the picks up to and with its own, and the last one against those of the
+    whole step, as https://arxiv.org/abs/2501.11873 (section 3) does; or all of them against the picks of the
+    whole step, where those were counted beforehand. `transformers_emo.training.accumulate_balance` does
+    either.
+
+    Args:
+        of_step (`torch.Tensor`, *optional*): from `sum_counts`, over the whole step.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.losses import BalanceCounts, RouterStatistics
+    >>> counts = BalanceCounts()
+    >>> for pick in (0, 1):
+    ...     logits = torch.zeros(1, 2)
+    ...     micro_batch = RouterStatistics.of(logits, logits.softmax(-1), torch.tensor([[pick]]), None)
+    ...     print(counts.join([micro_batch]))
+    tensor([1., 0., 1.])
+    tensor([1., 1., 2.])
+
+    ```
+    """
+
+    def __init__(self, of_step: torch.Tensor | None = None):
+        self.of_step = of_step
+        self.so_far: torch.Tensor | None = None
+
+    def join(self, statistics: Sequence[RouterStatistics]) -> torch.Tensor:
+        """What to balance a micro-batch with these statistics against, as `sum_counts` gives it."""
+        if self.of_step is not None:
+            return self.of_step
+        summed = sum_counts(statistics)
+        self.so_far = summed if self.so_far is None else self.so_far + summed
+        return self.so_far
+
+
 def document_pool_losses(
     statistics: Sequence[RouterStatistics],
     layer_experts: Sequence[LayerExperts],
     *,
     num_items_in_batch: torch.Tensor | int | None = None,
+    balance_counts: BalanceCounts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Balance loss and router z-loss of training with document pools, averaged over the expert layers.
 
@@ -159,6 +227,8 @@ def document_pool_losses(
         statistics (`Sequence[RouterStatistics]`): of the expert layers.
         layer_experts (`Sequence[LayerExperts]`): the experts of those layers, dense layers left out.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, over ranks and accumulation steps.
+        balance_counts (`BalanceCounts`, *optional*): where the counts of the other micro-batches of an
+            optimiser step are; without it a forward is balanced by itself.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: balance loss and z-loss, float32 scalars with gradient, without
@@ -178,26 +248,18 @@ def document_pool_losses(
 
     ```
     """
-    own_tokens = statistics[0].num_tokens
-    widths = [len(layer.count_R) for layer in statistics]
-    summed = torch.cat([*(layer.count_R for layer in statistics), own_tokens[None]]).detach()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(summed)
-    *counts, all_tokens = summed.split([*widths, 1])
+    summed = sum_counts(statistics) if balance_counts is None else balance_counts.join(statistics)
+    *counts, counted_tokens = summed.split([*(len(layer.count_R) for layer in statistics), 1])
+    counted_tokens = counted_tokens.squeeze(0).clamp(min=1)
     if num_items_in_batch is None:
-        num_items, mean_over = all_tokens.clamp(min=1), own_tokens.clamp(min=1)
-        z_items = mean_over
+        num_items = statistics[0].num_tokens.clamp(min=1)
     else:
-        num_items, mean_over = (
-            torch.as_tensor(num_items_in_batch, device=summed.device),
-            all_tokens.clamp(min=1),
-        )
-        z_items = num_items
+        num_items = torch.as_tensor(num_items_in_batch, device=summed.device)
     balance, z = [], []
     for layer, count_R, experts in zip(statistics, counts, layer_experts, strict=True):
         scale = experts.num_routed / (experts.top_k - experts.num_shared)
-        balance.append(scale * (count_R * layer.prob_sum_R).sum() / mean_over / num_items)
-        z.append(layer.z_sum / z_items)
+        balance.append(scale * (count_R * layer.prob_sum_R).sum() / counted_tokens / num_items)
+        z.append(layer.z_sum / num_items)
     return torch.stack(balance).mean(), torch.stack(z).mean()
 
 

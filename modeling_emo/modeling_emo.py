@@ -43,8 +43,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
-from .document_pool import DocumentPools, PoolRequest, document_pools, find_segments, pool_mask
-from .losses import RouterStatistics, document_pool_losses, lm_z_loss, load_balancing_loss
+from .document_pool import (
+    DocumentPools,
+    PoolRequest,
+    document_pools,
+    find_segments,
+    mean_pool_size,
+    pool_mask,
+)
+from .losses import BalanceCounts, RouterStatistics, document_pool_losses, lm_z_loss, load_balancing_loss
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
@@ -519,9 +526,13 @@ class EmoPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class EmoModelOutputWithPast(MoeModelOutputWithPast):
-    """As every mixture of experts, and `router_statistics`: of each expert layer, with pools in training."""
+    """As every mixture of experts, and with pools in training what the routers did.
+
+    `router_statistics` of each expert layer, and the mean `document_pool_size` over documents and layers.
+    """
 
     router_statistics: tuple[RouterStatistics, ...] | None = None
+    document_pool_size: torch.FloatTensor | None = None
 
 
 class EmoModel(EmoPreTrainedModel):
@@ -686,6 +697,7 @@ class EmoModel(EmoPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
             router_statistics=tuple(statistics) or None,
+            document_pool_size=mean_pool_size(pools, self.config) if pools and statistics else None,
         )
 
 
@@ -693,12 +705,18 @@ class EmoModel(EmoPreTrainedModel):
 class EmoCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """As every mixture of experts, and the parts of the loss, without gradient and without coefficients.
 
-    `ce_loss` is the cross entropy; `router_z_loss` and `lm_z_loss` are there in training with document pools.
+    `ce_loss` is the cross entropy. In training with document pools there are `router_z_loss`, `lm_z_loss`,
+    `expert_counts`, for each expert layer the picks of its routed experts (R,), and `document_pool_size`,
+    the mean over documents and layers.
+
+    Example: see `EmoForCausalLM`.
     """
 
     ce_loss: torch.FloatTensor | None = None
     router_z_loss: torch.FloatTensor | None = None
     lm_z_loss: torch.FloatTensor | None = None
+    expert_counts: tuple[torch.FloatTensor, ...] | None = None
+    document_pool_size: torch.FloatTensor | None = None
 
 
 class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
@@ -727,6 +745,8 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         self.model = EmoModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # What the balance loss counts beside the forward at hand, while an optimiser step is accumulated.
+        self.balance_counts: BalanceCounts | None = None
         self.post_init()
 
     @can_return_tuple
@@ -780,10 +800,13 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         expert_layers = [layer for layer in self.config.layer_experts if not layer.is_dense]
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-            ce_loss = loss.detach()
+            ce_loss = loss.detach().clone()  # the Trainer scales the loss in place
         if outputs.router_statistics is not None:
             aux_loss, router_z_loss = document_pool_losses(
-                outputs.router_statistics, expert_layers, num_items_in_batch=num_items
+                outputs.router_statistics,
+                expert_layers,
+                num_items_in_batch=num_items,
+                balance_counts=self.balance_counts,
             )
             if loss is not None:
                 lm_z = lm_z_loss(logits, labels, num_items)
@@ -817,6 +840,8 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             ce_loss=ce_loss,
             router_z_loss=None if router_z_loss is None else router_z_loss.detach(),
             lm_z_loss=None if lm_z is None else lm_z.detach(),
+            expert_counts=tuple(layer.count_R.detach() for layer in outputs.router_statistics or ()) or None,
+            document_pool_size=outputs.document_pool_size,
         )
 
     def generate(self, *args, expert_subset=None, **kwargs):

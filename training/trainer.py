@@ -1,0 +1,214 @@
+"""`EmoTrainer`: `Trainer` with the optimiser groups of the paper, balance over whole steps, and a report.
+
+Shape suffixes: R routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer
+
+from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
+from .fine_tuning import KeepFrozenRows
+
+_LOSSES = {
+    "ce_loss": "ce_loss",
+    "aux_loss": "balance_loss",
+    "router_z_loss": "router_z_loss",
+    "lm_z_loss": "lm_z_loss",
+}
+
+
+@contextmanager
+def accumulate_balance(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None
+) -> Iterator[None]:
+    """Balance the experts over all micro-batches of one optimiser step; for loops without `EmoTrainer`.
+
+    While the context is open, the balance loss of a forward counts the picks of the forwards before it too.
+    With `batches` it counts those of the whole step from the first: gradients are then exactly those of all
+    micro-batches in one, for the price of another forward each without gradient. With document pools only.
+
+    Args:
+        model (`nn.Module`): an `EmoForCausalLM`, also inside DDP's, FSDP's or PEFT's wrappers.
+        batches (`Iterable[Mapping]`, *optional*): the step's micro-batches, on the model's device, in the
+            order and number in which they are about to be trained on. The random state is put back, so that
+            they meet the same pools.
+
+    Raises:
+        ValueError: if there is no `EmoForCausalLM` in the model.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.training import accumulate_balance
+    >>> model = EmoForCausalLM.from_pretrained(
+    ...     "model_cards/toy-emo", document_pool_min=3, document_pool_max=31
+    ... ).train()
+    >>> with accumulate_balance(model):  # one step of the optimiser
+    ...     for ids in torch.randint(2, 4096, (2, 1, 16)):
+    ...         (model(ids, labels=ids).loss / 2).backward()
+
+    ```
+    """
+    causal = _causal_lm(model)
+    causal.balance_counts = BalanceCounts(None if batches is None else _count_picks(model, batches))
+    try:
+        yield
+    finally:
+        causal.balance_counts = None
+
+
+class EmoTrainer(Trainer):
+    """`Trainer`, as EMO was trained.
+
+    - Weight decay is for everything but the input embedding (`Trainer` leaves out norms and biases instead).
+    - The balance loss counts over all micro-batches of an optimiser step, as `accumulate_balance`.
+    - The logs report `ce_loss`, `balance_loss`, `router_z_loss`, `lm_z_loss` (without their coefficients,
+      means over the steps since the last report), `pool_size` (mean routed experts in a document's pool) and
+      `experts_used` (routed experts that any token took since the last report, mean over the layers).
+    - Rows that `train_only` froze stay as they are, whatever the optimiser (`KeepFrozenRows`).
+
+    Everything else, checkpoints and distributed training among it, is `Trainer`'s.
+
+    Args:
+        args, kwargs: as for `Trainer`.
+        exact_balance (`bool`, defaults to `False`): count the picks of a step's micro-batches beforehand, so
+            that accumulated gradients are exactly those of one large batch; costs another forward each.
+
+    Example:
+
+    ```python
+    >>> from transformers import TrainingArguments
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.training import DocumentCollator, EmoTrainer
+    >>> model = EmoForCausalLM.from_pretrained(
+    ...     "model_cards/toy-emo", document_pool_min=3, document_pool_max=31
+    ... )
+    >>> arguments = TrainingArguments(
+    ...     str(tmp_path), max_steps=1, logging_steps=1, remove_unused_columns=False, report_to=[],
+    ...     disable_tqdm=True, use_cpu=True,
+    ... )
+    >>> windows = [{"input_ids": [5, 6, 7, 0, 8, 9]}] * 8
+    >>> trainer = EmoTrainer(model, arguments, DocumentCollator(model.config), windows)
+    >>> _ = trainer.train()  # doctest: +ELLIPSIS
+    {'loss': ...}
+    >>> 3 <= trainer.state.log_history[0]["pool_size"] <= 31
+    True
+
+    ```
+    """
+
+    def __init__(self, *args, exact_balance: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.exact_balance = exact_balance
+        self._step_counts: BalanceCounts | None = None
+        self._steps = 0.0  # of the optimiser, since the last report; the others since then, too
+        self._sums: dict[str, Any] = {}
+        self._picks: list[Any] = []  # one (R,) a layer
+        if isinstance(self.model, EmoPreTrainedModel):
+            self.add_callback(KeepFrozenRows())
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """`list[str]`: the parameters that weight decay is for, all but the input embedding."""
+        embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
+        return [name for name, parameter in model.named_parameters() if id(parameter) not in embedding]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of the next optimiser step; a new count of picks begins with them."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counted = None
+        if self.exact_balance and len(batches) > 1:
+            self.model_wrapped.train()
+            prepared = (self._prepare_inputs(batch) for batch in batches)
+            with self.compute_loss_context_manager():
+                counted = _count_picks(self.model_wrapped, prepared)
+        self._step_counts = BalanceCounts(counted)
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch; see `Trainer.compute_loss`."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        causal = _causal_lm(model)
+        causal.balance_counts = self._step_counts
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        finally:
+            causal.balance_counts = None
+        self._report(outputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and in training add what the routers did; see `Trainer.log`."""
+        if "loss" in logs and self._steps:
+            logs |= self._take_report()
+        super().log(logs, start_time)
+
+    def _report(self, outputs: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None) -> None:
+        """Note what one micro-batch adds to the report; nothing here waits for the device."""
+        fraction = 1 / self.current_gradient_accumulation_steps
+        scale = fraction
+        if num_items_in_batch is not None:  # losses are then shares of a sum, as `Trainer.compute_loss` says
+            scale = self.accelerator.num_processes // self.get_tp_size()
+            scale = scale if self.args.average_tokens_across_devices else 1
+        self._steps += fraction
+        for name, reported in _LOSSES.items():
+            if (value := outputs.get(name)) is not None:
+                self._sums[reported] = self._sums.get(reported, 0) + scale * value.detach()
+        if (size := outputs.get("document_pool_size")) is not None:
+            self._sums["pool_size"] = self._sums.get("pool_size", 0) + fraction * size
+        if (counts := outputs.get("expert_counts")) is not None:
+            before = self._picks or [0] * len(counts)
+            self._picks = [a + b for a, b in zip(before, counts, strict=True)]
+
+    def _take_report(self) -> dict[str, float]:
+        report = {}
+        if self._sums:
+            values = torch.stack([torch.as_tensor(value).float() for value in self._sums.values()])
+            values = self.accelerator.reduce(values / self._steps, reduction="mean")
+            report = dict(zip(self._sums, values.tolist(), strict=True))
+        if self._picks:
+            picked = self.accelerator.reduce(torch.cat(self._picks), reduction="sum") > 0
+            report["experts_used"] = picked.sum().item() / len(self._picks)
+        self._steps, self._sums, self._picks = 0.0, {}, []
+        return report
+
+
+def _causal_lm(model: nn.Module) -> EmoForCausalLM:
+    for module in model.modules():
+        if isinstance(module, EmoForCausalLM):
+            return module
+    raise ValueError(f"Expected an `EmoForCausalLM`, maybe wrapped, got a {type(model).__name__}.")
+
+
+def _count_picks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor | None:
+    """The picks of all batches, as `sum_counts` gives them; `None` without pools."""
+    causal = _causal_lm(model)
+    experts = next((layer for layer in causal.config.layer_experts if not layer.is_dense), None)
+    generator = causal.model.pool_generator
+    state = None if generator is None else generator.get_state()
+    devices = [causal.device] if causal.device.type not in ("cpu", "meta") else []
+    counted = None
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=causal.device.type):
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            counts = model(**inputs, use_cache=False, logits_to_keep=1).expert_counts
+            if counts is None or experts is None:
+                break
+            num_tokens = counts[0].sum() / (experts.top_k - experts.num_shared)
+            picks = torch.cat([*counts, num_tokens[None]])
+            counted = picks if counted is None else counted + picks
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    if counted is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(counted)
+    return counted
