@@ -1,0 +1,112 @@
+"""The paper's settings for the optimiser and its schedule, as `TrainingArguments`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+RecipeName = Literal["pretrain", "anneal", "fine-tune"]
+
+_OPTIMISER = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "pretrain": _OPTIMISER
+    | {
+        "learning_rate": 4e-3,
+        "warmup_steps": 2000,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    },
+    # Goes on where pretraining ends: at a tenth of its learning rate.
+    "anneal": _OPTIMISER | {"learning_rate": 4e-4, "warmup_steps": 0, "lr_scheduler_type": "linear"},
+    "fine-tune": {
+        "learning_rate": 5e-5,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "linear",
+        "num_train_epochs": 1,
+        "windows_per_step": 32,
+    },
+}
+
+
+def training_arguments(
+    recipe: RecipeName,
+    output_dir: str | os.PathLike,
+    *,
+    windows_per_step: int | None = None,
+    **changes: Any,
+) -> TrainingArguments:
+    """`TrainingArguments` with the settings of the paper, for `EmoTrainer` or `Trainer`.
+
+    Source: paper section 4 and the authors' training configuration, https://arxiv.org/abs/2605.06663.
+
+    | | learning rate | warm-up | schedule | optimiser |
+    |---|---|---|---|---|
+    | `"pretrain"` | 4e-3 | 2000 steps | cosine to 10 % | AdamW (0.9, 0.95), 1e-8, weight decay 0.1, clip 1.0 |
+    | `"anneal"` | 4e-4 | none | linear to 0 | the same |
+    | `"fine-tune"` | 5e-5 | 10 % | linear to 0, one epoch of batches of 32 | `Trainer`'s |
+
+    The paper pretrains with 1,024 windows of 4,096 tokens to a step (`windows_per_step=1024`). Weight decay for
+    everything but the input embedding, as there, is `EmoTrainer`'s doing. The losses' coefficients are the
+    config's: its defaults are the paper's. Annealing is pretraining gone on with: of an EMO, or of a standard
+    mixture of experts, which becomes one by it if the config has document pools.
+
+    Args:
+        recipe (`str`): `"pretrain"`, `"anneal"` or `"fine-tune"`.
+        output_dir (`str` or `os.PathLike`): for checkpoints.
+        windows_per_step (`int`, *optional*): windows in one step of the optimiser, over all devices:
+            sets `gradient_accumulation_steps` for the number of devices and `per_device_train_batch_size`
+            (8 by default, fewer if so few make a step).
+        changes: any of `TrainingArguments`, instead of the recipe's.
+
+    Returns:
+        `TrainingArguments`
+
+    Raises:
+        ValueError: if there is no such recipe, the windows cannot be divided among the devices, or the
+            recipe's warm-up is as long as the whole training.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.training import training_arguments
+    >>> arguments = training_arguments("pretrain", tmp_path, max_steps=10_000, windows_per_step=64, use_cpu=True)
+    >>> arguments.learning_rate, arguments.adam_beta2, arguments.gradient_accumulation_steps
+    (0.004, 0.95, 8)
+
+    ```
+    """
+    if recipe not in _RECIPES:
+        raise ValueError(f"There is no recipe {recipe!r}: expected one of {list(get_args(RecipeName))}.")
+    # `DocumentCollator` reads columns that the model's signature does not name.
+    settings = {"remove_unused_columns": False, "report_to": "none"} | _RECIPES[recipe]
+    default_windows = settings.pop("windows_per_step", None)
+    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changes):
+        windows_per_step = windows_per_step or default_windows
+    max_steps = changes.get("max_steps", 0)
+    if "warmup_steps" not in changes and 0 < max_steps <= settings["warmup_steps"]:
+        raise ValueError(
+            f"The recipe {recipe!r} warms up for {settings['warmup_steps']} steps, and `max_steps` is "
+            f"{max_steps}: give `warmup_steps` too (a number below 1 is a share of all steps)."
+        )
+    if windows_per_step is None:
+        return TrainingArguments(output_dir=os.fspath(output_dir), **settings | changes)
+    if "gradient_accumulation_steps" in changes:
+        raise ValueError("`windows_per_step` sets `gradient_accumulation_steps`: give one of them.")
+    changes.setdefault("per_device_train_batch_size", min(8, windows_per_step))
+    arguments = TrainingArguments(output_dir=os.fspath(output_dir), **settings | changes)
+    at_once = arguments.train_batch_size * arguments.world_size
+    if windows_per_step % at_once:
+        raise ValueError(
+            f"{windows_per_step} windows per step cannot be divided among {arguments.world_size} processes "
+            f"with {arguments.train_batch_size} at once: expected a multiple of {at_once}."
+        )
+    arguments.gradient_accumulation_steps = windows_per_step // at_once
+    return arguments
