@@ -1,6 +1,7 @@
-"""The EMO tokenizer, and packing documents into windows."""
+"""The EMO tokenizer, packing documents into windows, and prompts with answers for fine-tuning."""
 
+from .answers import encode_answers
 from .packing import PackedStream, pack_dataset, pack_documents
 from .tokenization_emo import EmoTokenizer
 
-__all__ = ["EmoTokenizer", "PackedStream", "pack_dataset", "pack_documents"]
+__all__ = ["EmoTokenizer", "PackedStream", "encode_answers", "pack_dataset", "pack_documents"]

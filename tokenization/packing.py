@@ -428,10 +428,10 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"`{name}` is {size}, expected at least 1.")
 
 
-def _check_column(column: str, names: list[str]) -> None:
+def _check_column(column: str, names: list[str], argument: str = "column") -> None:
     if column not in names:
         raise ValueError(
-            f"The dataset has no column {column!r}, only {sorted(names)}: name the documents' `column`."
+            f"The dataset has no column {column!r}, only {sorted(names)}: name the right one as `{argument}`."
         )
 
 
@@ -441,6 +441,6 @@ def _import_datasets():
         import datasets
     except ImportError as error:
         raise ImportError(
-            "Packing a dataset needs the library `datasets`: `pip install 'transformers-emo[train]'`."
+            "Reading a dataset needs the library `datasets`: `pip install 'transformers-emo[train]'`."
         ) from error
     return datasets
