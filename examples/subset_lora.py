@@ -1,6 +1,6 @@
 """Train a LoRA adapter on a quarter of the experts, then put it on the full model.
 
-    python examples/subset_lora.py [OUT]
+python examples/subset_lora.py [OUT]
 """
 
 import sys

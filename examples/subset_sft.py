@@ -1,6 +1,6 @@
 """Fine-tune a quarter of the experts on questions and answers, with Trainer; the loss is on the answers only.
 
-    python examples/subset_sft.py [OUT]
+python examples/subset_sft.py [OUT]
 """
 
 import sys

@@ -47,13 +47,14 @@ def training_arguments(
 
     Source: paper section 4 and the authors' training configuration, https://arxiv.org/abs/2605.06663.
 
-    | | learning rate | warm-up | schedule | optimiser |
-    |---|---|---|---|---|
-    | `"pretrain"` | 4e-3 | 2000 steps | cosine to 10 % | AdamW (0.9, 0.95), 1e-8, weight decay 0.1, clip 1.0 |
-    | `"anneal"` | 4e-4 | none | linear to 0 | the same |
-    | `"fine-tune"` | 5e-5 | 10 % | linear to 0, one epoch of batches of 32 | `Trainer`'s |
+    | | learning rate | warm-up | schedule |
+    |---|---|---|---|
+    | `"pretrain"` | 4e-3 | 2000 steps | cosine to 10 % |
+    | `"anneal"` | 4e-4 | none | linear to 0 |
+    | `"fine-tune"` | 5e-5 | 10 % | linear to 0, one epoch of batches of 32 |
 
-    The paper pretrains with 1,024 windows of 4,096 tokens to a step (`windows_per_step=1024`). Weight decay for
+    The first two have AdamW (0.9, 0.95), epsilon 1e-8, weight decay 0.1 and gradients clipped at 1.0; the
+    paper pretrains with 1,024 windows of 4,096 tokens to a step (`windows_per_step=1024`). Weight decay for
     everything but the input embedding, as there, is `EmoTrainer`'s doing. The losses' coefficients are the
     config's: its defaults are the paper's. Annealing is pretraining gone on with: of an EMO, or of a standard
     mixture of experts, which becomes one by it if the config has document pools.
@@ -77,7 +78,9 @@ def training_arguments(
 
     ```python
     >>> from transformers_emo.training import training_arguments
-    >>> arguments = training_arguments("pretrain", tmp_path, max_steps=10_000, windows_per_step=64, use_cpu=True)
+    >>> arguments = training_arguments(
+    ...     "pretrain", tmp_path, max_steps=10_000, windows_per_step=64, use_cpu=True
+    ... )
     >>> arguments.learning_rate, arguments.adam_beta2, arguments.gradient_accumulation_steps
     (0.004, 0.95, 8)
 

@@ -208,8 +208,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
 
     Args:
         recipe (`Recipe`): what to do.
-        resume (`bool`, defaults to `False`): go on from the last whole checkpoint in `output_dir`, if there is
-            one.
+        resume (`bool`, defaults to `False`): go on from the last whole checkpoint in `output_dir`, if there
+            is one.
 
     Returns:
         `EmoTrainer`: after training; `trainer.state.log_history` holds the logs.
@@ -277,8 +277,8 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
         folder (`str` or `os.PathLike`): an `output_dir`; it need not exist.
 
     Returns:
-        `str`, *optional*: its path. `Trainer` writes `trainer_state.json` last: a checkpoint without it was cut
-        short.
+        `str`, *optional*: its path. `Trainer` writes `trainer_state.json` last: a checkpoint without it was
+        cut short.
 
     Example:
 

@@ -1,7 +1,7 @@
 """Planted domains: with pools each settles on experts of its own, without them it does not.
 
-Four domains with vocabularies of their own. The next token is one of two that the last two tokens decide, by a
-random table of the domain: tables are learned by experts, and not by attention.
+Four domains with vocabularies of their own. The next token is one of two that the last two tokens decide, by
+a random table of the domain: tables are learned by experts, and not by attention.
 """
 
 from itertools import combinations
@@ -76,7 +76,7 @@ def favourites(model, domain: int) -> list[list[int]]:
 
 
 def rises_and_overlap(model) -> tuple[list[float], float]:
-    """How much each domain's loss rises with a quarter of the experts, and how alike the domains' sets are."""
+    """How each domain's loss rises with a quarter of the experts, and how alike the domains' sets are."""
     chosen = [favourites(model, domain) for domain in range(DOMAINS)]
     rises = []
     for domain, layers in enumerate(chosen):

@@ -39,7 +39,7 @@ def write(tmp_path, make_checkpoint):
             },
         }
         for name, value in changes.items():
-            recipe[name] = recipe[name] | value if isinstance(recipe.get(name), dict) else value
+            recipe[name] = recipe[name] | value if isinstance(value, dict) and name in recipe else value
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe))
         return file
@@ -89,9 +89,7 @@ def test_the_last_checkpoint_is_the_one_with_the_largest_number(tmp_path):
 def test_a_standard_model_is_annealed_with_pools(write, tmp_path, make_checkpoint):
     standard = make_checkpoint(vocab_size=4096)
     pools = {"document_pool_min": 3, "document_pool_max": 11}
-    file = write(
-        recipe="anneal", model={"path": str(standard), "from_scratch": False, "config": pools}
-    )
+    file = write(recipe="anneal", model={"path": str(standard), "from_scratch": False, "config": pools})
     trainer = train(Recipe.read(file, {"training.max_steps": 1}))
     assert 3 <= trainer.state.log_history[0]["pool_size"] <= 11
     assert EmoForCausalLM.from_pretrained(tmp_path / "out").config.document_pool_min == 3
