@@ -443,6 +443,35 @@ class EmoPreTrainedModel(PreTrainedModel):
             )
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """Put a PEFT adapter on the model; see `PreTrainedModel.load_adapter`.
+
+        Args:
+            peft_model_id (`str` or `os.PathLike`, *optional*): the adapter's folder or Hub repository.
+            args, kwargs: as for every Transformers model.
+
+        Raises:
+            SubsetError: if the adapter is known to be trained on other experts than the model holds; before
+                anything is loaded. `transformers_emo.training.load_adapter` fits it to a larger model.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoForCausalLM
+        >>> from transformers_emo.training import lora_config
+        >>> path, subset = "model_cards/toy-emo", [[0, 1, 2, 31]] * 4
+        >>> model = EmoForCausalLM.from_pretrained(path, expert_subset=subset)
+        >>> model.add_adapter(lora_config(model, r=2, target_modules=["q_proj"]))
+        >>> model.save_pretrained(tmp_path)
+        >>> _ = EmoForCausalLM.from_pretrained(path, expert_subset=subset).load_adapter(tmp_path)
+
+        ```
+        """
+        load = super().load_adapter
+        if self._package is not None:
+            return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
+        return load(peft_model_id, *args, **kwargs)
+
     @contextmanager
     def use_experts(self, expert_subset) -> Iterator[Self]:
         """Route only to the experts of a subset while the context is open; no weight is touched.
