@@ -3,6 +3,7 @@
 from .document_pool import (
     draw_pool_sizes,
     flatten_segments,
+    lengths_from_segments,
     pool_mask,
     segments_from_eos,
     segments_from_lengths,
@@ -27,6 +28,7 @@ __all__ = [
     "document_pool_losses",
     "draw_pool_sizes",
     "flatten_segments",
+    "lengths_from_segments",
     "lm_z_loss",
     "load_balancing_loss",
     "pool_mask",

@@ -3,7 +3,8 @@
 Where documents begin is read from EOS tokens, from position ids that start again, from the lengths of packed
 sequences, or given. The pool of a document is chosen anew in every layer, from the router's own
 probabilities: paper section 3, https://arxiv.org/abs/2605.06663. Nothing here loops over documents, waits for
-the device or depends on values for its shapes (but for `count_segments` on a CPU), so that it compiles.
+the device or depends on values for its shapes (but for `lengths_from_segments`, and `count_segments` on a
+CPU), so that it compiles.
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, N segments, R routed experts, L layers.
 """
@@ -77,7 +78,7 @@ def segments_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def segments_from_lengths(cumulative_lengths: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Number the documents of one packed row by their cumulative lengths (`cu_seq_lens_q`).
+    """Number the documents of packed rows, end to end, by their cumulative lengths (`cu_seq_lens_q`).
 
     Args:
         cumulative_lengths (`torch.Tensor`): (N + 1,), starting at 0, as `DataCollatorWithFlattening` makes
@@ -99,6 +100,60 @@ def segments_from_lengths(cumulative_lengths: torch.Tensor, num_tokens: int) -> 
     """
     positions = torch.arange(num_tokens, device=cumulative_lengths.device)
     return torch.searchsorted(cumulative_lengths[1:].contiguous(), positions, right=True).unsqueeze(0)
+
+
+def lengths_from_segments(
+    segments_BS: torch.Tensor, attention_mask_BS: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
+    """Cumulative lengths of the documents of all rows, end to end, as flash attention takes them.
+
+    Padding before or after a document counts as a document of its own.
+
+    Args:
+        segments_BS (`torch.Tensor`): (B, S) segment numbers or document ids.
+        attention_mask_BS (`torch.Tensor`, *optional*): (B, S), 0 or false for padding.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: (N + 1,) int32, from 0 to B * S; the longest length.
+
+    Raises:
+        ValueError: if the mask has another shape, or padding lies inside a document: lengths cannot leave it
+            out. (Not seen where this is compiled.)
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import lengths_from_segments
+    >>> lengths_from_segments(torch.tensor([[0, 0, 1], [0, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    (tensor([0, 2, 3, 4, 6], dtype=torch.int32), 2)
+
+    ```
+    """
+    if attention_mask_BS is None:
+        attention_mask_BS = torch.ones_like(segments_BS)
+    if attention_mask_BS.shape != segments_BS.shape:
+        raise ValueError(
+            f"The attention mask has shape {tuple(attention_mask_BS.shape)}, expected "
+            f"{tuple(segments_BS.shape)}: flash attention tells documents and padding apart by tokens."
+        )
+    real_BS = attention_mask_BS.to(segments_BS.device, torch.bool)
+    starts_BS = torch.ones_like(real_BS)
+    starts_BS[:, 1:] = (segments_BS[:, 1:] != segments_BS[:, :-1]) | (real_BS[:, 1:] != real_BS[:, :-1])
+    # Flash attention launches its kernels for so many documents, the longest of so many tokens: numbers
+    # that the host waits for, here and once a forward. (With a tensor of the longest it would in each layer.)
+    start_N = starts_BS.flatten().nonzero().flatten()
+    cumulative = F.pad(start_N, (0, 1), value=segments_BS.numel()).int()
+    segment_N, real_N = flatten_segments(segments_BS)[start_N], real_BS.flatten()[start_N]
+    # Within a document tokens and padding take turns: tokens, padding, tokens is one that padding cuts.
+    cut = ((segment_N[2:] == segment_N[:-2]) & real_N[2:]).any()
+    longest, is_cut = torch.stack([cumulative.diff().max(), cut.int()]).tolist()
+    if not torch.compiler.is_compiling() and is_cut:
+        raise ValueError(
+            "Padding lies inside a document, where flash attention cannot leave it out: move it to an end, "
+            "or use eager, sdpa or flex attention."
+        )
+    return cumulative, longest
 
 
 def flatten_segments(segments_BS: torch.Tensor) -> torch.Tensor:
@@ -330,7 +385,7 @@ def find_segments(
             raise ValueError(
                 "`cu_seq_lens_q` tells documents apart only beside `input_ids` or `position_ids`."
             )
-        return segments_from_lengths(request.cu_seq_lens_q, tokens.shape[1])
+        return segments_from_lengths(request.cu_seq_lens_q, tokens.numel()).view_as(tokens)
     if config.document_boundaries == "position_ids":
         if position_ids is None:
             raise ValueError("Documents begin where `position_ids` start again: give `position_ids`.")

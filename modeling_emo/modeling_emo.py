@@ -39,7 +39,7 @@ from transformers.models.flex_olmo.modeling_flex_olmo import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
@@ -48,13 +48,17 @@ from .document_pool import (
     PoolRequest,
     document_pools,
     find_segments,
+    flatten_segments,
+    lengths_from_segments,
     mean_pool_size,
     pool_mask,
+    segments_from_positions,
 )
 from .losses import BalanceCounts, RouterStatistics, document_pool_losses, lm_z_loss, load_balancing_loss
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
+_FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _NEEDS_PACKAGE = "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
 # Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, unlike locks.
 _mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -321,6 +325,32 @@ def _data_parallel_rank(model: PreTrainedModel) -> int:
     return torch.distributed.get_rank() // (model.tp_size or 1)
 
 
+def _flash_lengths(
+    segments_BS: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    past_key_values: Cache | None,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """What keeps documents apart in flash attention: the caller's own lengths, or those of the segments."""
+    if past_key_values is not None and past_key_values.is_compileable:
+        raise ValueError(
+            "A static cache has room behind the documents, which flash attention would take for theirs: use "
+            "a dynamic cache or none, or eager, sdpa or flex attention for `attention_within_documents`."
+        )
+    given = {name: kwargs.get(name) for name in _FLASH_LENGTHS}
+    if attention_mask is None and document_ids is None and all(value is not None for value in given.values()):
+        return given
+    if attention_mask is None and past_key_values is None:
+        # As `create_causal_mask` does: positions that start again part documents too.
+        segments_BS = flatten_segments(segments_BS).view_as(segments_BS) + segments_from_positions(
+            position_ids
+        )
+    cumulative, longest = lengths_from_segments(segments_BS, attention_mask)
+    return dict(zip(_FLASH_LENGTHS, (cumulative, cumulative, longest, longest), strict=True))
+
+
 def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
     """Initialise as OLMo-core did for EMO: a normal distribution cut off at three standard deviations."""
     init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
@@ -413,6 +443,35 @@ class EmoPreTrainedModel(PreTrainedModel):
                 load, model, state_dict, checkpoint_files, load_config, *args, **kwargs
             )
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """Put a PEFT adapter on the model; see `PreTrainedModel.load_adapter`.
+
+        Args:
+            peft_model_id (`str` or `os.PathLike`, *optional*): the adapter's folder or Hub repository.
+            args, kwargs: as for every Transformers model.
+
+        Raises:
+            SubsetError: if the adapter is known to be trained on other experts than the model holds; before
+                anything is loaded. `transformers_emo.training.load_adapter` fits it to a larger model.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoForCausalLM
+        >>> from transformers_emo.training import lora_config
+        >>> path, subset = "model_cards/toy-emo", [[0, 1, 2, 31]] * 4
+        >>> model = EmoForCausalLM.from_pretrained(path, expert_subset=subset)
+        >>> model.add_adapter(lora_config(model, r=2, target_modules=["q_proj"]))
+        >>> model.save_pretrained(tmp_path)
+        >>> _ = EmoForCausalLM.from_pretrained(path, expert_subset=subset).load_adapter(tmp_path)
+
+        ```
+        """
+        load = super().load_adapter
+        if self._package is not None:
+            return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
+        return load(peft_model_id, *args, **kwargs)
 
     @contextmanager
     def use_experts(self, expert_subset) -> Iterator[Self]:
@@ -607,7 +666,10 @@ class EmoModel(EmoPreTrainedModel):
             document_ids (`torch.Tensor`, *optional*): (B, S) the document of each token; otherwise `seq_idx`,
                 `cu_seq_lens_q` or what `config.document_boundaries` says.
             attention_within_documents (`bool`, *optional*): let tokens attend to their own document only; an
-                EOS is the last token of its document here. By default as the config says, in training.
+                EOS is the last token of its document here. By default as the config says, in training. Flash
+                attention needs the lengths of the documents on the host: waiting for them breaks a compiled
+                graph, unless the caller gives `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+                `max_length_k`, and neither a mask nor `document_ids`.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
@@ -617,7 +679,8 @@ class EmoModel(EmoPreTrainedModel):
 
         Raises:
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if pools are asked for
-                behind tokens in a cache, or documents cannot be told apart.
+                behind tokens in a cache, documents cannot be told apart, or the attention implementation
+                cannot keep them apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -646,24 +709,33 @@ class EmoModel(EmoPreTrainedModel):
             raise ValueError(
                 "Documents are told apart as a whole: they cannot begin behind tokens in a cache."
             )
-        same_document = None
+        same_document, flash_lengths = None, None
         if attention_within_documents:
-            if "flash" in self.config._attn_implementation:
-                raise ValueError(
-                    "Flash attention keeps documents apart by `cu_seq_lens_q` alone: give those, or use "
-                    "sdpa, eager or flex attention for `attention_within_documents`."
-                )
             # Here an EOS closes its own document: the token after it starts the next one.
             segments_BS = find_segments(self.config, request, input_ids, position_ids, eos_opens=False)
-            same_document = packed_sequence_mask_function(segments_BS)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            and_mask_function=same_document,
-        )
+            segments_BS = segments_BS.expand(inputs_embeds.shape[:2])
+            if is_flash_attention_requested(self.config):
+                flash_lengths = _flash_lengths(
+                    segments_BS, attention_mask, document_ids, position_ids, past_key_values, kwargs
+                )
+                kwargs |= flash_lengths
+            else:
+                same_document = packed_sequence_mask_function(segments_BS)
+        causal_mask = None  # given a mask, flash attention does not look at lengths
+        if flash_lengths is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                and_mask_function=same_document,
+            )
+        if same_document is not None and (causal_mask is None or len(causal_mask.shape) != 4):
+            raise ValueError(
+                f"The attention implementation {self.config._attn_implementation!r} takes no mask that keeps "
+                "documents apart: use eager, sdpa, flex or flash attention for `attention_within_documents`."
+            )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         pools = document_pools(
             self.config,

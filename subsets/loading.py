@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging
 
 from ..configuration import EmoConfig
+from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LocalFiles, rows_of
 from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
 
@@ -121,6 +122,29 @@ def from_pretrained(
         return load(path, *args, config=subset_config(config, subset), **kwargs)
     finally:
         _request.reset(token)
+
+
+def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs):
+    """Transformers' `model.load_adapter`, once the adapter is known to belong to the model's experts.
+
+    Args:
+        load (`Callable`): Transformers' own `load_adapter` of the model.
+        config (`EmoConfig`): the model's config.
+        adapter (`str` or `os.PathLike`, *optional*): the adapter's folder or Hub repository.
+        args, kwargs: passed on.
+
+    Raises:
+        SubsetError: if it does not; before anything is loaded.
+
+    Example: see `EmoPreTrainedModel.load_adapter`.
+    """
+    if adapter is not None:
+        hub = dict(getattr(kwargs.get("load_config"), "download_kwargs", None) or {})
+        hub |= kwargs.get("adapter_kwargs") or {}
+        if kwargs.get("local_files_only"):
+            hub["local_files_only"] = True
+        check_adapter(adapter, config, {name: hub[name] for name in _HUB_KWARGS if name in hub})
+    return load(adapter, *args, **kwargs)
 
 
 def load_weights(load: Callable, model, state_dict, checkpoint_files, load_config, *args, **kwargs):

@@ -17,22 +17,20 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import cached_file
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
-from ..subsets import ExpertSubset, SubsetError, present_experts, root_experts
+from ..subsets import ExpertSubset, SubsetError, present_experts
+from ..subsets.adapter_record import EXPERT_TENSOR, RECORD, check_record, held_experts, read_record
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-RECORD = "expert_subset.json"
 _HUB_KWARGS = ("cache_dir", "revision", "subfolder", "token")
 # Factors of the stacked experts (PEFT nests its wrappers: one per parameter) and of the router.
 _EXPERT_FACTOR = re.compile(
     r".*\.layers\.(?P<layer>\d+)\.mlp\.(?P<part>experts|gate)(\.base_layer)*\.lora_(?P<factor>[AB])\.weight"
 )
-_EXPERT_TENSOR = re.compile(r".*\.layers\.\d+\.mlp\.(experts|gate)\..*")
 
 
 def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
@@ -70,7 +68,7 @@ def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
     _require_peft()
     from .peft_config import SubsetLoraConfig
 
-    return SubsetLoraConfig(**kwargs, expert_subset=_subset_of(model.config).to_dict())
+    return SubsetLoraConfig(**kwargs, expert_subset=held_experts(model.config).to_dict())
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs) -> None:
@@ -106,7 +104,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs) -> None:
             "or save a whole model with its own `save_pretrained`."
         )
     model.save_pretrained(os.fspath(folder), **kwargs)
-    subset = _subset_of(model.get_base_model().config)
+    subset = held_experts(model.get_base_model().config)
     for name in kwargs.get("selected_adapters") or model.peft_config:
         # PEFT's own layout: the default adapter in the folder itself, others in folders of their names.
         subset.save(Path(folder, RECORD) if name == "default" else Path(folder, name, RECORD))
@@ -125,6 +123,10 @@ def load_adapter(
     On a model that holds the adapter's experts and more (the full model, a larger subset) the adapter is
     expanded through the root ids, as `expand_adapter` does; the other experts stay as they are. With
     `base.use_experts(subset)` the result computes what the subset with its adapter computes.
+
+    Transformers' own `model.load_adapter(adapter)` and `AutoModelForCausalLM.from_pretrained(adapter)` refuse
+    other experts too. Plain `PeftModel.from_pretrained(base, adapter)` does not: PEFT shows the model neither
+    the folder nor anything in `adapter_config.json` that is not PEFT's own.
 
     Args:
         base (`EmoPreTrainedModel`): the model; adapted in place, as PEFT does.
@@ -165,7 +167,7 @@ def load_adapter(
     """
     peft = _require_peft()
     subset = _subset_of_adapter(adapter, base.config, trained_on, kwargs)
-    if subset.experts == _subset_of(base.config).experts:
+    if subset.experts == held_experts(base.config).experts:
         return peft.PeftModel.from_pretrained(base, os.fspath(adapter), is_trainable=is_trainable, **kwargs)
     hub = {name: kwargs.pop(name) for name in _HUB_KWARGS if name in kwargs}
     with TemporaryDirectory() as folder:
@@ -217,7 +219,7 @@ def expand_adapter(
     expanded = {}
     for name, tensor in weights.items():
         match = _EXPERT_FACTOR.fullmatch(name)
-        if match is None and _EXPERT_TENSOR.fullmatch(name):
+        if match is None and EXPERT_TENSOR.fullmatch(name):
             raise SubsetError(
                 f"{name} of the adapter cannot be expanded to other experts: only LoRA on stacked experts "
                 "and on the router can (`target_parameters`). Merge it into the subset it was trained on."
@@ -232,7 +234,7 @@ def expand_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(expanded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    _subset_of(config).save(folder / RECORD)
+    held_experts(config).save(folder / RECORD)
     peft_config.save_pretrained(os.fspath(folder))
 
 
@@ -254,46 +256,22 @@ def _spread_router(tensor: torch.Tensor, factor: str, ids: torch.Tensor, num_exp
     return tensor.new_zeros(num_experts, tensor.shape[1]).index_copy_(0, ids, tensor)
 
 
-def _subset_of(config: EmoConfig) -> ExpertSubset:
-    """All experts that a model holds; `None` stands for a dense layer."""
-    return ExpertSubset(
-        [ids or None for ids in present_experts(config)],
-        root_experts_per_layer=root_experts(config),
-    )
-
-
 def _subset_of_adapter(
     adapter: str | os.PathLike, config: EmoConfig, trained_on: Any, kwargs: dict[str, Any]
 ) -> ExpertSubset:
     """The adapter's experts, checked against those of the model it is meant for."""
     subset = None if trained_on is None else ExpertSubset.of(trained_on)
     if subset is None:
-        hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        path = cached_file(os.fspath(adapter), RECORD, _raise_exceptions_for_missing_entries=False, **hub)
-        subset = None if path is None else ExpertSubset.load(path)
-    here = _subset_of(config)
+        subset = read_record(adapter, **{name: kwargs[name] for name in _HUB_KWARGS if name in kwargs})
     if subset is None:
+        here = held_experts(config)
         if config.retained_experts is None:  # an adapter of the full model, as anyone's PEFT saves it
             return here
         raise SubsetError(
             f"The adapter {os.fspath(adapter)!r} has no {RECORD}, so that the experts it was trained on are "
             f"not known, and this model holds a subset ({_first_layer(here)}): name them by `trained_on=`."
         )
-    if len(subset.experts) != len(here.experts) or (
-        subset.root_experts_per_layer not in (None, here.root_experts_per_layer)
-    ):
-        raise SubsetError(
-            f"The adapter was trained on another model: one with {subset.root_experts_per_layer or '?'} "
-            f"experts in its {len(subset.experts)} layers, and this one has {here.root_experts_per_layer} in "
-            f"its {len(here.experts)}."
-        )
-    for layer, (theirs, ours) in enumerate(zip(subset.experts, here.experts, strict=True)):
-        if set(theirs or []) - set(ours or []) or (theirs is None) != (ours is None):
-            raise SubsetError(
-                f"The adapter was trained on the experts {theirs} in layer {layer}, and this model holds "
-                f"{ours}: load it onto that subset (`from_pretrained(..., expert_subset={RECORD!r})` with "
-                "the file beside the adapter) or onto the full model."
-            )
+    check_record(subset, config)
     return subset
 
 

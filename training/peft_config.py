@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 
 from ..subsets import ExpertSubset
-from .adapters import RECORD
+from ..subsets.adapter_record import RECORD
 
 
 @dataclass

@@ -3,20 +3,23 @@
 import json
 import subprocess
 import sys
-from itertools import product
+from itertools import groupby, product
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, StaticCache, modeling_flash_attention_utils
 from transformers_emo import EmoConfig
 from transformers_emo.configuration import LayerExperts
 from transformers_emo.modeling_emo import (
     draw_pool_sizes,
     flatten_segments,
+    lengths_from_segments,
     pool_mask,
     segments_from_eos,
     segments_from_lengths,
@@ -173,6 +176,40 @@ class TestSegments:
         segments = torch.tensor([[0, 0, 1], [1, 1, 2], [0, 0, 0]])
         assert flatten_segments(segments).tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 4]
 
+    @given(st.data(), st.integers(1, 3), st.integers(1, 8))
+    def test_lengths_are_those_of_a_naive_loop(self, data, rows, columns):
+        numbers = st.lists(st.integers(0, 2), min_size=columns, max_size=columns)
+        segments = data.draw(st.lists(numbers, min_size=rows, max_size=rows))
+        ends = st.tuples(st.integers(0, columns), st.integers(0, columns))
+        mask = [
+            [first <= c < last for c in range(columns)]
+            for first, last in data.draw(st.tuples(*[ends] * rows))
+        ]
+        # a row ends a document, and so does a new number or the edge of padding
+        tokens = [(row, segments[row][c], mask[row][c]) for row in range(rows) for c in range(columns)]
+        expected = [len(list(run)) for _, run in groupby(tokens)]
+        cumulative, longest = lengths_from_segments(torch.tensor(segments), torch.tensor(mask).long())
+        assert cumulative.dtype == torch.int32 and cumulative[0] == 0
+        assert cumulative.diff().tolist() == expected
+        assert type(longest) is int and longest == max(expected)
+
+    @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    def test_lengths_and_segments_are_inverse(self, lengths):
+        cumulative = torch.tensor([0, *lengths]).cumsum(0)
+        back, longest = lengths_from_segments(segments_from_lengths(cumulative, sum(lengths)))
+        assert back.tolist() == cumulative.tolist() and longest == max(lengths)
+
+    @pytest.mark.parametrize(
+        ("segments", "mask", "message"),
+        [
+            ([[0, 0, 0, 1]], [[1, 0, 1, 1]], "inside a document"),
+            ([[0, 0, 0]], [[1, 1]], r"shape \(1, 2\), expected \(1, 3\)"),
+        ],
+    )
+    def test_masks_that_lengths_cannot_say_are_refused(self, segments, mask, message):
+        with pytest.raises(ValueError, match=message):
+            lengths_from_segments(torch.tensor(segments), torch.tensor(mask))
+
 
 class TestPools:
     @settings(deadline=None, max_examples=50)
@@ -254,6 +291,12 @@ class TestModel:
             assert torch.equal(logits, expected), name
         model.config.document_boundaries = "position_ids"
         assert torch.equal(model(ids, document_pool=4, position_ids=positions).logits, expected)
+
+    def test_lengths_may_go_through_several_rows(self, make_model):
+        model, documents = make_model(), torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1, 1]])
+        lengths, _ = lengths_from_segments(documents)
+        expected = model(INPUT_IDS, document_pool=4, document_ids=documents).logits
+        assert torch.equal(model(INPUT_IDS, document_pool=4, cu_seq_lens_q=lengths).logits, expected)
 
     def test_padding_has_no_say(self, make_model):
         model = make_model()
@@ -397,6 +440,169 @@ class TestAttentionWithinDocuments:
             logits = model(packed, **kwargs).logits[0, 4:]
             alone = model(torch.tensor([[33, 8, 90]])).logits[0]
         torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+
+    def test_position_ids_may_be_one_row_for_all(self, make_model):
+        model = make_model(document_boundaries="position_ids")
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+        kwargs = {"attention_within_documents": True}
+        with torch.no_grad():
+            expected = model(INPUT_IDS, position_ids=positions.expand(2, -1), **kwargs).logits
+            assert torch.equal(model(INPUT_IDS, position_ids=positions, **kwargs).logits, expected)
+
+    def test_an_attention_that_takes_no_mask_is_refused(self, make_model):
+        AttentionInterface.register("maskless", lambda *args, **kwargs: None)
+        model = make_model(attn_implementation="maskless")
+        with pytest.raises(ValueError, match="'maskless' takes no mask"):
+            model(INPUT_IDS, attention_within_documents=True)
+
+
+class TestFlashAttentionWithinDocuments:
+    """Transformers' own flash attention, over a kernel written in plain PyTorch."""
+
+    # Padding (0) on the left, on both sides, on the right, nowhere; EOS (1) in the last place and doubled.
+    IDS = torch.tensor(
+        [
+            [0, 0, 5, 17, 1, 33, 8, 1],
+            [0, 3, 71, 1, 1, 44, 0, 0],
+            [9, 12, 1, 0, 0, 0, 0, 0],
+            [9, 5, 1, 2, 33, 8, 90, 27],
+        ]
+    )
+    MASK = (IDS != 0).long()
+    # row, first, last + 1
+    DOCUMENTS = ((0, 2, 5), (0, 5, 8), (1, 1, 4), (1, 4, 5), (1, 5, 6), (2, 0, 3), (3, 0, 3), (3, 3, 8))
+    RUNS = [0, 2, 5, 8, 9, 12, 13, 14, 16, 19, 24, 27, 32]  # with those of padding
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Stand in for the flash-attn 3 package; the boundaries that its kernel is called with."""
+        calls = []
+
+        def kernel(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
+        ):
+            if not torch.compiler.is_compiling():
+                lengths = cu_seqlens_q.diff()
+                assert (
+                    cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32 and lengths.min() > 0
+                )
+                assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q) == len(k) == len(v)
+                assert type(max_seqlen_q) is int and max_seqlen_q == max_seqlen_k == lengths.max()
+                calls.append(cu_seqlens_q)
+            document_T = torch.searchsorted(cu_seqlens_q[1:], torch.arange(len(q)), right=True)
+            mask_TT = document_T[:, None] == document_T
+            q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))  # (T, heads, head size)
+            output = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask_TT.tril() if causal else mask_TT, scale=softmax_scale, enable_gqa=True
+            )
+            return output.transpose(0, 1)
+
+        package = ModuleType("flash_attn_interface")
+        package.flash_attn_varlen_func = kernel
+        package.flash_attn_func = package.flash_attn_with_kvcache = None
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+        monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+        return calls
+
+    @pytest.fixture
+    def make(self, make_model, calls):
+        def make(**changes):
+            model = make_model(num_key_value_heads=2, **changes)
+            # `set_attn_implementation` would ask for a GPU.
+            model.config._attn_implementation = "flash_attention_3"
+            return model
+
+        return make
+
+    def test_packed_logits_and_gradients_are_those_of_each_document_alone(self, make, make_model, calls):
+        model, alone = make(), make_model(num_key_value_heads=2)
+        weight = torch.randn(*self.IDS.shape, 96, generator=torch.Generator().manual_seed(0))
+        logits = model(self.IDS, attention_mask=self.MASK, attention_within_documents=True).logits
+        (logits * weight)[self.MASK.bool()].sum().backward()
+        for row, first, last in self.DOCUMENTS:
+            part = alone(
+                self.IDS[row : row + 1, first:last], position_ids=torch.arange(first, last)[None]
+            ).logits
+            torch.testing.assert_close(logits[row, first:last], part[0], atol=1e-5, rtol=1e-5)
+            (part[0] * weight[row, first:last]).sum().backward()
+        for (name, parameter), (_, expected) in zip(
+            model.named_parameters(), alone.named_parameters(), strict=True
+        ):
+            torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-4, rtol=1e-4, msg=name)
+        assert [call.tolist() for call in calls] == [self.RUNS] * 3
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_it_computes_what_a_mask_does(self, make, attention):
+        model, given = make(), self.MASK.cumsum(1) // 3
+        kwargs = {"attention_mask": self.MASK, "document_ids": given, "attention_within_documents": True}
+        with torch.no_grad():
+            flash = model(self.IDS, **kwargs).logits
+            model.set_attn_implementation(attention)
+            expected = model(self.IDS, **kwargs).logits
+        real = self.MASK.bool()
+        torch.testing.assert_close(flash[real], expected[real], atol=1e-5, rtol=1e-5)
+
+    def test_rows_without_padding_need_no_mask(self, make, calls):
+        make().train()(self.IDS[3:], attention_within_documents=True, use_cache=True)
+        assert calls[0].tolist() == [0, 3, 8]
+
+    def test_positions_that_start_again_part_documents_too(self, make, calls):
+        positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+        kwargs = {"attention_within_documents": True, "position_ids": positions, "use_cache": False}
+        model = make()
+        with torch.no_grad():
+            flash = model(self.IDS[3:], **kwargs).logits
+            model.set_attn_implementation("sdpa")
+            torch.testing.assert_close(model(self.IDS[3:], **kwargs).logits, flash, atol=1e-5, rtol=1e-5)
+        assert calls[0].tolist() == [0, 3, 5, 8]
+
+    @pytest.mark.parametrize("within", [False, True])
+    def test_lengths_of_the_caller_are_left_as_they_are(self, make, make_model, calls, within):
+        lengths = torch.tensor([0, 2, 8], dtype=torch.int32)  # other documents than the EOS makes
+        kwargs = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 6, "max_length_k": 6}
+        with torch.no_grad():
+            logits = make()(self.IDS[3:], attention_within_documents=within, **kwargs).logits[0]
+            alone = make_model(num_key_value_heads=2)(self.IDS[3:, 2:]).logits[0]
+        assert all(call is lengths for call in calls)
+        # Positions differ by two, but rotary embeddings only know distances.
+        torch.testing.assert_close(logits[2:], alone, atol=1e-5, rtol=1e-5)
+
+    def test_lengths_of_the_caller_hold_beside_a_mask(self, make, calls):
+        # Given both, Transformers would follow the mask alone.
+        lengths = torch.tensor([0, 2, 8], dtype=torch.int32)
+        kwargs = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 6, "max_length_k": 6}
+        mask = torch.tensor([[1] * 7 + [0]])
+        make()(self.IDS[3:], attention_mask=mask, attention_within_documents=True, **kwargs)
+        assert calls[0].tolist() == [0, 2, 7, 8]
+
+    def test_gradient_checkpointing_attends_alike(self, make, calls):
+        model = make().train()
+        model.gradient_checkpointing_enable()
+        model(
+            self.IDS, labels=self.IDS, attention_mask=self.MASK, attention_within_documents=True
+        ).loss.backward()
+        assert [call.tolist() for call in calls] == [self.RUNS] * 6
+
+    def test_compiles_and_in_one_graph_with_lengths_of_the_caller(self, make):
+        model = make().bfloat16()  # of float32 Transformers logs that it casts, which no graph can hold
+        kwargs = {"attention_mask": self.MASK, "attention_within_documents": True, "use_cache": False}
+        with torch.no_grad():
+            expected = model(self.IDS, **kwargs).logits
+            compiled = torch.compile(model, backend="eager")(self.IDS, **kwargs).logits
+            torch.testing.assert_close(compiled, expected)
+            lengths, longest = lengths_from_segments(self.MASK.cumsum(1) // 3)
+            kwargs |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
+            kwargs |= {"max_length_q": longest, "max_length_k": longest, "attention_mask": None}
+            expected = model(self.IDS, **kwargs).logits
+            torch.compiler.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="eager")(self.IDS, **kwargs).logits
+            torch.testing.assert_close(compiled, expected)
+
+    def test_a_static_cache_is_refused(self, make):
+        model = make()
+        cache = StaticCache(model.config, max_cache_len=16)
+        with pytest.raises(ValueError, match="static cache"):
+            model(self.IDS, past_key_values=cache, attention_within_documents=True)
 
 
 _TWO_RANKS = """

@@ -1,13 +1,17 @@
 """LoRA on EMO: what can be adapted, and that an adapter stays with the experts it was trained on."""
 
+import ast
 import json
+import re
 import sys
 import warnings
 
 import pytest
 import torch
+from hub_server import HubServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers_emo import EmoForCausalLM, SubsetError
 from transformers_emo.training import expand_adapter, load_adapter, lora_config, save_adapter
 
@@ -164,6 +168,96 @@ def test_other_experts_are_refused_before_anything_is_loaded(load, tmp_path, tar
     with pytest.raises(SubsetError, match=r"\[1, 2, 9, 10, 11\] in layer 1, .* holds \[1, 2, 3, 10, 11\]"):
         load_adapter(other, tmp_path)
     assert not hasattr(other, "peft_config")
+
+
+class TestLoadedByTransformers:
+    """`model.load_adapter` and `from_pretrained` of an adapter's folder."""
+
+    REFUSAL = r"\[1, 2, 9, 10, 11\] in layer 1, .* holds \[1, 2, 3, 10, 11\]"
+
+    @pytest.fixture
+    def save(self, load, tmp_path):
+        """Save an adapter of a subset; return the model it was made of."""
+
+        def save(target, make_config=lora_config):
+            model = load(SUBSET)
+            config = make_config(model, r=2, **TARGETS[target])
+            adapted = fill(get_peft_model(model, config))
+            adapted.save_pretrained(tmp_path)
+            return adapted
+
+        return save
+
+    @pytest.mark.parametrize("target", ["attention", "stacked", "router"])
+    def test_other_experts_are_refused_before_anything_is_loaded(self, load, save, tmp_path, target):
+        save(target)
+        other = load(OTHER)
+        with pytest.raises(SubsetError, match=self.REFUSAL):
+            other.load_adapter(tmp_path)
+        with pytest.raises(SubsetError, match=self.REFUSAL):
+            other.load_adapter(
+                peft_model_id=str(tmp_path.parent), adapter_kwargs={"subfolder": tmp_path.name}
+            )
+        assert not hasattr(other, "peft_config")
+        with pytest.raises(SubsetError, match=self.REFUSAL):
+            AutoModelForCausalLM.from_pretrained(tmp_path, expert_subset=OTHER)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_its_own_experts_are_taken(self, load, save, tmp_path, target):
+        adapted, model = save(target), load(SUBSET)
+        model.load_adapter(tmp_path)
+        torch.testing.assert_close(logits(model), logits(adapted))
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, expert_subset=SUBSET)
+        torch.testing.assert_close(logits(loaded), logits(adapted))
+
+    @pytest.mark.parametrize("target", ["stacked", "names_on_disk", "router"])
+    def test_more_experts_need_our_own_loading(self, load, save, tmp_path, target):
+        save(target)
+        full = load()
+        with pytest.raises(SubsetError, match=r"transformers_emo\.training\.load_adapter"):
+            full.load_adapter(tmp_path)
+        assert not hasattr(full, "peft_config")
+        with pytest.raises(SubsetError, match=r"transformers_emo\.training\.load_adapter"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_attention_is_adapted_on_more_experts_too(self, load, save, tmp_path):
+        save("attention")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        torch.testing.assert_close(logits(loaded), logits(load_adapter(load(), tmp_path)))
+
+    def test_an_adapter_without_a_record_is_loaded_as_ever(self, load, save, tmp_path):
+        adapted, model = save("stacked", lambda model, **kwargs: LoraConfig(**kwargs)), load(SUBSET)
+        model.load_adapter(tmp_path)
+        torch.testing.assert_close(logits(model), logits(adapted))
+
+    def test_from_the_hub(self, save, tmp_path):
+        save("stacked")
+        code = f"""
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM
+from transformers_emo import SubsetError
+
+def attempt(name, subset):
+    try:
+        AutoModelForCausalLM.from_pretrained(name, expert_subset=subset)
+        return "loaded"
+    except SubsetError as error:
+        return str(error)
+
+snapshot_download("user/unseen", allow_patterns="adapter_*")  # as without this package
+print([attempt("user/adapter", {SUBSET}), attempt("user/adapter", {OTHER}), attempt("user/plain", {OTHER})])
+"""
+        with HubServer() as hub:
+            hub.commit("user/adapter", tmp_path)
+            for repo in ("plain", "unseen"):
+                hub.commit(f"user/{repo}", {f.name: f for f in tmp_path.glob("adapter_*")})
+            own, other, plain = ast.literal_eval(hub.run(code).splitlines()[-1])
+            assert own == plain == "loaded"
+            assert re.search(self.REFUSAL, other)
+            code = code.replace("snapshot_download(", "#").replace("user/plain", "user/unseen")
+            own, other, unseen = ast.literal_eval(hub.run(code, HF_HUB_OFFLINE="1").splitlines()[-1])
+            assert own == unseen == "loaded"
+            assert re.search(self.REFUSAL, other)
 
 
 def test_an_adapter_of_the_full_model_is_refused_by_a_subset(load, tmp_path):
