@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train from a recipe in a YAML file",
         description="Train from a recipe: pretrain, anneal or fine-tune, all of a model, a subset of its "
-        "experts or an adapter. On several devices: `torchrun --nproc-per-node=N -m transformers_emo train ...`.",
+        "experts or an adapter. On several devices: `torchrun --nproc-per-node=N -m transformers_emo train`.",
     )
     train.add_argument(
         "recipe", help="YAML file; see `transformers_emo.training.Recipe` and examples/recipes"

@@ -99,10 +99,11 @@ class RouterStatistics(NamedTuple):
     """What the losses of training with document pools need of one layer's router, summed over the tokens.
 
     Args:
-        count_R (`torch.Tensor`): picks of each routed expert, float32, without gradient.
+        count_R (`torch.Tensor`): picks of each routed expert, int64: float32 would lose some of the tens of
+            millions of a large batch, and what shards a model may cast floats down.
         prob_sum_R (`torch.Tensor`): summed probabilities within the pools, float32, with gradient.
         z_sum (`torch.Tensor`): summed squares of the logsumexp over the pool's logits, with gradient.
-        num_tokens (`torch.Tensor`): tokens summed over.
+        num_tokens (`torch.Tensor`): tokens summed over, int64.
 
     Example: see `document_pool_losses`.
     """
@@ -128,13 +129,12 @@ class RouterStatistics(NamedTuple):
             picks_Tr (`torch.Tensor`): picked ids, r a token.
             token_mask_T (`torch.Tensor`, *optional*): false for padding.
         """
-        weight_T = (
-            logits_TR.new_ones(len(logits_TR)) if token_mask_T is None else token_mask_T.to(logits_TR.dtype)
-        )
-        count_R = torch.zeros_like(probs_TR[0])
-        count_R = count_R.scatter_add(0, picks_Tr.flatten(), weight_T.repeat_interleave(picks_Tr.shape[-1]))
+        counts_T = picks_Tr.new_ones(len(picks_Tr)) if token_mask_T is None else token_mask_T.long()
+        count_R = picks_Tr.new_zeros(probs_TR.shape[-1])
+        count_R = count_R.scatter_add(0, picks_Tr.flatten(), counts_T.repeat_interleave(picks_Tr.shape[-1]))
         z_T = logits_TR.logsumexp(dim=-1).square()
-        return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, weight_T.sum())
+        weight_T = counts_T.to(logits_TR.dtype)
+        return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, counts_T.sum())
 
 
 def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
@@ -144,7 +144,7 @@ def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
         statistics (`Sequence[RouterStatistics]`): of the expert layers.
 
     Returns:
-        `torch.Tensor`: float32, the counts of one layer after the other, then the number of tokens.
+        `torch.Tensor`: int64, the counts of one layer after the other, then the number of tokens.
 
     Example:
 
@@ -153,11 +153,11 @@ def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
     >>> from transformers_emo.modeling_emo.losses import RouterStatistics, sum_counts
     >>> logits = torch.eye(2)
     >>> sum_counts([RouterStatistics.of(logits, logits.softmax(-1), logits.topk(1).indices, None)])
-    tensor([1., 1., 2.])
+    tensor([1, 1, 2])
 
     ```
     """
-    summed = torch.cat([*(layer.count_R for layer in statistics), statistics[0].num_tokens[None]]).detach()
+    summed = torch.cat([*(layer.count_R for layer in statistics), statistics[0].num_tokens[None]])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(summed)
     return summed
@@ -185,8 +185,8 @@ class BalanceCounts:
     ...     logits = torch.zeros(1, 2)
     ...     micro_batch = RouterStatistics.of(logits, logits.softmax(-1), torch.tensor([[pick]]), None)
     ...     print(counts.join([micro_batch]))
-    tensor([1., 0., 1.])
-    tensor([1., 1., 2.])
+    tensor([1, 0, 1])
+    tensor([1, 1, 2])
 
     ```
     """

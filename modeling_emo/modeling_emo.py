@@ -787,7 +787,7 @@ class EmoCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     ce_loss: torch.FloatTensor | None = None
     router_z_loss: torch.FloatTensor | None = None
     lm_z_loss: torch.FloatTensor | None = None
-    expert_counts: tuple[torch.FloatTensor, ...] | None = None
+    expert_counts: tuple[torch.LongTensor, ...] | None = None
     document_pool_size: torch.FloatTensor | None = None
 
 
@@ -912,7 +912,7 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             ce_loss=ce_loss,
             router_z_loss=None if router_z_loss is None else router_z_loss.detach(),
             lm_z_loss=None if lm_z is None else lm_z.detach(),
-            expert_counts=tuple(layer.count_R.detach() for layer in outputs.router_statistics or ()) or None,
+            expert_counts=tuple(layer.count_R for layer in outputs.router_statistics or ()) or None,
             document_pool_size=outputs.document_pool_size,
         )
 

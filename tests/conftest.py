@@ -32,20 +32,21 @@ TINY = {
 }
 
 
+def tiny_model(seed: int = 0, **changes) -> EmoForCausalLM:
+    """Make a small random model; keyword arguments change its config."""
+    torch.manual_seed(seed)
+    model = EmoForCausalLM(EmoConfig(**TINY | changes)).eval()
+    with torch.no_grad():  # large enough weights that routing has margins and layers matter
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.5 if "gate.weight" in name else 0.15)
+    return model
+
+
 @pytest.fixture
 def make_model():
-    """Make a small random model; keyword arguments change its config."""
-
-    def make(seed: int = 0, **changes) -> EmoForCausalLM:
-        torch.manual_seed(seed)
-        model = EmoForCausalLM(EmoConfig(**TINY | changes)).eval()
-        with torch.no_grad():  # large enough weights that routing has margins and layers matter
-            for name, parameter in model.named_parameters():
-                if "norm" not in name:
-                    parameter.normal_(std=0.5 if "gate.weight" in name else 0.15)
-        return model
-
-    return make
+    """`tiny_model`."""
+    return tiny_model
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""What trains: all of a model, or its routed experts, its shared ones and its router step by step."""
+"""What trains: all of a model, or its routed experts, its shared ones and its router step by step.
+
+Shape suffixes: E experts of the layer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import TrainerCallback
 
 from ..modeling_emo import EmoPreTrainedModel
@@ -22,9 +26,7 @@ def train_only(model: EmoPreTrainedModel, what: What) -> None:
     it is summed or reduced over ranks. Weight decay needs no gradient, though: with an optimiser that decays
     weights, or that has already gathered momentum for those rows, use `KeepFrozenRows` too.
 
-    The hooks stay through `Trainer`, accelerate, DDP and `model.to(...)`. They do not go along with a copy
-    (`copy.deepcopy`, pickling), nor with parameters that sharding replaces (FSDP): for those choose another
-    `what`.
+    The choice stays through `Trainer`, accelerate, DDP, FSDP2, `model.to(...)` and copies.
 
     Args:
         model (`EmoPreTrainedModel`): the model, full or a subset. Each call undoes the one before.
@@ -63,15 +65,16 @@ def train_only(model: EmoPreTrainedModel, what: What) -> None:
         rows = [*range(layer.num_routed, layer.num_experts), *layer.always_active]
         if what == "routed" and rows:
             block.experts._frozen_rows = rows
-            block.experts._frozen_row_hooks = [
-                parameter.register_hook(_RowMask(rows)) for parameter in block.experts.parameters()
-            ]
+            hooks = _FrozenRowHooks(rows)
+            hooks(block.experts)
+            block.experts._frozen_row_hooks = [hooks, block.experts.register_forward_pre_hook(hooks)]
 
 
 def keep_frozen_rows(model: EmoPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Have an optimiser leave the rows frozen by `train_only` exactly as they are, weight decay or not.
 
-    They are put aside before each of its steps and put back after it.
+    They are put aside before each of its steps and put back after it; of sharded parameters (FSDP2), by each
+    rank those that it holds.
 
     Args:
         model (`EmoPreTrainedModel`): a model on which `train_only` was called.
@@ -89,15 +92,15 @@ def keep_frozen_rows(model: EmoPreTrainedModel, optimizer: torch.optim.Optimizer
 
     ```
     """
-    aside: list[tuple[nn.Parameter, list[int], torch.Tensor]] = []
+    aside: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def put_aside(*_) -> None:
-        aside[:] = [(p, rows, p.detach()[rows].clone()) for p, rows in _frozen_rows(model)]
+        here = [_on_this_rank(parameter, rows) for parameter, rows in _frozen_rows(model)]
+        aside[:] = [(parameter, rows, parameter[rows]) for parameter, rows in here]
 
     def put_back(*_) -> None:
-        with torch.no_grad():
-            for parameter, rows, values in aside:
-                parameter[rows] = values
+        for parameter, rows, values in aside:
+            parameter[rows] = values
         aside.clear()
 
     optimizer.register_step_pre_hook(put_aside)
@@ -122,14 +125,47 @@ class KeepFrozenRows(TrainerCallback):
         keep_frozen_rows(model, optimizer)
 
 
-class _RowMask:
-    """Zeroes the rows of a gradient. A class and not a closure, so that models can still be pickled."""
+class _FrozenRowHooks:
+    """Forward pre-hook of a layer's experts: zeroes rows of the gradient, whatever parameters they have then.
+
+    Hooks on tensors alone are lost where FSDP2 gives the module others, and where the model is copied. A
+    class and not a closure, so that models can still be pickled.
+    """
 
     def __init__(self, rows: list[int]):
         self.rows = rows
+        self.handles = WeakTensorKeyDictionary()
 
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+    def __call__(self, experts: nn.Module, *_) -> None:
+        if torch.compiler.is_compiling():  # a compiled graph keeps the hooks that are there
+            return
+        for parameter in experts.parameters():
+            if parameter.requires_grad and parameter not in self.handles:
+                self.handles[parameter] = parameter.register_hook(self.zero_rows)
+
+    def zero_rows(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.index_fill(0, torch.tensor(self.rows, device=gradient.device), 0)
+
+    def remove(self) -> None:
+        for handle in self.handles.values():
+            handle.remove()
+
+    def __reduce__(self):
+        return type(self), (self.rows,)
+
+
+def _on_this_rank(parameter: Any, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of a parameter that this rank holds, and which of its rows are the given ones, int64."""
+    is_row_E = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
+    is_row_E[rows] = True
+    if hasattr(parameter, "placements"):  # a DTensor, which not every build of PyTorch has
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        placements = [p if p.is_shard(0) else Replicate() for p in parameter.placements]
+        # Without a source rank each rank cuts its own part out, and nothing is sent.
+        shards = distribute_tensor(is_row_E, parameter.device_mesh, placements, src_data_rank=None)
+        parameter, is_row_E = parameter.to_local(), shards.to_local()
+    return parameter.detach(), is_row_E.nonzero().squeeze(1)
 
 
 def _blocks(model: EmoPreTrainedModel) -> list[Any]:

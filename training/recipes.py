@@ -89,7 +89,7 @@ def training_arguments(
     if recipe not in _RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}: expected one of {list(get_args(RecipeName))}.")
     # `DocumentCollator` reads columns that the model's signature does not name.
-    settings = {"remove_unused_columns": False, "report_to": "none"} | _RECIPES[recipe]
+    settings: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none"} | _RECIPES[recipe]
     default_windows = settings.pop("windows_per_step", None)
     if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changes):
         windows_per_step = windows_per_step or default_windows

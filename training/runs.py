@@ -330,7 +330,11 @@ def _load_data(
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise ValueError(f"`{where}.load` gives the splits {list(dataset)}: name one as `split`.")
     if section.has_answers:
-        columns = {"prompt": section.prompt, "answer": section.answer, "messages": section.messages}
+        columns: dict[str, Any] = {
+            "prompt": section.prompt,
+            "answer": section.answer,
+            "messages": section.messages,
+        }
         return encode_answers(
             dataset,
             tokenizer=tokenizer,

@@ -76,8 +76,12 @@ class EmoTrainer(Trainer):
       means over the steps since the last report), `pool_size` (mean routed experts in a document's pool) and
       `experts_used` (routed experts that any token took since the last report, mean over the layers).
     - Rows that `train_only` froze stay as they are, whatever the optimiser (`KeepFrozenRows`).
+    - `TrainingArguments(fsdp=True)` shards parameters, gradients and the optimiser (FSDP2) on CPUs too, where
+      accelerate alone falls back to DDP without a word.
 
-    Everything else, checkpoints and distributed training among it, is `Trainer`'s.
+    Everything else, checkpoints and distributed training among it, is `Trainer`'s. Under DDP every parameter
+    has a gradient, so that `ddp_find_unused_parameters=False` saves time. Models that Transformers sharded on
+    loading (`DistributedConfig(fsdp_size=...)`) train as well, but `Trainer` does not resume those.
 
     Args:
         args, kwargs: as for `Trainer`.
@@ -111,11 +115,27 @@ class EmoTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.exact_balance = exact_balance
         self._step_counts: BalanceCounts | None = None
+        self._uncounted: list[Any] = []  # the step's micro-batches, where their picks are still to be counted
         self._steps = 0.0  # of the optimiser, since the last report; the others since then, too
         self._sums: dict[str, Any] = {}
         self._picks: list[Any] = []  # one (R,) a layer
         if isinstance(self.model, EmoPreTrainedModel):
             self.add_callback(KeepFrozenRows())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and have it shard on CPUs too; see `Trainer`."""
+        super().create_accelerator_and_postprocess()
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        state, settings = self.accelerator.state, self.args.fsdp_plugin_args
+        if settings is None or state.distributed_type != DistributedType.MULTI_CPU:
+            return
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """`list[str]`: the parameters that weight decay is for, all but the input embedding."""
@@ -125,19 +145,19 @@ class EmoTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of the next optimiser step; a new count of picks begins with them."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counted = None
-        if self.exact_balance and len(batches) > 1:
-            self.model_wrapped.train()
-            prepared = (self._prepare_inputs(batch) for batch in batches)
-            with self.compute_loss_context_manager():
-                counted = _count_picks(self.model_wrapped, prepared)
-        self._step_counts = BalanceCounts(counted)
+        self._step_counts = BalanceCounts()
+        # Not counted here: when resuming, the random state that draws the pools is restored after this.
+        self._uncounted = batches if self.exact_balance and len(batches) > 1 else []
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch; see `Trainer.compute_loss`."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._uncounted:
+            prepared = (self._prepare_inputs(batch) for batch in self._uncounted)
+            self._step_counts = BalanceCounts(_count_picks(model, prepared))
+            self._uncounted = []
         causal = _causal_lm(model)
         causal.balance_counts = self._step_counts
         try:

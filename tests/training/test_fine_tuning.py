@@ -1,5 +1,8 @@
 """What trains, to the row, after a real step of an optimiser."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -68,6 +71,27 @@ def test_a_later_choice_undoes_an_earlier_one(make_model):
         train_only(model, what)
     changed = changed_by(model, lambda: one_step(model))
     assert all(rows == [0, 1, 2, 3] for name, rows in changed.items() if ".mlp.experts." in name)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_keeps_to_the_choice_until_the_next_one(make_model, copied):
+    model = make_model(**DENSELY_USED)
+    train_only(model, "routed")
+    model = copied(model)
+    for rows in ([0, 1, 2], [0, 1, 2, 3]):
+        changed = changed_by(model, lambda: one_step(model))
+        assert all(changed[name] == rows for name in changed if ".mlp.experts." in name)
+        model.zero_grad()
+        train_only(model, "routed+shared")
+
+
+def test_parameters_put_in_place_of_others_keep_to_the_choice(make_model):
+    model = make_model(**DENSELY_USED)
+    train_only(model, "routed")
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.detach().clone())
+    changed = changed_by(model, lambda: one_step(model))
+    assert changed["model.layers.1.mlp.experts.down_proj"] == [0, 1, 2]
 
 
 def test_dense_layers_stay_as_they_are(make_model):

@@ -4,42 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
-from transformers_emo.training import DocumentCollator, EmoTrainer, accumulate_balance, train_only
+from training_runs import DRAWN, FIXED, make_trainer, make_windows
+from transformers_emo.training import accumulate_balance, train_only
 
-# Every pool has five experts: no draw, so that batches cut differently still meet the same pools.
-FIXED = {"document_pool_min": 5, "document_pool_max": 5}
-DRAWN = {"document_pool_min": 3, "document_pool_max": 11}
 COEFFICIENTS = {"balance_loss": 0.1, "router_z_loss": 0.001, "lm_z_loss": 1e-5}
-
-
-def make_windows(number: int, length: int = 24) -> list[dict[str, list[int]]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, 96, (number, length), generator=generator)
-    ids[:, length // 3] = 1
-    return [{"input_ids": row.tolist()} for row in ids]
-
-
-def make_arguments(folder, **changes) -> TrainingArguments:
-    settings = {
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "remove_unused_columns": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(str(folder), **settings | changes)
-
-
-def make_trainer(model, folder, windows=None, trainer=EmoTrainer, **changes) -> Trainer:
-    options = {name: changes.pop(name) for name in ("exact_balance", "eval_dataset") if name in changes}
-    windows = make_windows(8) if windows is None else windows
-    arguments = make_arguments(folder, **changes)
-    return trainer(model, arguments, DocumentCollator(model.config), windows, **options)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -222,13 +190,15 @@ def test_frozen_rows_stay_under_weight_decay(make_model, tmp_path):
     assert torch.equal(experts[-1], before[-1]) and not torch.equal(experts[0], before[0])
 
 
+@pytest.mark.parametrize("number", [8, 16], ids=["after_an_epoch", "within_an_epoch"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_losses_after_resuming_are_bit_equal(make_model, tmp_path, exact):
+def test_losses_after_resuming_are_bit_equal(make_model, tmp_path, exact, number):
+    windows = make_windows(number)
     changes = {"gradient_accumulation_steps": 2, "max_steps": 4, "exact_balance": exact}
     saving = {"save_strategy": "steps", "save_steps": 2}
-    uninterrupted = make_trainer(make_model(**DRAWN), tmp_path / "a", **changes, **saving)
+    uninterrupted = make_trainer(make_model(**DRAWN), tmp_path / "a", windows, **changes, **saving)
     uninterrupted.train()
-    resumed = make_trainer(make_model(seed=9, **DRAWN), tmp_path / "b", **changes)
+    resumed = make_trainer(make_model(seed=9, **DRAWN), tmp_path / "b", windows, **changes)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     names = ["loss", "grad_norm", "ce_loss", "balance_loss", "router_z_loss", "pool_size", "experts_used"]
     for expected, log in zip(
