@@ -1,15 +1,17 @@
-"""The text that emo-tiny is trained on, and its tokenizer, rebuilt by one command from Debian and PyPI packages.
+"""The text that emo-tiny is trained on, and its tokenizer, rebuilt from Debian and PyPI packages.
 
-    python examples/emo_tiny/corpus.py build OUT                        # all of it: about five minutes on one core
+    python examples/emo_tiny/corpus.py build OUT                        # all: about five minutes on one core
     python examples/emo_tiny/corpus.py tokenizer OUT --vocab-size 6144  # one more tokenizer
-    python examples/emo_tiny/corpus.py verify OUT                       # check that the splits share nothing
-    python examples/emo_tiny/corpus.py build OUT --dataset allenai/OLMoE-mix-0924 --domain-column metadata.source
+    python examples/emo_tiny/corpus.py verify OUT                       # that the splits share nothing
+    python examples/emo_tiny/corpus.py build OUT --dataset allenai/OLMoE-mix-0924    # from a Hub dataset
 
-`OUT/{train,calibration,test}/<domain>.jsonl` hold a document a line: `text`, `domain`, `source` (package and path) and
-`licence`. `OUT/manifest.json` names every package with its version and SHA-256, and `OUT/README.md` sums up.
+`OUT/{train,calibration,test}/<domain>.jsonl` hold a document a line: `text`, `domain`, `source` (package and
+path) and `licence`. `OUT/manifest.json` names every package with its version and SHA-256, and `OUT/README.md`
+sums up.
 
-Packages are fetched with `apt-get download` and `pip download` and unpacked in a cache folder: nothing is installed and no
-root is needed, but the package lists must be there (`apt-get update`). The same versions give the same files, byte for byte.
+Packages are fetched with `apt-get download` and `pip download` and unpacked in a cache folder: nothing is
+installed and no root is needed, but the package lists must be there (`apt-get update`). The same versions
+give the same files, byte for byte.
 """
 
 import argparse
@@ -36,7 +38,10 @@ def documents(source: Source, package: Package, mandoc: Path) -> Iterator[Docume
 
 def build_packages(corpus: Corpus, cache: Path) -> list[dict]:
     """Add every domain of `DOMAINS`; the packages used, as the manifest lists them."""
-    names = ["debian:mandoc", *dict.fromkeys(source.package for domain in DOMAINS for source in domain.sources)]
+    names = [
+        "debian:mandoc",
+        *dict.fromkeys(source.package for domain in DOMAINS for source in domain.sources),
+    ]
     packages = {name: fetch(name, cache) for name in tqdm(names, "fetching packages", unit="package")}
     mandoc = packages["debian:mandoc"].folder / "usr" / "bin" / "mandoc"
     for domain in DOMAINS:
@@ -44,7 +49,10 @@ def build_packages(corpus: Corpus, cache: Path) -> list[dict]:
             document
             for source in domain.sources
             for document in tqdm(
-                documents(source, packages[source.package], mandoc), f"{domain.name}: {source.package}", unit="doc", leave=False
+                documents(source, packages[source.package], mandoc),
+                f"{domain.name}: {source.package}",
+                unit="doc",
+                leave=False,
             )
         )
         report = corpus.add(domain.name, domain.title, found, domain.language, domain.licence_headers)
@@ -73,13 +81,16 @@ def build_dataset(corpus: Corpus, args: argparse.Namespace) -> None:
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not corpus.reports:
-        raise ValueError(f"No domain of {args.dataset!r} has enough text: raise `--limit-mb` or lower `--held-back`.")
+        raise ValueError(
+            f"No domain of {args.dataset!r} has enough text: raise `--limit-mb` or lower `--held-back`."
+        )
 
 
 def say(name: str, report: Report) -> None:
+    size = sum(report.bytes.values()) / 1e6
     print(
-        f"{name}: {sum(report.documents.values()):,} documents, {sum(report.bytes.values()) / 1e6:.1f} MB; of {report.read:,} "
-        f"files removed: {report.unfit:,} unfit, {report.exact:,} exact and {report.near:,} near duplicates, "
+        f"{name}: {sum(report.documents.values()):,} documents, {size:.1f} MB; of {report.read:,} files removed: "
+        f"{report.unfit:,} unfit, {report.exact:,} exact and {report.near:,} near duplicates, "
         f"{report.overlapping:,} overlapping; {report.paragraphs:,} repeated paragraphs",
         flush=True,
     )
@@ -87,22 +98,32 @@ def say(name: str, report: Report) -> None:
 
 def summary(reports: dict[str, Report], tokens: dict[str, int], vocab_size: int) -> str:
     """The table of `OUT/README.md`."""
-    head = ["domain", "what", *SPLITS, "MB", "M tokens", "near-duplicates removed", "licence"]
+    head = [
+        "domain",
+        "what",
+        *SPLITS,
+        "MB",
+        "M tokens",
+        "duplicates removed",
+        "repeated paragraphs",
+        "licence",
+    ]
     rows = []
     for name, report in reports.items():
-        size = sum(report.bytes.values()) / 1e6
-        removed = report.exact + report.near + report.overlapping
-        counts = [f"{report.documents[split]:,}" for split in SPLITS]
-        licences = "; ".join(report.licences)
-        rows.append([name, report.title, *counts, f"{size:.1f}", f"{tokens[name] / 1e6:.2f}", f"{removed:,}", licences])
+        numbers = [f"{report.documents[split]:,}" for split in SPLITS]
+        numbers += [f"{sum(report.bytes.values()) / 1e6:.1f}", f"{tokens[name] / 1e6:.2f}"]
+        numbers += [f"{report.exact + report.near + report.overlapping:,}", f"{report.paragraphs:,}"]
+        rows.append([name, report.title, *numbers, "; ".join(report.licences)])
     total = [f"{sum(report.documents[split] for report in reports.values()):,}" for split in SPLITS]
-    size = sum(sum(report.bytes.values()) for report in reports.values()) / 1e6
-    removed = sum(report.exact + report.near + report.overlapping for report in reports.values())
-    rows.append(["**all**", "", *total, f"{size:.1f}", f"{sum(tokens.values()) / 1e6:.2f}", f"{removed:,}", ""])
-    lines = [head, ["---"] * len(head), *rows]
+    total += [f"{sum(sum(report.bytes.values()) for report in reports.values()) / 1e6:.1f}"]
+    total += [f"{sum(tokens.values()) / 1e6:.2f}"]
+    total += [f"{sum(report.exact + report.near + report.overlapping for report in reports.values()):,}"]
+    total += [f"{sum(report.paragraphs for report in reports.values()):,}"]
+    lines = [head, ["---"] * len(head), *rows, ["**all**", "", *total, ""]]
     return (
-        "# Corpus\n\nMade by `examples/emo_tiny/corpus.py`; `manifest.json` names the packages. Documents by split; tokens of the "
-        f"tokenizer of {vocab_size:,}.\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        "# Corpus\n\nMade by `examples/emo_tiny/corpus.py`; `manifest.json` names the packages. Documents by "
+        f"split; tokens of the tokenizer of {vocab_size:,}.\n\n"
+        + "".join("| " + " | ".join(line) + " |\n" for line in lines)
     )
 
 
@@ -116,6 +137,8 @@ def build(args: argparse.Namespace) -> None:
         build_dataset(corpus, args)
     else:
         packages = build_packages(corpus, args.cache)
+    removed = corpus.finish()
+    print(f"removed: {removed} documents that overlap a held-back one of another domain", flush=True)
     domains = {name: asdict(report) for name, report in corpus.reports.items()}
     origin = {"dataset": args.dataset, "name": args.name, "split": args.split} if args.dataset else None
     manifest = {"settings": asdict(settings), "dataset": origin, "packages": packages, "domains": domains}
@@ -141,22 +164,38 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, dest="command")
-    building = commands.add_parser("build", help="fetch, clean, split and write the corpus, and train its tokenizer")
+    building = commands.add_parser(
+        "build", help="fetch, clean, split and write the corpus, and train its tokenizer"
+    )
     building.add_argument("out", type=Path, help="folder of the corpus")
-    building.add_argument("--cache", type=Path, default=CACHE, help="folder of downloaded packages (%(default)s)")
-    building.add_argument("--domain-mb", type=float, default=5.0, help="most text of a domain, MB (%(default)s)")
-    building.add_argument("--held-back", type=int, default=64, help="least test and calibration documents (%(default)s)")
+    building.add_argument(
+        "--cache", type=Path, default=CACHE, help="folder of downloaded packages (%(default)s)"
+    )
+    building.add_argument(
+        "--domain-mb", type=float, default=5.0, help="most text of a domain, MB (%(default)s)"
+    )
+    building.add_argument(
+        "--held-back", type=int, default=64, help="least test and calibration documents (%(default)s)"
+    )
     building.add_argument("--vocab-size", type=int, default=8192, help="of the tokenizer (%(default)s)")
-    building.add_argument("--dataset", help="a Hub dataset, or `json` with --data-files, instead of the packages")
+    building.add_argument(
+        "--dataset", help="a Hub dataset, or `json` with --data-files, instead of the packages"
+    )
     building.add_argument("--name", help="the dataset's configuration")
     building.add_argument("--split", default="train", help="the dataset's split (%(default)s)")
     building.add_argument("--data-files", help="files of a dataset in a plain format")
     building.add_argument("--text-column", default="text")
     building.add_argument("--domain-column", help="column that names the domain, as in `metadata.source`")
-    building.add_argument("--limit-mb", type=float, default=500.0, help="most text read of a dataset, MB (%(default)s)")
-    building.add_argument("--licence", default="see the dataset's card", help="noted with a dataset's documents")
+    building.add_argument(
+        "--limit-mb", type=float, default=500.0, help="most text read of a dataset, MB (%(default)s)"
+    )
+    building.add_argument(
+        "--licence", default="see the dataset's card", help="noted with a dataset's documents"
+    )
     building.set_defaults(run=build)
     training = commands.add_parser("tokenizer", help="train a tokenizer of another size")
     training.add_argument("out", type=Path)
@@ -164,7 +203,9 @@ def main() -> None:
     training.set_defaults(run=tokenizer)
     verifying = commands.add_parser("verify", help="check that no document is in two splits")
     verifying.add_argument("out", type=Path)
-    verifying.set_defaults(run=lambda args: print(f"{verify(args.out):,} held-back documents are in no other split"))
+    verifying.set_defaults(
+        run=lambda args: print(f"{verify(args.out):,} held-back documents are in no other split")
+    )
     args = parser.parse_args()
     try:
         args.run(args)

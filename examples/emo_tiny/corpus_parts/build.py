@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .clean import MIN_BYTES, clean, content_hash, pieces
+from .clean import MIN_BYTES, clean, content_hash, in_language, pieces
 from .duplicates import NearDuplicates, Overlap, RepeatedParagraphs
 
 SPLITS = ("train", "calibration", "test")
@@ -59,8 +59,9 @@ class Settings:
 class Corpus:
     """Builds the corpus domain by domain.
 
-    A document's place is decided by the hash of its content alone: among the documents of a domain in the order of their
-    hashes, the first are the test split, the next calibration, the rest train. Later domains change nothing in earlier ones.
+    A document's place is decided by the hash of its content alone: among the documents of a domain in the
+    order of their hashes, the first are the test split, the next calibration, the rest train. Later domains
+    change nothing in earlier ones.
 
     Args:
         out: folder of the corpus.
@@ -78,7 +79,12 @@ class Corpus:
                 stale.unlink()
 
     def add(
-        self, name: str, title: str, documents: Iterable[Document], language: str | None = None, licence_headers=False
+        self,
+        name: str,
+        title: str,
+        documents: Iterable[Document],
+        language: str | None = None,
+        licence_headers=False,
     ) -> Report:
         """Clean, deduplicate, split and write a domain.
 
@@ -93,6 +99,7 @@ class Corpus:
         for key, text in tqdm(
             zip(keys, texts, strict=True), f"{name}: near-duplicates", len(keys), leave=False, unit="doc"
         ):
+            text = in_language(text, language) if language else text  # what is left may be mostly code
             if len(text.encode()) < MIN_BYTES:
                 report.unfit += 1
             elif size > self.settings.domain_mb * 1e6:
@@ -102,21 +109,28 @@ class Corpus:
             else:
                 document = chosen[key]
                 cut = pieces(text)
-                rows.append([dict(text=piece, domain=name, source=document.source, licence=document.licence) for piece in cut])
+                rows.append(
+                    [
+                        {
+                            "text": piece,
+                            "domain": name,
+                            "source": document.source,
+                            "licence": document.licence,
+                        }
+                        for piece in cut
+                    ]
+                )
                 size += sum(len(piece.encode()) for piece in cut)
         count = sum(map(len, rows))
         held_back = max(self.settings.held_back, round(self.settings.share * count))
         if count < 3 * held_back:
             raise ValueError(
-                f"Domain {name!r} has only {count} documents left of {report.read} ({report.unfit} too short or unfit, "
-                f"{report.exact + report.near} duplicates): {held_back} for the test, {held_back} for calibration and as "
-                "many to train on are needed. Give it more text, or hold fewer back with `--held-back`."
+                f"Domain {name!r} has only {count} documents left of {report.read} ({report.unfit} too short or "
+                f"unfit, {report.exact + report.near} duplicates): {held_back} for the test, {held_back} for "
+                "calibration and as many to train on are needed. Give it more text, or hold fewer back with "
+                "`--held-back`."
             )
-        splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
-        for file in rows:  # whole files, so that no two pieces of one are in different splits
-            split = next((split for split in ("test", "calibration") if len(splits[split]) < held_back), "train")
-            splits[split] += file
-        self._remove_overlap(name, splits, report)
+        splits = self._split(name, rows, held_back, report)
         report.licences = sorted({row["licence"] for file in rows for row in file})
         for split, found in splits.items():
             report.documents[split] = len(found)
@@ -125,7 +139,9 @@ class Corpus:
         self.reports[name] = report
         return report
 
-    def _read(self, documents, report: Report, language: str | None, licence_headers: bool) -> dict[str, Document]:
+    def _read(
+        self, documents, report: Report, language: str | None, licence_headers: bool
+    ) -> dict[str, Document]:
         """Cleaned documents by hash: those of the lowest hashes, `RESERVE` times what is wanted."""
         chosen: dict[str, Document] = {}
         size, limit = 0, RESERVE * self.settings.domain_mb * 1e6
@@ -147,18 +163,45 @@ class Corpus:
         self._hashes |= set(chosen)
         return chosen
 
-    def _remove_overlap(self, name: str, splits: dict[str, list[dict]], report: Report) -> None:
-        """Remove what MinHash does not see: a held-back document that is part of a longer one, or the other way."""
-        for held, others in (("test", ("calibration", "train")), ("calibration", ("train",))):
-            overlap = Overlap([row["text"] for row in splits[held]])
-            for split in others:
-                kept = [
-                    row
-                    for row in tqdm(splits[split], f"{name}: {held} in {split}", leave=False, unit="doc")
-                    if overlap.share(row["text"]).max(initial=0.0) < OVERLAP
-                ]
-                report.overlapping += len(splits[split]) - len(kept)
-                splits[split] = kept
+    def _split(
+        self, name: str, files: list[list[dict]], held_back: int, report: Report
+    ) -> dict[str, list[dict]]:
+        """Whole files into splits, so that no two pieces of one are in different splits."""
+        splits: dict[str, list[dict]] = {}
+        for split in ("test", "calibration"):
+            count, size = 0, 0
+            while size < held_back and count < len(files):
+                size += len(files[count])
+                count += 1
+            splits[split], files = [row for file in files[:count] for row in file], files[count:]
+            # MinHash does not see a held-back document that is part of a longer one, or the other way round.
+            overlap = Overlap([row["text"] for row in splits[split]])
+            bar = tqdm(files, f"{name}: overlap with {split}", leave=False, unit="doc")
+            apart = [file for file in bar if all(overlap.share(row["text"]).max() < OVERLAP for row in file)]
+            report.overlapping += len(files) - len(apart)
+            files = apart
+        return splits | {"train": [row for file in files for row in file]}
+
+    def finish(self) -> int:
+        """Remove documents that hold most of a held-back one of another domain, or are mostly in it.
+
+        Returns:
+            Number of documents removed.
+        """
+        overlaps = list(overlapping(self.out, list(self.reports)))
+        for split in SPLITS:
+            for name, report in self.reports.items():
+                gone = {
+                    row["text"] for found, row, _, _, _ in overlaps if (found, row["domain"]) == (split, name)
+                }
+                if gone:
+                    path = self.out / split / f"{name}.jsonl"
+                    kept = [row for row in read_lines(path) if row["text"] not in gone]
+                    report.overlapping += report.documents[split] - len(kept)
+                    report.documents[split] = len(kept)
+                    report.bytes[split] = sum(len(row["text"].encode()) for row in kept)
+                    write_lines(path, kept)
+        return len(overlaps)
 
 
 def _keep_lowest(chosen: dict[str, Document], limit: float) -> int:
@@ -201,15 +244,36 @@ def domains_of(out: Path) -> list[str]:
     """
     path = out / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"There is no whole corpus in {out} (no manifest.json): run `corpus.py build {out}` first.")
+        raise ValueError(
+            f"There is no whole corpus in {out} (no manifest.json): run `corpus.py build {out}` first."
+        )
     return list(json.loads(path.read_text(encoding="utf-8"))["domains"])
 
 
-def verify(out: Path) -> int:
-    """Check a built corpus anew, from its files: no document is, or is mostly, in two splits of its corpus.
+def overlapping(out: Path, domains: list[str]) -> Iterator[tuple[str, dict, str, dict, float]]:
+    """Documents of one split that a document of another, held-back split overlaps, over all domains.
 
-    Every held-back document is compared exactly with every document of the other splits of all domains; the splits of a
-    domain also share no source file.
+    Yields:
+        Split and row of the document, split and row of the held-back one, and what share they have in common.
+    """
+    splits = {
+        split: [row for name in domains for row in read_lines(out / split / f"{name}.jsonl")]
+        for split in SPLITS
+    }
+    for held, others in (("test", ("calibration", "train")), ("calibration", ("train",))):
+        overlap = Overlap([row["text"] for row in splits[held]])
+        for split in others:
+            for row in tqdm(splits[split], f"comparing {split} with {held}", leave=False, unit="doc"):
+                shares = overlap.share(row["text"])
+                if shares.max(initial=0.0) >= OVERLAP:
+                    yield split, row, held, splits[held][int(shares.argmax())], float(shares.max())
+
+
+def verify(out: Path) -> int:
+    """Check a built corpus anew, from its files: no document is, or is mostly, in two splits.
+
+    Every held-back document is compared, exactly, with every document of the other splits of all domains; and
+    the splits share no source file.
 
     Returns:
         Number of held-back documents checked.
@@ -218,20 +282,19 @@ def verify(out: Path) -> int:
         ValueError: naming two documents that overlap.
     """
     domains = domains_of(out)
-    rows = {split: [row for name in domains for row in read_lines(out / split / f"{name}.jsonl")] for split in SPLITS}
-    for first, second in (("test", "calibration"), ("test", "train"), ("calibration", "train")):
-        shared = {(row["domain"], row["source"]) for row in rows[first]} & {(r["domain"], r["source"]) for r in rows[second]}
-        if shared:
-            raise ValueError(f"{min(shared)} is both in {first} and in {second}: build the corpus anew.")
-    for held, others in (("test", ("calibration", "train")), ("calibration", ("train",))):
-        overlap = Overlap([row["text"] for row in rows[held]])
-        for split in others:
-            for row in tqdm(rows[split], f"checking {held} against {split}", leave=False, unit="doc"):
-                shares = overlap.share(row["text"])
-                if shares.max(initial=0.0) >= OVERLAP:
-                    other = rows[held][int(shares.argmax())]
-                    raise ValueError(
-                        f"{row['source']} in {split} ({row['domain']}) and {other['source']} in {held} ({other['domain']}) "
-                        f"have {shares.max():.0%} of their text in common: build the corpus anew."
-                    )
-    return len(rows["test"]) + len(rows["calibration"])
+    sources: dict[tuple[str, str], str] = {}
+    held_back = 0
+    for split in SPLITS:
+        for row in (row for name in domains for row in read_lines(out / split / f"{name}.jsonl")):
+            held_back += split != "train"
+            file = row["domain"], row["source"]
+            if sources.setdefault(file, split) != split:
+                raise ValueError(
+                    f"{row['source']} is both in {sources[file]} and in {split}: build the corpus anew."
+                )
+    for split, row, held, other, share in overlapping(out, domains):
+        raise ValueError(
+            f"{row['source']} in {split} and {other['source']} in {held} have {share:.0%} of their text in "
+            "common: build the corpus anew."
+        )
+    return held_back

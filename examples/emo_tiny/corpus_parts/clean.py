@@ -4,7 +4,7 @@ import hashlib
 import re
 
 MIN_BYTES = 1_500  # about 500 tokens: shorter documents are dropped
-PIECE = 14_000  # characters; longer documents are cut near here, at a blank line
+PIECE = 8_000  # characters; longer documents are cut near here, at a blank line
 MAX_PIECES = 6  # of one file: a few long files would be most of a domain
 
 _LICENCE = re.compile(
@@ -13,13 +13,17 @@ _LICENCE = re.compile(
     re.IGNORECASE,
 )
 _LICENCE_LINE = re.compile(
-    r"^\W*(SPDX-License-Identifier|Copyright\s+(\(c\)|©|\d{4})|\(c\)\s+Copyright|All rights reserved\b|-\*-.*-\*-\W*$|"
+    r"^\W*(SPDX-License-Identifier|Distributed under the terms|Copyright\s+(\(c\)|©|\d{4})|\(c\)\s+Copyright|"
+    r"All rights reserved\b|-\*-.*-\*-\W*$|"
     r"(vim?|ex):\s|Local [Vv]ariables:|End:\W*$|coding[:=]\s*utf-8).*\n?",
     re.MULTILINE | re.IGNORECASE,
 )
-_COMMENT_BLOCK = re.compile(r"\s*(/\*.*?\*/|\(\*.*?\*\)|(?:[ \t]*(?://|#(?!include|define|if)|;|--)[^\n]*\n)+)", re.DOTALL)
+_COMMENT_BLOCK = re.compile(
+    r"\s*(/\*.*?\*/|\(\*.*?\*\)|(?:[ \t]*(?://|#(?!include|define|if)|;|--)[^\n]*\n)+)", re.DOTALL
+)
 _GENERATED = re.compile(
-    r"generated (by|from|automatically|file)|auto-?generated|automatically generated|do not (edit|modify)|@generated",
+    r"generated (by|from|automatically|file)|auto-?generated|automatically generated|@generated|"
+    r"do not (edit|modify)",
     re.IGNORECASE,
 )
 _EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(\.[\w-]+)*\.[A-Za-z]{2,}\b")
@@ -29,13 +33,20 @@ _ENGLISH = r"\b(?:the|of|and|to|is|in|for|that|with|this|are|be|not|you|it|as|by
 # What marks prose of a language: its commonest words, or letters that only it has.
 LANGUAGES = {
     "english": re.compile(_ENGLISH),
-    "french": re.compile(r"\b(?:les?|la|des?|du|une?|est|sont|pour|dans|que|qui|sur|par|avec|pas|et|ou|ce|cette|au)\b"),
-    "german": re.compile(r"\b(?:der|die|das|den|dem|des|eine?[nrsm]?|ist|sind|und|oder|für|mit|nicht|von|zu|wird|auf|im)\b"),
-    "spanish": re.compile(r"\b(?:el|la|los|las|del?|una?|es|son|para|en|que|por|con|no|se|y|o|al|este|esta|su)\b"),
+    "french": re.compile(
+        r"\b(?:les?|la|des?|du|une?|est|sont|pour|dans|que|qui|sur|par|avec|pas|et|ou|ce|cette|au)\b"
+    ),
+    "german": re.compile(
+        r"\b(?:der|die|das|den|dem|des|eine?[nrsm]?|ist|sind|und|oder|für|mit|nicht|von|zu|wird|auf|im)\b"
+    ),
+    "spanish": re.compile(
+        r"\b(?:el|la|los|las|del?|una?|es|son|para|en|que|por|con|no|se|y|o|al|este|esta|su)\b"
+    ),
     "russian": re.compile(r"[а-яё]{2,}"),
     "japanese": re.compile(r"[ぁ-んァ-ヶ]+"),
     "chinese": re.compile(r"[的是在不了有和一个如果可以这将为用使以件行]"),
 }
+_DENSITY = 40  # characters: manuals with much code in them have one such mark in at most as many
 
 
 def content_hash(text: str) -> str:
@@ -65,7 +76,7 @@ def clean(text: str, language: str | None = None, licence_headers: bool = False)
     text = re.sub(r"[ \t\xa0]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n{3,}", "\n\n", text).strip("\n")
     if language:
-        text = _in_language(text, language)
+        text = in_language(text, language)
     if len(text.encode()) < MIN_BYTES or is_table(text):
         return None
     return text
@@ -108,18 +119,18 @@ def is_table(text: str) -> bool:
     return len(text) / len(lines) > 1_000 or letters < 0.4 * visible
 
 
-def _in_language(text: str, language: str) -> str:
-    """Without paragraphs that are English prose; nothing where the rest is not plainly of the language."""
+def in_language(text: str, language: str) -> str:
+    """A text without paragraphs of English prose; empty where the rest is not plainly of the language."""
     native, english = LANGUAGES[language], LANGUAGES["english"]
     if language != "english":
         counted = [(part, len(english.findall(part)), len(native.findall(part))) for part in paragraphs(text)]
         text = "\n\n".join(part for part, foreign, own in counted if foreign < 3 or foreign <= own)
-    # Prose has such a word in every hundred characters or so.
-    return text if len(native.findall(text)) >= max(10, len(text) // 250) else ""
+    return text if len(native.findall(text)) >= len(text) / _DENSITY else ""
 
 
 def pieces(text: str) -> list[str]:
-    """A long document cut at blank lines into pieces of about `PIECE` characters, at most `MAX_PIECES` of them."""
+    """A long document cut at blank lines into pieces of about `PIECE` characters, at most `MAX_PIECES` of
+    them."""
     found: list[str] = []
     while len(text) > 1.5 * PIECE and len(found) < MAX_PIECES:
         border = max(text.rfind("\n\n", PIECE // 2, PIECE), -1)

@@ -1,7 +1,8 @@
-"""Which packages the corpus is made of: one entry a domain, in an order that new domains are added to the end of.
+"""Which packages the corpus is made of: one entry a domain, in an order that new domains are added to the end
+of.
 
-Of a paragraph or a document that occurs in two domains, the earlier one keeps it. So English stands before the translations
-(what was left untranslated in them goes), and a domain at the end changes none before it.
+Of a paragraph or a document that occurs in two domains, the earlier one keeps it. So English stands before
+the translations (what was left untranslated in them goes), and a domain at the end changes none before it.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +19,8 @@ class Source:
     """One package and how its documents are read.
 
     Args:
-        package: `debian:NAME`, `debian:NAME | OTHER` (the first that the release has) or `pypi:NAME==VERSION`.
+        package: `debian:NAME`, `debian:NAME | OTHER` (the first that the release has) or
+            `pypi:NAME==VERSION`.
         licence: what the package's own copyright file says of these files.
         read: from the unpacked package's folder, and the program `mandoc`, to pairs of path and raw text.
     """
@@ -54,19 +56,31 @@ HANDBOOK = "CC-BY-SA-3.0 or GPL-2.0-or-later"
 OFFICE = "MPL-2.0"
 MATHCOMP = "CECILL-B"
 
+PYTHON_SKIP = r"/(tests|locale|migrations)/|/parsetab|/_parse_latex_antlr/"
+
 # Of the whole kernel, the parts that are no drivers: mostly prose-like C with few tables.
-KERNEL = r"^[^/]+/(kernel|mm|fs|lib|ipc|block|security|net/(core|ipv4|ipv6|sched|bridge)|io_uring|init)/.*\.c$"
+KERNEL = (
+    r"^[^/]+/(kernel|mm|fs|lib|ipc|block|security|net/(core|ipv4|ipv6|sched|bridge)|io_uring|init)/.*\.c$"
+)
 
 
-def _language(name: str, language: str, man: list[str], office: str, handbook: str, reference: str | None) -> Domain:
+def _language(
+    name: str, language: str, man: list[str], office: str, handbook: str, reference: str | None
+) -> Domain:
     """A language's manuals: manual pages, the office suite's help, two handbooks."""
     licence = MAN if language == "english" else MAN_TRANSLATED
-    sources = [Source(f"debian:{package}", licence, extract.manual_pages()) for package in man]
-    sources.append(Source(f"debian:libreoffice-help-{office}", OFFICE, extract.html("**/text/**/*.html", "DisplayArea")))
+    # Chinese has two scripts: the same page in both would be in two splits.
+    pattern = "usr/share/man/zh_CN/**/*.gz" if language == "chinese" else "usr/share/man/**/*.gz"
+    sources = [Source(f"debian:{package}", licence, extract.manual_pages(pattern)) for package in man]
+    sources.append(
+        Source(f"debian:libreoffice-help-{office}", OFFICE, extract.html("**/text/**/*.html", "DisplayArea"))
+    )
     sources.append(Source("debian:debian-handbook", HANDBOOK, extract.html(f"**/html/{handbook}/*.html")))
     if reference:
         pattern = f"**/ch*.{reference}.html"
-        sources.append(Source(f"debian:debian-reference-{reference}", "GPL-2.0-or-later", extract.html(pattern)))
+        sources.append(
+            Source(f"debian:debian-reference-{reference}", "GPL-2.0-or-later", extract.html(pattern))
+        )
     return Domain(language, f"{name}: manual pages and handbooks", sources, language=language)
 
 
@@ -76,16 +90,22 @@ DOMAINS = [
         "python",
         "Python: a web framework, computer algebra, networks",
         [
-            Source("pypi:django==5.2.8", "BSD-3-Clause", extract.code("django/**/*.py")),
-            Source("pypi:sympy==1.14.0", "BSD-3-Clause", extract.code("sympy/**/*.py")),
-            Source("pypi:networkx==3.5", "BSD-3-Clause", extract.code("networkx/**/*.py")),
+            Source("pypi:django==5.2.8", "BSD-3-Clause", extract.code("django/**/*.py", skip=PYTHON_SKIP)),
+            Source("pypi:sympy==1.14.0", "BSD-3-Clause", extract.code("sympy/**/*.py", skip=PYTHON_SKIP)),
+            Source("pypi:networkx==3.5", "BSD-3-Clause", extract.code("networkx/**/*.py", skip=PYTHON_SKIP)),
         ],
         licence_headers=True,
     ),
     Domain(
         "c",
         "C: the core of the Linux kernel",
-        [Source("debian:linux-source-6.1 | linux-source-6.12", GPL2, extract.tarball("usr/src/*.tar.xz", KERNEL))],
+        [
+            Source(
+                "debian:linux-source-6.1 | linux-source-6.12",
+                GPL2,
+                extract.tarball("usr/src/*.tar.xz", KERNEL),
+            )
+        ],
         licence_headers=True,
     ),
     Domain(
@@ -95,7 +115,9 @@ DOMAINS = [
             Source(
                 "debian:golang-1.19-src | golang-1.24-src",
                 "BSD-3-Clause",
-                extract.code("usr/share/go-*/src/**/*.go", skip=r"/(testdata|vendor|syscall|ssa)/"),
+                extract.code(
+                    "usr/share/go-*/src/**/*.go", skip=r"/(testdata|vendor|syscall|ssa)/|_test\.go$"
+                ),
             )
         ],
         licence_headers=True,
@@ -151,5 +173,5 @@ DOMAINS = [
     _language("Spanish", "spanish", ["manpages-es", "manpages-es-dev"], "es", "es-ES", "es"),
     _language("Russian", "russian", ["manpages-ru", "manpages-ru-dev"], "ru", "ru-RU", None),
     _language("Japanese", "japanese", ["manpages-ja", "manpages-ja-dev"], "ja", "ja-JP", "ja"),
-    _language("Chinese", "chinese", ["manpages-zh"], "zh-cn", "zh-CN", "zh-cn"),  # zh_TW too: other characters
+    _language("Chinese", "chinese", ["manpages-zh"], "zh-cn", "zh-CN", "zh-cn"),
 ]

@@ -1,7 +1,8 @@
 """Duplicates across documents: repeated paragraphs, near-duplicate documents, overlap of the splits.
 
-Near-duplicates are found by MinHash over shingles of five tokens with locality-sensitive hashing (Broder 1997; Leskovec,
-Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3): no pair is compared that shares no band.
+Near-duplicates are found by MinHash over shingles of five tokens with locality-sensitive hashing (Broder
+1997; Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3): no pair is compared that
+shares no band.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 def shingles(text: str) -> np.ndarray:
-    """Distinct hashes of a text's runs of five tokens, whatever their case and numbers, sorted, (n,) uint64."""
+    """Distinct hashes of a text's runs of five tokens, whatever their case and numbers, sorted, (n,)
+    uint64."""
     tokens = _TOKEN.findall(re.sub(r"\d+", "0", text.lower()))
     hashes = np.fromiter((zlib.crc32(token.encode()) for token in tokens), np.uint64, len(tokens))
     count = max(len(tokens) - SHINGLE + 1, min(len(tokens), 1))
@@ -53,7 +55,9 @@ class NearDuplicates:
     def __init__(self, seed: int = 0):
         random = np.random.default_rng(seed)
         # Odd multipliers and any offsets; the upper 32 bits of the product are the hash.
-        self._multipliers = random.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64) * np.uint64(2) + np.uint64(1)
+        self._multipliers = random.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64) * np.uint64(
+            2
+        ) + np.uint64(1)
         self._offsets = random.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64)
         self._signatures: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = defaultdict(list)
@@ -85,8 +89,9 @@ class NearDuplicates:
 class RepeatedParagraphs:
     """Removes paragraphs that stand in several documents, domain by domain.
 
-    A paragraph of more than `COMMON` documents of a domain is boilerplate and goes from all of them. Of another that
-    repeats, the first document keeps it: also across domains, so that what a translation left in English goes from it.
+    A paragraph of more than `COMMON` documents of a domain is boilerplate and goes from all of them. Of
+    another that repeats, the first document keeps it: also across domains, so that what a translation left in
+    English goes from it.
     """
 
     def __init__(self):
@@ -143,7 +148,10 @@ class Overlap:
         That is the number of common shingles over the smaller of the two documents' numbers.
         """
         found = shingles(text)
-        begin, end = np.searchsorted(self._hashes, found, "left"), np.searchsorted(self._hashes, found, "right")
+        begin, end = (
+            np.searchsorted(self._hashes, found, "left"),
+            np.searchsorted(self._hashes, found, "right"),
+        )
         shared = np.zeros(len(self._sizes), np.int64)
         while (more := begin < end).any():  # as often as one shingle stands in different documents
             begin, end = begin[more], end[more]

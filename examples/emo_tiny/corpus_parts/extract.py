@@ -1,7 +1,8 @@
-"""Documents out of unpacked packages: each reader yields pairs of path and raw text, one natural unit of text a pair.
+"""Documents out of unpacked packages: each reader yields pairs of path and raw text, one natural unit of text
+a pair.
 
-A reader is a function of the package's folder and of `mandoc`, the program that renders manual pages. Files are read in
-the order of their paths, so that two runs give the same.
+A reader is a function of the package's folder and of `mandoc`, the program that renders manual pages. Files
+are read in the order of their paths, so that two runs give the same.
 """
 
 import gzip
@@ -22,7 +23,9 @@ PAGE = 6_000  # characters of a page of the dictionary
 def _files(folder: Path, pattern: str, skip: str | None = None) -> list[Path]:
     """Plain files, no links (a second name of a page that is there already), in order."""
     found = sorted(path for path in folder.glob(pattern) if path.is_file() and not path.is_symlink())
-    return [path for path in found if not (skip and re.search(skip, "/" + path.relative_to(folder).as_posix()))]
+    return [
+        path for path in found if not (skip and re.search(skip, "/" + path.relative_to(folder).as_posix()))
+    ]
 
 
 def _text(path: Path) -> str | None:
@@ -35,7 +38,8 @@ def _text(path: Path) -> str | None:
 
 
 def code(pattern: str, skip: str | None = None):
-    """Reader of source files, one a document; `skip` is a regular expression for paths (with a leading `/`)."""
+    """Reader of source files, one a document; `skip` is a regular expression for paths (with a leading
+    `/`)."""
 
     def read(folder: Path, mandoc: Path) -> Iterator[tuple[str, str]]:
         for path in _files(folder, pattern, skip):
@@ -47,13 +51,18 @@ def code(pattern: str, skip: str | None = None):
 
 
 def tarball(pattern: str, members: str):
-    """Reader of source files inside a tar file, read as a stream: only members whose path matches are held."""
+    """Reader of source files inside a tar file, read as a stream: only members whose path matches are
+    held."""
 
     def read(folder: Path, mandoc: Path) -> Iterator[tuple[str, str]]:
         for path in _files(folder, pattern):
             with tarfile.open(path, "r|*") as archive:
                 for member in archive:
-                    file = archive.extractfile(member) if member.isfile() and re.search(members, member.name) else None
+                    file = (
+                        archive.extractfile(member)
+                        if member.isfile() and re.search(members, member.name)
+                        else None
+                    )
                     if file is not None:
                         yield member.name, file.read().decode("utf-8", errors="replace")
 
@@ -74,7 +83,8 @@ _CREDITS = re.compile(
 
 
 def manual_pages(pattern: str = "usr/share/man/**/*.gz"):
-    """Reader of manual pages: plain text as `mandoc` renders it, a line a paragraph, without headers and credits."""
+    """Reader of manual pages: plain text as `mandoc` renders it, a line a paragraph, without headers and
+    credits."""
 
     def render(mandoc: Path, path: Path) -> str:
         try:
@@ -107,29 +117,84 @@ def _plain_manual(rendered: str) -> str:
             skipping = bool(_CREDITS.match(line))
         if not skipping:
             stripped = line.lstrip(" ")
-            indent = (len(line) - len(stripped) + 3) // 7 * 2 if stripped else 0  # mandoc's steps are of 7 columns
+            indent = (
+                (len(line) - len(stripped) + 3) // 7 * 2 if stripped else 0
+            )  # mandoc's steps are of 7 columns
             # A term and its description on one line stand apart by a column's width; tables by spaces.
             kept.append(" " * min(indent, 8) + re.sub(r" {3,}", "  ", stripped.rstrip()))
     return "\n".join(kept)
 
 
-_BLOCKS = set(
-    "p div h1 h2 h3 h4 h5 h6 ul ol li dl dt dd table tr section article blockquote pre br caption thead tbody".split()
-)
-_PARAGRAPHS = set("p div h1 h2 h3 h4 h5 h6 ul ol dl table blockquote pre section".split())
+_BLOCKS = {
+    "p",
+    "div",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "ul",
+    "ol",
+    "li",
+    "dl",
+    "dt",
+    "dd",
+    "table",
+    "tr",
+    "section",
+    "article",
+    "blockquote",
+    "pre",
+    "br",
+    "caption",
+    "thead",
+    "tbody",
+}
+_PARAGRAPHS = {
+    "p",
+    "div",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "ul",
+    "ol",
+    "dl",
+    "table",
+    "blockquote",
+    "pre",
+    "section",
+}
 _MARKS = {"li": "- ", "td": "  ", "th": "  "}  # between the items of a list, and the cells of a row
-_VOID = set("br hr img meta link input area base col embed source wbr".split())
-_SKIPPED_TAGS = set("script style head nav header footer aside noscript button form".split())
+_VOID = {"br", "hr", "img", "meta", "link", "input", "area", "base", "col", "embed", "source", "wbr"}
+_SKIPPED_TAGS = {"script", "style", "head", "nav", "header", "footer", "aside", "noscript", "button", "form"}
 # Navigation, tables of contents, legal notices, the other systems' variants of a sentence.
-_SKIPPED_CLASSES = set(
-    "navheader navfooter docnav toc list-of-examples list-of-tables legalnotice MAC UNIX relatedtopics howtoget "
-    "breadcrumbs indexterm footnotes revhistory".split()
-)
-_SKIPPED_IDS = set("banner title".split())
+_SKIPPED_CLASSES = {
+    "navheader",
+    "navfooter",
+    "docnav",
+    "toc",
+    "list-of-examples",
+    "list-of-tables",
+    "legalnotice",
+    "MAC",
+    "UNIX",
+    "relatedtopics",
+    "howtoget",
+    "breadcrumbs",
+    "indexterm",
+    "footnotes",
+    "revhistory",
+}
+_SKIPPED_IDS = {"banner", "title"}
 
 
 class _PlainText(HTMLParser):
-    """Text of a page's body, or of the element `root` in it: paragraphs apart, preformatted text as it stands."""
+    """Text of a page's body, or of the element `root` in it: paragraphs apart, preformatted text as it
+    stands."""
 
     def __init__(self, root: str | None):
         super().__init__(convert_charrefs=True)
@@ -171,7 +236,8 @@ class _PlainText(HTMLParser):
         if any(tag == "pre" for tag, _, _ in self.stack):
             self.parts.append(data)
         else:
-            self.parts.append(re.sub(r"\s+", " ", data))
+            text = re.sub(r"\s+", " ", data)
+            self.parts.append(text.lstrip() if not self.parts or self.parts[-1].endswith("\n") else text)
 
 
 def _plain_html(page: str, root: str | None) -> str:
@@ -180,8 +246,7 @@ def _plain_html(page: str, root: str | None) -> str:
     parser.close()
     # Spaces at the borders of inline elements; blank lines that are only spaces.
     text = re.sub(r"[ \xa0]*\n[ \xa0]*(?=\n)", "\n", "".join(parser.parts))
-    lines = [line.strip() if line[:2] in {" -", "- "} else line.rstrip() for line in text.splitlines()]
-    return "\n".join(line for line in lines if line != "-")
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip() != "-")
 
 
 def html(pattern: str, root: str | None = None, skip: str | None = None):
@@ -199,7 +264,8 @@ def html(pattern: str, root: str | None = None, skip: str | None = None):
 def metamath(pattern: str):
     """Reader of a Metamath database: a document is a run of statements under one heading, without the proofs.
 
-    A proof is a compressed string of letters that no reader understands; who contributed when is left out too.
+    A proof is a compressed string of letters that no reader understands; who contributed when is left out
+    too.
     """
 
     def read(folder: Path, mandoc: Path) -> Iterator[tuple[str, str]]:
@@ -207,14 +273,18 @@ def metamath(pattern: str):
             text = path.read_text(encoding="utf-8")
             text = re.sub(r"\$=.*?\$\.", "$.", text, flags=re.DOTALL)
             text = re.sub(
-                r"\s*\((Contributed|Revised|Proof shortened|Proposed)\s+by\s[^()]*(\([^()]*\)[^()]*)*\)", "", text
+                r"\s*\((Contributed|Revised|Proof shortened|Proposed)\s+by\s[^()]*(\([^()]*\)[^()]*)*\)",
+                "",
+                text,
             )
             text = re.sub(r"\s*\((New\s+usage|Proof\s+modification)\s+is\s+discouraged\.\)", "", text)
             name = path.relative_to(folder).as_posix()
             heading = r"\n\$\(\s*\n(?=[#*=-][#*=.-]{20,}\n)"
             for number, section in enumerate(re.split(heading, text)):
                 section = re.sub(r"^[#*=.-]{20,}\n", "", section, flags=re.MULTILINE)
-                section = re.sub(r"\s*\$\)", "", section, count=1) if number else section  # the heading's own end
+                section = (
+                    re.sub(r"\s*\$\)", "", section, count=1) if number else section
+                )  # the heading's own end
                 yield f"{name}#{number}", section
 
     return read
@@ -227,7 +297,9 @@ def dictionary(pattern: str):
         for path in _files(folder, pattern):
             text = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
             text = text[text.index("\nA \\A") :] if "\nA \\A" in text else text  # past the title
-            text = re.sub(r"^ *\[[^\]\n]*\](\n|$)", "", text, flags=re.MULTILINE)  # which edition an entry is from
+            text = re.sub(
+                r"^ *\[[^\]\n]*\](\n|$)", "", text, flags=re.MULTILINE
+            )  # which edition an entry is from
             text = re.sub(r" \[(1913 Webster|Webster 1913 Suppl\.|PJC|WordNet 1\.5)\]", "", text)
             entries = re.split(r"\n\n(?=\S)", text)
             page: list[str] = []
@@ -244,9 +316,11 @@ def dictionary(pattern: str):
 
 
 def sword(pattern: str):
-    """Reader of a compressed SWORD module in OSIS markup (https://wiki.crosswire.org/File_Formats), by chapter.
+    """Reader of a compressed SWORD module in OSIS markup (https://wiki.crosswire.org/File_Formats), by
+    chapter.
 
-    `*.bzs` lists the compressed blocks of `*.bzz`: offset, size and unpacked size, each 32 bits, little-endian.
+    `*.bzs` lists the compressed blocks of `*.bzz`: offset, size and unpacked size, each 32 bits,
+    little-endian.
     """
 
     def read(folder: Path, mandoc: Path) -> Iterator[tuple[str, str]]:
@@ -259,7 +333,10 @@ def sword(pattern: str):
                     name = re.search(r'osisID="([^".]+)"[^>]*type="book"', book)
                     for number, chapter in enumerate(re.split(r"<chapter [^>]*sID=[^>]*>", book)):
                         if number and name:  # before the first chapter stand titles and introductions
-                            yield f"{module.relative_to(folder).as_posix()}#{testament}{block}.{name[1]}.{number}", _plain_osis(chapter)
+                            yield (
+                                f"{module.relative_to(folder).as_posix()}#{testament}{block}.{name[1]}.{number}",
+                                _plain_osis(chapter),
+                            )
 
     return read
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """A package in the cache: its exact version, its file's SHA-256 and the folder that it was unpacked to."""
+    """A package in the cache: its exact version, its file's SHA-256 and the folder that it was unpacked
+    to."""
 
     kind: str
     name: str
@@ -75,8 +76,8 @@ def _fetch_debian(names: list[str], cache: Path) -> Package:
     record = next((record for record in map(_debian_record, names) if record), None)
     if record is None:
         raise ValueError(
-            f"Debian package {' or '.join(map(repr, names))} is not in this release's package lists: run `apt-get "
-            "update`, or name what the release calls it now in examples/emo_tiny/corpus_parts/domains.py."
+            f"Debian package {' or '.join(map(repr, names))} is not in this release's package lists: run "
+            "`apt-get update`, or name what the release calls it in examples/emo_tiny/corpus_parts/domains.py."
         )
     name, version = record["Package"], record["Version"]
     downloads = cache / "debian"
@@ -87,7 +88,9 @@ def _fetch_debian(names: list[str], cache: Path) -> Package:
         problem = f"Debian package {name!r} {version} could not be downloaded"
         _run(["apt-get", "download", "--quiet", f"{name}={version}"], problem, cwd=downloads)
         if not path.exists() or sha256(path) != record["SHA256"]:
-            raise ValueError(f"{problem}: {path} is not the file that the package lists promise ({record['SHA256']}).")
+            raise ValueError(
+                f"{problem}: {path} has not the checksum of the package lists, {record['SHA256']}."
+            )
 
     def unpack(folder: Path) -> None:
         _run(["dpkg-deb", "--extract", str(path), str(folder)], f"{path} could not be unpacked")

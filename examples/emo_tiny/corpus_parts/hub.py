@@ -27,7 +27,8 @@ def read_dataset(
         name: configuration of the dataset.
         split: its split to read; this corpus makes its own splits of it.
         data_files: files, for a format.
-        text_column, domain_column: columns; dots lead into structures (`metadata.source`). Without a domain column
+        text_column, domain_column: columns; dots lead into structures (`metadata.source`). Without a domain
+            column
             all documents are of the domain `text`.
         limit_mb: how much text is read, in units of 10^6 bytes.
         licence: noted with every document.
@@ -46,7 +47,9 @@ def read_dataset(
             text = _column(row, text_column)
             domain = _column(row, domain_column) if domain_column else "text"
             if not isinstance(text, str):
-                raise ValueError(f"Column {text_column!r} of row {number} is {text!r:.80}, not text: name another one.")
+                raise ValueError(
+                    f"Column {text_column!r} of row {number} is {text!r:.80}, not text: name another one."
+                )
             found[_file_name(domain)].append(Document(text, f"{path}#{number}", licence))
             size += len(text.encode()) / 1e6
             bar.update(int(size) - bar.n)

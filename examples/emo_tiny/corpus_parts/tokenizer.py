@@ -14,8 +14,8 @@ CONTEXT = 1024  # tokens; only said to users, nothing is cut
 def train_tokenizer(out: Path, vocab_size: int, folder: Path, sample_mb: float = SAMPLE_MB) -> None:
     """Train a tokenizer on a corpus' train split and save it as an `EmoTokenizer`.
 
-    EOS `<|endoftext|>` has id 0 and padding `<|pad|>` id 1; all 256 bytes are in the vocabulary, so that every text
-    can be encoded and comes back as it was.
+    EOS `<|endoftext|>` has id 0 and padding `<|pad|>` id 1; all 256 bytes are in the vocabulary, so that
+    every text can be encoded and comes back as it was.
 
     Args:
         out: a built corpus.
@@ -61,6 +61,8 @@ def count_tokens(out: Path, folder: Path, split: str) -> dict[str, tuple[int, in
     counts = {}
     for name in tqdm(domains_of(out), f"tokens of {split}", leave=False, unit="domain"):
         texts = [row["text"] for row in read_lines(out / split / f"{name}.jsonl")]
-        tokens = sum(len(encoding.ids) + 1 for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        tokens = sum(
+            len(encoding.ids) + 1 for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        )
         counts[name] = (tokens, sum(len(text.encode()) for text in texts))
     return counts
