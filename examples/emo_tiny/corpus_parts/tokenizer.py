@@ -2,13 +2,20 @@
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from .build import domains_of, read_lines
 
 SAMPLE_MB = 1.5  # of each domain
 CONTEXT = 1024  # tokens; only said to users, nothing is cut
+# Where no token crosses: words with a mark or space before them, numbers of up to three digits, punctuation
+# with the line ends after it, line ends with the indent before them. As the released EMO splits; C needs a
+# tenth fewer tokens than where text is split as GPT-2 does.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(out: Path, vocab_size: int, folder: Path, sample_mb: float = SAMPLE_MB) -> None:
@@ -32,7 +39,12 @@ def train_tokenizer(out: Path, vocab_size: int, folder: Path, sample_mb: float =
         raise ValueError(f"vocab_size is {vocab_size}: 256 bytes and 2 special tokens need at least 258.")
     texts = [text for name in domains_of(out) for text in _sample(out, name, sample_mb)]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
