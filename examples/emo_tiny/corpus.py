@@ -29,6 +29,7 @@ from corpus_parts.hub import read_dataset
 from corpus_parts.tokenizer import count_tokens, train_tokenizer
 from tqdm import tqdm
 
+MANDOC = "debian:mandoc"
 CACHE = Path.home() / ".cache" / "transformers-emo" / "corpus"
 
 
@@ -37,14 +38,16 @@ def documents(source: Source, package: Package, mandoc: Path) -> Iterator[Docume
         yield Document(text, f"{package.name}/{path}", source.licence)
 
 
-def build_packages(corpus: Corpus, cache: Path) -> list[dict]:
-    """Add every domain of `DOMAINS`; the packages used, as the manifest lists them."""
-    names = [
-        "debian:mandoc",
-        *dict.fromkeys(source.package for domain in DOMAINS for source in domain.sources),
-    ]
-    packages = {name: fetch(name, cache) for name in tqdm(names, "fetching packages", unit="package")}
-    mandoc = packages["debian:mandoc"].folder / "usr" / "bin" / "mandoc"
+def fetch_packages(cache: Path) -> dict[str, Package]:
+    """Every package of `DOMAINS`, and the program that renders manual pages, by the names they have there."""
+    names = [MANDOC, *(source.package for domain in DOMAINS for source in domain.sources)]
+    return {
+        name: fetch(name, cache) for name in tqdm(dict.fromkeys(names), "fetching packages", unit="package")
+    }
+
+
+def add_packages(corpus: Corpus, packages: dict[str, Package]) -> None:
+    mandoc = packages[MANDOC].folder / "usr" / "bin" / "mandoc"
     for domain in DOMAINS:
         found = (
             document
@@ -56,35 +59,20 @@ def build_packages(corpus: Corpus, cache: Path) -> list[dict]:
                 leave=False,
             )
         )
-        report = corpus.add(domain.name, domain.title, found, domain.language, domain.licence_headers)
-        say(domain.name, report)
-    listed = []
-    for package in packages.values():
-        listed.append({key: value for key, value in asdict(package).items() if key != "folder"})
-    return sorted(listed, key=lambda package: (package["kind"], package["name"]))
+        say(
+            domain.name, corpus.add(domain.name, domain.title, found, domain.language, domain.licence_headers)
+        )
 
 
-def build_dataset(corpus: Corpus, args: argparse.Namespace) -> None:
-    """Add the domains of a dataset; those with too little text are left out, and that is said."""
-    found = read_dataset(
-        args.dataset,
-        name=args.name,
-        split=args.split,
-        data_files=args.data_files,
-        text_column=args.text_column,
-        domain_column=args.domain_column,
-        limit_mb=args.limit_mb,
-        licence=args.licence,
-    )
+def add_dataset(corpus: Corpus, found: dict[str, list[Document]]) -> None:
+    """Add a dataset's domains; those with too little text are left out, and that is said."""
     for name, texts in found.items():
         try:
             say(name, corpus.add(name, name, texts))
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
     if not corpus.reports:
-        raise ValueError(
-            f"No domain of {args.dataset!r} has enough text: raise `--limit-mb` or lower `--held-back`."
-        )
+        raise ValueError("No domain has enough text: raise `--limit-mb` or lower `--held-back`.")
 
 
 def say(name: str, report: Report) -> None:
@@ -129,15 +117,23 @@ def summary(reports: dict[str, Report], tokens: dict[str, int], vocab_size: int)
 
 
 def build(args: argparse.Namespace) -> None:
-    manifest_file = args.out / "manifest.json"
-    manifest_file.unlink(missing_ok=True)  # written last: a corpus that has one is whole
     settings = Settings(args.domain_mb, args.held_back)
-    corpus = Corpus(args.out, settings)
-    packages: list[dict] = []
+    origin, packages, found = None, {}, {}
     if args.dataset:
-        build_dataset(corpus, args)
+        keys = ("name", "split", "data_files", "text_column", "domain_column", "limit_mb", "licence")
+        options = {key: getattr(args, key) for key in keys}
+        found, origin = read_dataset(args.dataset, **options), {"dataset": args.dataset, **options}
     else:
-        packages = build_packages(corpus, args.cache)
+        packages = fetch_packages(args.cache)
+    # Whatever cannot be had has failed by now, and a corpus that was here before is whole until here. The
+    # manifest is written last: a corpus that has one is whole.
+    manifest_file = args.out / "manifest.json"
+    manifest_file.unlink(missing_ok=True)
+    corpus = Corpus(args.out, settings)
+    if args.dataset:
+        add_dataset(corpus, found)
+    else:
+        add_packages(corpus, packages)
     removed = corpus.finish()
     print(f"removed: {removed} documents that overlap a held-back one of another domain", flush=True)
     domains = {name: asdict(report) for name, report in corpus.reports.items()}
@@ -145,7 +141,13 @@ def build(args: argparse.Namespace) -> None:
     if args.dataset:
         keys = ("dataset", "name", "split", "data_files", "text_column", "domain_column", "limit_mb")
         origin = {key: getattr(args, key) for key in keys}
-    manifest = {"settings": asdict(settings), "dataset": origin, "packages": packages, "domains": domains}
+    listed = sorted(packages.values(), key=lambda package: (package.kind, package.name))
+    manifest = {
+        "settings": asdict(settings),
+        "dataset": origin,
+        "packages": [{key: value for key, value in asdict(p).items() if key != "folder"} for p in listed],
+        "domains": domains,
+    }
     write_text(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     print(f"checked: none of {verify(args.out):,} held-back documents is in another split", flush=True)
     folder = args.out / f"tokenizer-{args.vocab_size}"

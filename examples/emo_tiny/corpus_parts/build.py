@@ -85,7 +85,7 @@ class Corpus:
         title: str,
         documents: Iterable[Document],
         language: str | None = None,
-        licence_headers=False,
+        licence_headers: bool = False,
     ) -> Report:
         """Clean, deduplicate, split and write a domain.
 
