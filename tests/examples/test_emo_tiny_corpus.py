@@ -232,6 +232,11 @@ def test_what_a_header_says_besides_the_licence_stays():
     assert stripped.endswith("\n;; Sorts by any field.\n(sort)") and "Copyright" not in stripped
 
 
+def test_a_licence_line_takes_nothing_else_with_it():
+    source = "f() {\n}\n\n// Copyright 2020 A. Writer\n}\ng();\n"
+    assert clean.strip_licence(source) == "f() {\n}\n\n}\ng();\n"
+
+
 def test_generated_files_and_tables_go():
     body = "def function(argument):\n    return argument\n\n" * 100
     assert clean.clean(body, licence_headers=True)

@@ -13,9 +13,9 @@ _LICENCE = re.compile(
     re.IGNORECASE,
 )
 _LICENCE_LINE = re.compile(
-    r"^\W*(SPDX-License-Identifier|Distributed under the terms|Copyright\s+(\(c\)|©|\d{4})|\(c\)\s+Copyright|"
-    r"All rights reserved\b|-\*-.*-\*-\W*$|"
-    r"(vim?|ex):\s|Local [Vv]ariables:|End:\W*$|coding[:=]\s*utf-8).*\n?",
+    r"^[^\w\n]*(SPDX-License-Identifier|Distributed under the terms|Copyright\s+(\(c\)|©|\d{4})|"
+    r"\(c\)\s+Copyright|All rights reserved\b|-\*-.*-\*-[^\w\n]*$|vim?:\s*set\b|Local Variables:|"
+    r"coding[:=]\s*utf-8).*\n?",
     re.MULTILINE | re.IGNORECASE,
 )
 _COMMENT_BLOCK = re.compile(

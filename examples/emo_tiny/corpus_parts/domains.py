@@ -1,5 +1,4 @@
-"""Which packages the corpus is made of: one entry a domain, in an order that new domains are added to the end
-of.
+"""Which packages the corpus is made of: one entry a domain; new domains are added to the end.
 
 Of a paragraph or a document that occurs in two domains, the earlier one keeps it. So English stands before
 the translations (what was left untranslated in them goes), and a domain at the end changes none before it.
@@ -49,12 +48,11 @@ class Domain:
     licence_headers: bool = False
 
 
-GPL2, GPL3, LGPL21 = "GPL-2.0-only", "GPL-3.0-or-later", "LGPL-2.1-only"
+GPL2, GPL3, LGPL21, MATHCOMP = "GPL-2.0-only", "GPL-3.0-or-later", "LGPL-2.1-only", "CECILL-B"
 MAN = "Linux-man-pages-copyleft, GPL-2.0-or-later, BSD or MIT, by page"
 MAN_TRANSLATED = "GPL-3.0-or-later, or the licence of the page"
 HANDBOOK = "CC-BY-SA-3.0 or GPL-2.0-or-later"
 OFFICE = "MPL-2.0"
-MATHCOMP = "CECILL-B"
 
 PYTHON_SKIP = r"/(tests|locale|migrations)/|/parsetab|/_parse_latex_antlr/"
 

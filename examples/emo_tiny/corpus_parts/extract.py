@@ -117,57 +117,16 @@ def _plain_manual(rendered: str) -> str:
             skipping = bool(_CREDITS.match(line))
         if not skipping:
             stripped = line.lstrip(" ")
-            indent = (
-                (len(line) - len(stripped) + 3) // 7 * 2 if stripped else 0
-            )  # mandoc's steps are of 7 columns
+            indent = len(line) - len(stripped) if stripped else 0
+            indent = min((indent + 3) // 7 * 2, 8)  # mandoc's steps are of 7 columns
             # A term and its description on one line stand apart by a column's width; tables by spaces.
-            kept.append(" " * min(indent, 8) + re.sub(r" {3,}", "  ", stripped.rstrip()))
+            kept.append(" " * indent + re.sub(r" {3,}", "  ", stripped.rstrip()))
     return "\n".join(kept)
 
 
-_BLOCKS = {
-    "p",
-    "div",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "ul",
-    "ol",
-    "li",
-    "dl",
-    "dt",
-    "dd",
-    "table",
-    "tr",
-    "section",
-    "article",
-    "blockquote",
-    "pre",
-    "br",
-    "caption",
-    "thead",
-    "tbody",
-}
-_PARAGRAPHS = {
-    "p",
-    "div",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "ul",
-    "ol",
-    "dl",
-    "table",
-    "blockquote",
-    "pre",
-    "section",
-}
+_HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
+_PARAGRAPHS = _HEADINGS | {"p", "div", "ul", "ol", "dl", "table", "blockquote", "pre", "section"}
+_BLOCKS = _PARAGRAPHS | {"li", "dt", "dd", "tr", "article", "br", "caption", "thead", "tbody"}
 _MARKS = {"li": "- ", "td": "  ", "th": "  "}  # between the items of a list, and the cells of a row
 _VOID = {"br", "hr", "img", "meta", "link", "input", "area", "base", "col", "embed", "source", "wbr"}
 _SKIPPED_TAGS = {"script", "style", "head", "nav", "header", "footer", "aside", "noscript", "button", "form"}
