@@ -61,8 +61,8 @@ class Corpus:
     """Builds the corpus domain by domain.
 
     A document's place is decided by the hash of its content alone: among the documents of a domain in the
-    order of their hashes, the first are the test split, the next calibration, the rest train. Later domains
-    change nothing in earlier ones.
+    order of their hashes, the first are the test split, the next calibration, the rest train. A later domain
+    moves nothing in an earlier one; only `finish` takes what overlaps with held-back text of another domain.
 
     Args:
         out: folder of the corpus.
