@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on a quarter of the experts, then put it on the full model.
+"""Train a LoRA adapter on a quarter of the experts, then use it on the full model.
 
 python examples/subset_lora.py [OUT]
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 from peft import get_peft_model
+from transformers import set_seed
 from transformers_emo import EmoForCausalLM, EmoTokenizer
 from transformers_emo.tokenization import encode_answers
 from transformers_emo.training import (
@@ -30,23 +31,25 @@ subset = ROOT / "examples/data/man_pages.json"
 model = EmoForCausalLM.from_pretrained(REPO, expert_subset=subset)
 # Attention, and the experts by the names that they have on disk.
 config = lora_config(
-    model, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    model, r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 )
+set_seed(0)  # an adapter begins at random
 adapted = get_peft_model(model, config)
 
 arguments = training_arguments(
     "fine-tune",
     out,
-    num_train_epochs=5,
-    learning_rate=2e-3,
+    num_train_epochs=50,
+    learning_rate=4e-3,
     windows_per_step=8,
-    logging_steps=5,
+    logging_steps=20,
     save_strategy="no",
 )
 EmoTrainer(adapted, arguments, DocumentCollator(model.config), examples).train()
 adapted.save_pretrained(out)  # the adapter, and the experts that it belongs to
 
-# On the full model the adapter finds its experts by their ids.
+# Other experts are refused. On the full model the adapter finds its own by their ids; a mask picks them.
 full = load_adapter(EmoForCausalLM.from_pretrained(REPO), out).eval()
 prompt = tokenizer(rows[0]["question"], return_tensors="pt")
-print(tokenizer.decode(full.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))
+with full.get_base_model().use_experts(subset):
+    print(tokenizer.decode(full.generate(**prompt, max_new_tokens=12, do_sample=False)[0]))

@@ -31,10 +31,10 @@ train_only(model, "routed")  # or "all", "routed+shared", "routed+shared+router"
 arguments = training_arguments(
     "fine-tune",
     out,
-    num_train_epochs=5,
-    learning_rate=5e-4,  # the recipe's 5e-5 is for models of billions of parameters
+    num_train_epochs=30,
+    learning_rate=2e-3,  # the recipe's 5e-5 is for models of billions of parameters
     windows_per_step=8,
-    logging_steps=5,
+    logging_steps=20,
     save_strategy="no",
 )
 EmoTrainer(model, arguments, DocumentCollator(model.config), examples).train()

@@ -1,6 +1,7 @@
 """The examples run as they are written, on the small model that the repository holds."""
 
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -52,7 +53,10 @@ def test_adapter_is_trained_on_a_subset(elsewhere):
 
 
 @pytest.mark.parametrize("name", ["subset_sft", "subset_lora"])
-def test_scripts_answer_their_first_question(elsewhere, monkeypatch, capsys, name):
+def test_scripts_teach_the_answers(elsewhere, monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", "out"])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-    assert "ls - list the files" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    losses = [float(value) for value in re.findall(r"'ce_loss': '([0-9.]+)'", printed)]
+    assert len(losses) > 3 and losses[-1] < losses[0] / 3
+    assert re.search(r"ls - .*<eos>$", printed.strip())  # an answer, with its end
