@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto import tokenization_auto
 
 from .configuration import EmoConfig, LegacyEmoConfig
@@ -18,6 +19,7 @@ from .modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
+from .modeling_emo.expert_kernels import sorted_experts_forward
 from .subsets import loading
 from .tokenization import EmoTokenizer
 
@@ -41,6 +43,7 @@ def register() -> None:
     AutoModelForSequenceClassification.register(EmoConfig, EmoForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(EmoConfig, EmoForTokenClassification, exist_ok=True)
     AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
+    ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
     # Registered alone, the class would serve only repositories that name none. Released ones may name
     # `GPT2Tokenizer`, which in Transformers 5 splits text as GPT-2 does, not as their `tokenizer.json` says.
     # This is how Transformers itself lists the models whose repositories name a wrong class.
