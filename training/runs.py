@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
-from ..tokenization import PackedStream, encode_answers, pack_dataset
+from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
 from .collator import DocumentCollator
 from .fine_tuning import What, train_only
 from .recipes import RecipeName, training_arguments
@@ -35,7 +35,8 @@ class ModelSection:
         config (`dict`): settings of `EmoConfig` to change, pools for example.
         expert_subset (*optional*): load only these experts; as for `from_pretrained`.
         train (`str`): what trains; as for `train_only`.
-        options (`dict`): more arguments of `from_pretrained`, such as `dtype` or `revision`.
+        options (`dict`): more arguments of `from_pretrained` (or of `from_config`, from scratch), such as `dtype`
+            or `attn_implementation`.
 
     Example: see `Recipe`.
     """
@@ -241,7 +242,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
             "another `output_dir`."
         )
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.tokenizer or recipe.model.path)
+    tokenizer = EmoTokenizer.from_pretrained(recipe.model.tokenizer or recipe.model.path)
     with arguments.main_process_first(desc="tokenising"):
         windows = _load_data(recipe.data, tokenizer, "data")
         evaluation = None
@@ -369,7 +370,7 @@ def _load_model(recipe: Recipe) -> EmoForCausalLM:
             "or `pack: false`."
         )
     if section.from_scratch:
-        model = EmoForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, **section.options)
     else:
         model = EmoForCausalLM.from_pretrained(
             section.path, config=config, expert_subset=section.expert_subset, **section.options
