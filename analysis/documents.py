@@ -1,0 +1,158 @@
+"""Domains: documents to choose experts from, and others to measure on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+_SPLITS = ("calibration", "test")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Documents of one kind.
+
+    Args:
+        name (`str`): of the domain.
+        calibration (`tuple[str, ...]`): texts to choose experts from.
+        test (`tuple[str, ...]`): other texts, to measure on.
+
+    Example: see `read_domains`.
+    """
+
+    name: str
+    calibration: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def read_domains(
+    folder: str | os.PathLike, names: Sequence[str] | None = None, *, max_test: int | None = None
+) -> list[Domain]:
+    """Read domains from JSON Lines files, one document a line with its text as `text`.
+
+    The files are `calibration/<domain>.jsonl` and `test/<domain>.jsonl`, or `<domain>.jsonl` whose lines name
+    their `split`, `"calibration"` or `"test"`; lines of other splits and empty texts are passed over.
+
+    Args:
+        folder (`str` or `os.PathLike`): where the files are.
+        names (`Sequence[str]`, *optional*): only these domains, in this order; all by default, by name.
+        max_test (`int`, *optional*): only the first so many test documents of each domain.
+
+    Raises:
+        ValueError: if there is no such file or domain, a line is not such a document, or a domain lacks
+            documents of a split.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import read_domains
+    >>> python, = read_domains("model_cards/toy-emo/documents", ["python"])
+    >>> len(python.calibration), len(python.test)
+    (8, 12)
+
+    ```
+    """
+    if max_test is not None and max_test < 1:
+        raise ValueError(f"`max_test` is {max_test}, expected at least 1 test document a domain.")
+    folder = Path(folder)
+    splits = [folder / split for split in _SPLITS]
+    apart = all(split.is_dir() for split in splits)
+    found = sorted({path.stem for place in (splits if apart else [folder]) for path in place.glob("*.jsonl")})
+    if not found:
+        raise ValueError(
+            f"Found no documents in {os.fspath(folder)!r}: expected calibration/<domain>.jsonl and "
+            "test/<domain>.jsonl, or <domain>.jsonl with a `split` in every line."
+        )
+    unknown = [name for name in names or () if name not in found]
+    if unknown:
+        raise ValueError(f"There is no domain {unknown[0]!r} in {os.fspath(folder)!r}: it has {found}.")
+    domains = []
+    for name in names or found:
+        documents = {split: _read_split(folder, name, split, apart) for split in _SPLITS}
+        for split, texts in documents.items():
+            if not texts:
+                raise ValueError(f"The domain {name!r} in {os.fspath(folder)!r} has no {split} document.")
+        domains.append(Domain(name, documents["calibration"], documents["test"][:max_test]))
+    return domains
+
+
+def _read_split(folder: Path, name: str, split: str, apart: bool) -> tuple[str, ...]:
+    path = folder / split / f"{name}.jsonl" if apart else folder / f"{name}.jsonl"
+    if not path.is_file():
+        return ()
+    documents = _read_lines(path)
+    return tuple(d["text"] for d in documents if d["text"] and (apart or d.get("split") == split))
+
+
+def _read_lines(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(path)!r}, line {number}: no JSON ({error}).") from error
+            if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+                raise ValueError(f"{os.fspath(path)!r}, line {number}: expected an object with a `text`.")
+            yield document
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], window: int
+) -> list[torch.Tensor]:
+    """Token ids of documents, cut to a window.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        texts (`Sequence[str]`): the documents.
+        window (`int`): tokens to keep of each, from its beginning.
+
+    Returns:
+        `list[torch.Tensor]`: int64 ids (S,), one tensor a document.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from transformers_emo.analysis import encode_documents
+    >>> tokenizer = AutoTokenizer.from_pretrained("model_cards/toy-emo")
+    >>> [len(ids) for ids in encode_documents(tokenizer, ["import os", "import sys, os, json"], window=4)]
+    [2, 4]
+
+    ```
+    """
+    encoded = tokenizer(list(texts), truncation=True, max_length=window)["input_ids"]
+    return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+
+
+def draw(documents: Collection, num: int, seed: int, domain: str) -> list:
+    """Draw documents of a domain, without replacement and in a fixed order; all of them where there are no more.
+
+    Args:
+        documents (`Collection`): what to draw from.
+        num (`int`): how many.
+        seed (`int`): other seeds draw others; domains draw independently of each other.
+        domain (`str`): the domain's name.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import draw
+    >>> draw(range(100), 3, seed=0, domain="python") == draw(range(100), 3, seed=0, domain="python")
+    True
+    >>> draw(range(100), 3, seed=0, domain="python") == draw(range(100), 3, seed=1, domain="python")
+    False
+
+    ```
+    """
+    documents = list(documents)
+    picked = random.Random(f"{seed}/{domain}").sample(range(len(documents)), min(num, len(documents)))
+    return [documents[index] for index in sorted(picked)]

@@ -1,0 +1,281 @@
+"""What was measured, how it is kept, and its means and errors.
+
+Shape suffixes: N documents of a domain, W resamplings of the documents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Test documents of one domain under one choice of experts.
+
+    Args:
+        model (`str`): the model's name.
+        domain (`str`): the domain's.
+        method (`str`): how the experts were chosen; `"full"` for all of them.
+        share (`float`): of the experts that was asked for.
+        num_experts (`int`): experts kept in each layer, shared ones included.
+        seed (`int`, *optional*): of the calibration texts, or of the random choice; `None` for the full model.
+        loss (`list[float]`): each document's summed loss in nats.
+        correct (`list[int]`): its tokens that the model held the likeliest.
+        tokens (`list[int]`): its tokens that were predicted.
+
+    Example: see `Retention`.
+    """
+
+    model: str
+    domain: str
+    method: str
+    share: float
+    num_experts: int
+    seed: int | None
+    loss: list[float]
+    correct: list[int]
+    tokens: list[int]
+
+    @property
+    def mean_loss(self) -> float:
+        """Nats per token."""
+        return sum(self.loss) / sum(self.tokens)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens that the model held the likeliest."""
+        return sum(self.correct) / sum(self.tokens)
+
+    @property
+    def loss_error(self) -> float | None:
+        """Standard error of `mean_loss` over documents (of a ratio of two sums); `None` for one document."""
+        number = sum(tokens > 0 for tokens in self.tokens)
+        if number < 2:
+            return None
+        residual_N = np.array(self.loss) - self.mean_loss * np.array(self.tokens)
+        return float(np.sqrt(number / (number - 1) * (residual_N**2).sum()) / sum(self.tokens))
+
+
+class Retention:
+    """Measurements of one or several models on the same documents.
+
+    Args:
+        measurements (`Iterable[Measurement]`): all of them, in any order.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import Measurement, Retention
+    >>> full = Measurement("emo", "python", "full", 1.0, 32, None, [6.0, 3.0], [1, 1], [2, 1])
+    >>> half = Measurement("emo", "python", "global", 0.5, 16, 0, [7.0, 5.0], [1, 0], [2, 1])
+    >>> retention = Retention([full, half])
+    >>> retention.loss("emo", "global", 0.5) - retention.loss("emo", "global", 1.0)
+    1.0
+    >>> retention.accuracy("emo", "global", 0.5)
+    0.3333333333333333
+
+    ```
+    """
+
+    def __init__(self, measurements: Iterable[Measurement]):
+        self.measurements = list(measurements)
+        by_choice: dict[tuple[str, str, float], dict[int | None, dict[str, Measurement]]] = {}
+        for m in self.measurements:
+            seeds = by_choice.setdefault((m.model, m.method, m.share), {})
+            seeds.setdefault(m.seed, {})[m.domain] = m
+        self._by_choice = by_choice
+        self.models = list(dict.fromkeys(m.model for m in self.measurements))
+        self.domains = list(dict.fromkeys(m.domain for m in self.measurements))
+        self.methods = list(dict.fromkeys(m.method for m in self.measurements if m.method != FULL))
+        self.shares = sorted({m.share for m in self.measurements}, reverse=True)
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Retention:
+        """Read what `measure_retention` has left in a folder, whole or not.
+
+        Args:
+            folder (`str` or `os.PathLike`): its `out`.
+
+        Raises:
+            ValueError: if there is nothing.
+
+        Example: see `measure_retention`.
+        """
+        path = Path(folder) / Journal.NAME
+        if not path.is_file():
+            raise ValueError(f"There are no measurements in {os.fspath(folder)!r}: `emo retention` makes them.")
+        return cls(Journal(path).measurements.values())
+
+    def choices(self, model: str, method: str, share: float) -> dict[int | None, dict[str, Measurement]]:
+        """For each seed the measurements by domain, of seeds with all domains; at share 1 the full model."""
+        seeds = self._by_choice.get((model, FULL if share >= 1 else method, share), {})
+        return {seed: ms for seed, ms in seeds.items() if len(ms) == len(self.domains)}
+
+    def num_experts(self, model: str, share: float) -> int | None:
+        """Experts kept in each layer at a share, `None` where it was not measured."""
+        return next((m.num_experts for m in self.measurements if (m.model, m.share) == (model, share)), None)
+
+    def loss(self, model: str, method: str, share: float) -> float | None:
+        """Mean over seeds and domains of the mean loss of a token, in nats; `None` where it was not measured."""
+        return _mean(m.mean_loss for m in self._all(model, method, share))
+
+    def accuracy(self, model: str, method: str, share: float) -> float | None:
+        """Mean over seeds and domains of the next-token accuracy; `None` where it was not measured."""
+        return _mean(m.accuracy for m in self._all(model, method, share))
+
+    def loss_error(self, model: str, method: str, share: float) -> float | None:
+        """How far `loss` can be trusted: its standard deviation over seeds, or over documents its error.
+
+        Returns:
+            `float`, *optional*: with several seeds the standard deviation of their mean losses; with one the
+            standard error over the documents; `None` where it was not measured, or each domain has one
+            document.
+        """
+        seeds = self.choices(model, method, share)
+        if len(seeds) > 1:
+            means = [np.mean([m.mean_loss for m in ms.values()]) for ms in seeds.values()]
+            return float(np.std(means, ddof=1))
+        errors = [m.loss_error for ms in seeds.values() for m in ms.values()]
+        if not errors or any(error is None for error in errors):
+            return None
+        return float(np.sqrt(sum(error**2 for error in errors)) / len(errors))  # type: ignore[operator,misc]
+
+    def resampled_loss(
+        self, model: str, method: str, share: float, *, num: int = 1000, seed: int = 0
+    ) -> np.ndarray:
+        """`loss` under resampling of the documents of each domain (the bootstrap), (W,) float64.
+
+        With one `num` and `seed` all choices and models see the same documents resampled, so that differences
+        and ratios are taken before quantiles.
+
+        Args:
+            model, method, share: as for `loss`.
+            num (`int`, defaults to 1000): W, how often.
+            seed (`int`, defaults to 0): of the resampling.
+
+        Raises:
+            ValueError: if there is no such measurement.
+        """
+        seeds = self.choices(model, method, share)
+        if not seeds:
+            raise ValueError(f"There is no measurement of {model!r} by {method!r} at the share {share:g}.")
+        total_W = np.zeros(num)
+        for index, domain in enumerate(self.domains):
+            tokens_N = np.array(next(iter(seeds.values()))[domain].tokens)
+            generator = np.random.default_rng([seed, index])
+            times_WN = generator.multinomial(len(tokens_N), np.full(len(tokens_N), 1 / len(tokens_N)), num)
+            loss_N = np.mean([ms[domain].loss for ms in seeds.values()], axis=0)
+            total_W += (times_WN @ loss_N) / np.maximum(times_WN @ tokens_N, 1)
+        return total_W / len(self.domains)
+
+    def _all(self, model: str, method: str, share: float) -> Iterable[Measurement]:
+        return (m for ms in self.choices(model, method, share).values() for m in ms.values())
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return float(np.mean(values)) if values else None
+
+
+Key = tuple[str, str, str, float, int | None]
+
+
+class Journal:
+    """Measurements on disk, one JSON line each, so that an interrupted run loses the one it was at.
+
+    The first line holds settings; a later run must have the same ones.
+
+    Args:
+        path (`str` or `os.PathLike`): the file; made when something is first written.
+
+    Raises:
+        ValueError: if the file holds something else.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import Journal, Measurement
+    >>> journal = Journal(tmp_path / "measurements.jsonl")
+    >>> journal.require({"window": 256})
+    >>> journal.add(Measurement("emo", "python", "full", 1.0, 32, None, [6.0], [1], [2]))
+    >>> ("emo", "python", "full", 1.0, None) in Journal(tmp_path / "measurements.jsonl").measurements
+    True
+
+    ```
+    """
+
+    NAME = "measurements.jsonl"
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.settings: dict[str, Any] = {}
+        self.measurements: dict[Key, Measurement] = {}
+        self._whole = 0  # bytes of whole lines
+        if not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break  # an interrupted run was writing it
+            self._whole += len(line)
+            try:
+                data = json.loads(line)
+                if "settings" in data:
+                    self.settings |= data["settings"]
+                else:
+                    measurement = Measurement(**data)
+                    self.measurements[_key(measurement)] = measurement
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{os.fspath(self.path)!r}, line {number}: no measurement ({error}). Measure into another folder."
+                ) from error
+
+    def require(self, settings: Mapping[str, Any]) -> None:
+        """Note settings that all measurements share.
+
+        Args:
+            settings (`Mapping[str, Any]`): JSON data by name.
+
+        Raises:
+            ValueError: if one of them was another for what is there.
+        """
+        for name, value in settings.items():
+            if name in self.settings and self.settings[name] != value:
+                raise ValueError(
+                    f"{os.fspath(self.path)!r} was measured with {name} = {self.settings[name]!r}, and now it is "
+                    f"{value!r}: measure into another folder, or remove that file."
+                )
+        new = {name: value for name, value in settings.items() if name not in self.settings}
+        if new:
+            self._append({"settings": new})
+            self.settings |= new
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a measurement, on disk at once.
+
+        Args:
+            measurement (`Measurement`): what was measured.
+        """
+        self._append(asdict(measurement))
+        self.measurements[_key(measurement)] = measurement
+
+    def _append(self, data: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(data).encode() + b"\n"
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.truncate(self._whole)
+            file.seek(self._whole)
+            file.write(line)
+        self._whole += len(line)
+
+
+def _key(m: Measurement) -> Key:
+    return m.model, m.domain, m.method, m.share, m.seed

@@ -1,0 +1,332 @@
+"""The retention curve: how quality falls as experts are removed (paper section 5,
+https://arxiv.org/abs/2605.06663)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..configuration import EmoConfig
+from ..modeling_emo import EmoForCausalLM
+from ..subsets import ExpertSubset, present_experts, select_experts
+from .documents import Domain, draw, encode_documents
+from .evaluation import document_losses
+from .measurements import FULL, Journal, Measurement, Retention
+
+METHODS = ("layerwise", "global", "easy_ep", "random")
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
+# What these choose depends on how many are to be kept; other methods rank all experts once.
+_NOT_NESTED = ("layerwise",)
+
+
+def num_experts_at(config: EmoConfig, share: float) -> int | None:
+    """How many experts of each layer a share of them is, shared ones included.
+
+    The nearest number, or the next above if only that holds the experts that one token takes.
+
+    Args:
+        config (`EmoConfig`): the model's.
+        share (`float`): above 0, at most 1.
+
+    Returns:
+        `int`, *optional*: the number; `None` if the share is impossible, because a token takes more.
+
+    Raises:
+        ValueError: if the share is out of range, or the model's layers differ in their number of experts.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.analysis import num_experts_at
+    >>> config = EmoConfig(num_experts=128, num_experts_per_tok=8)
+    >>> [num_experts_at(config, share) for share in (1, 0.5, 0.0625, 0.03)]
+    [128, 64, 8, None]
+
+    ```
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"The share of experts is {share!r}, expected more than 0 and at most 1.")
+    layers = {layer.num_experts: layer.top_k for layer in config.layer_experts if not layer.is_dense}
+    if len(layers) != 1:
+        raise ValueError(
+            f"The model's layers have {sorted(layers)} experts: a share is a number of experts only where all "
+            "expert layers have the same."
+        )
+    ((available, taken),) = layers.items()
+    exact = share * available
+    return next((k for k in (math.floor(exact + 0.5), math.ceil(exact)) if k >= taken), None)
+
+
+def measure_retention(
+    models: Mapping[str, EmoForCausalLM | str | os.PathLike],
+    domains: Sequence[Domain],
+    out: str | os.PathLike,
+    *,
+    methods: Sequence[str] = METHODS,
+    shares: Sequence[float] = SHARES,
+    seeds: Sequence[int] = (0,),
+    num_calibration: int = 8,
+    window: int | None = None,
+    batch_tokens: int = 2048,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> Retention:
+    """Measure test loss and next-token accuracy of models at shares of their experts, domain by domain.
+
+    For every method, seed and domain experts are chosen from calibration documents of that domain, and the
+    resident model is masked to them. Each seed draws other calibration documents, the same for every model.
+    Random choices differ from seed to seed and from domain to domain.
+
+    Measurements are kept in `out/measurements.jsonl` one by one. What is there is not measured again, so an
+    interrupted run goes on where it was, and models, methods, shares and seeds can be added later.
+
+    Args:
+        models (`Mapping[str, EmoForCausalLM | str | os.PathLike]`): models, or the folders or repositories to
+            load them from (one at a time), by the names they shall have in the results.
+        domains (`Sequence[Domain]`): documents; see `read_domains`.
+        out (`str` or `os.PathLike`): folder of the measurements.
+        methods (`Sequence[str]`): as for `select_experts`.
+        shares (`Sequence[float]`): of the experts, 1 for all; see `num_experts_at`. All experts are always
+            measured, and impossible shares passed over.
+        seeds (`Sequence[int]`, defaults to `(0,)`): of the drawing of calibration documents and of the random
+            choice.
+        num_calibration (`int`, defaults to 8): calibration documents of a domain to choose from.
+        window (`int`, *optional*): cut documents to so many tokens; the (smallest) model's context by default.
+        batch_tokens (`int`, defaults to 2048): tokens of a batch, at most.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for all models; found beside each by default.
+        dtype (`torch.dtype` or `str`, *optional*): to load the models in; as they are saved by default.
+        device (`str`, *optional*): to load them to; a GPU where there is one by default.
+        progress (`bool`, defaults to `True`): show a progress bar.
+
+    Returns:
+        `Retention`: all measurements in `out`, earlier ones included.
+
+    Raises:
+        ValueError: before a model is measured, if a method is unknown, a domain has too few documents for
+            seeds to differ, `out` holds measurements of other texts, settings or weights, or the models cut
+            the same text into different tokens (their losses could not be compared).
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import Retention, measure_retention, read_domains
+    >>> domains = read_domains("model_cards/toy-emo/documents", ["coq", "man_fr"], max_test=2)
+    >>> retention = measure_retention(
+    ...     {"toy": "model_cards/toy-emo"}, domains, tmp_path, methods=["global", "random"],
+    ...     shares=[0.25], num_calibration=2, window=64, progress=False,
+    ... )
+    >>> retention.loss("toy", "global", 0.25) < retention.loss("toy", "random", 0.25)
+    True
+    >>> len(Retention.read(tmp_path).measurements)  # of each domain: all experts, global and random
+    6
+
+    ```
+    """
+    _check_plan(models, domains, methods, shares, seeds, num_calibration)
+    configs = {name: _config(model) for name, model in models.items()}
+    sizes = {name: _sizes(config, shares) for name, config in configs.items()}
+    context = min(config.max_position_embeddings for config in configs.values())
+    window = window or context
+    if not 2 <= window <= context:
+        raise ValueError(f"The window is {window} tokens, expected 2 to {context}, the models' context.")
+    encoded = _encode(models, domains, window, tokenizer)
+    journal = Journal(Path(out) / Journal.NAME)
+    journal.require({"window": window, "num_calibration": num_calibration})
+    journal.require({f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains})
+
+    plans = {
+        name: [
+            (domain, method, seed, missing)
+            for method, seed in [(FULL, None), *((m, s) for m in methods for s in seeds)]
+            for domain in domains
+            if (missing := _missing(journal, name, domain.name, method, seed, sizes[name]))
+        ]
+        for name in models
+    }
+    total = sum(len(d.test) * len(missing) for plan in plans.values() for d, _, _, missing in plan)
+    with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
+        for name, model in models.items():
+            bar.set_postfix_str(name)
+            network = _load(model, dtype, device)
+            journal.require({f"weights of {name}": _fingerprint(network)})
+            _try_methods(network, methods, max(sizes[name].values()))
+            measured: dict[tuple[str, str], tuple[list, ...]] = {}
+            for domain, method, seed, missing in plans[name]:
+                calibration, test = encoded[domain.name]
+                drawn = [] if seed is None else draw(calibration, num_calibration, seed, domain.name)
+                for share, k, subset in _subsets(network, method, seed, domain.name, drawn, missing, batch_tokens):
+                    key = (domain.name, "" if subset is None else str(subset.experts))
+                    if key in measured:  # methods often agree; so do seeds
+                        bar.update(len(test))
+                    else:
+                        losses = document_losses(
+                            network,
+                            test,
+                            expert_subset=subset,
+                            batch_tokens=batch_tokens,
+                            on_batch=bar.update,
+                        )
+                        measured[key] = (
+                            [round(nats, 6) for nats in losses.loss_N.tolist()],
+                            losses.correct_N.tolist(),
+                            losses.tokens_N.tolist(),
+                        )
+                    journal.add(Measurement(name, domain.name, method, share, k, seed, *measured[key]))
+            del network
+    return Retention(journal.measurements.values())
+
+
+def _check_plan(models, domains, methods, shares, seeds, num_calibration) -> None:
+    for what, values in (("models", models), ("domains", domains), ("shares", shares), ("seeds", seeds)):
+        if not values:
+            raise ValueError(f"There are no {what} to measure: give at least one.")
+    for what, values in (("methods", methods), ("seeds", seeds), ("shares", shares)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"The {what} are {list(values)}: name each once.")
+    if num_calibration < 1:
+        raise ValueError(f"`num_calibration` is {num_calibration}, expected at least 1 document.")
+    if len(seeds) > 1 and set(methods) - {"random"}:
+        for domain in domains:
+            if len(domain.calibration) <= num_calibration:
+                raise ValueError(
+                    f"The domain {domain.name!r} has {len(domain.calibration)} calibration documents, so every "
+                    f"seed would draw the same {num_calibration}: draw fewer, or use one seed."
+                )
+
+
+def _config(model: EmoForCausalLM | str | os.PathLike) -> EmoConfig:
+    return model.config if isinstance(model, EmoForCausalLM) else EmoConfig.from_pretrained(model)
+
+
+def _sizes(config: EmoConfig, shares: Sequence[float]) -> dict[float, int]:
+    """Experts to keep at each share that is possible, all of them at 1."""
+    by_share = {share: num_experts_at(config, share) for share in {1.0, *map(float, shares)}}
+    return {share: k for share, k in sorted(by_share.items(), reverse=True) if k is not None}
+
+
+def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Calibration and test documents of each domain, as token ids; the same for all models."""
+    first_name, first = "", None
+    for name, model in models.items():
+        source = model.name_or_path if isinstance(model, EmoForCausalLM) else model
+        own = tokenizer or AutoTokenizer.from_pretrained(source)
+        encoded = {
+            domain.name: tuple(
+                encode_documents(own, texts, window) for texts in (domain.calibration, domain.test)
+            )
+            for domain in domains
+        }
+        if first is None:
+            first_name, first = name, encoded
+        elif any(
+            list(map(len, ours)) != list(map(len, theirs))
+            for domain in encoded
+            for ours, theirs in zip(encoded[domain], first[domain], strict=True)
+        ):
+            raise ValueError(
+                f"The models {first_name!r} and {name!r} cut the same text into different tokens: losses per token "
+                "could not be compared. Measure them into different folders."
+            )
+    assert first is not None
+    return first
+
+
+def _missing(journal, model, domain, method, seed, sizes) -> dict[float, int]:
+    """Experts to keep at each share that is still to be measured; the full model has one share, the others
+    all but that."""
+    return {
+        share: k
+        for share, k in sizes.items()
+        if (share >= 1) == (method == FULL) and (model, domain, method, share, seed) not in journal.measurements
+    }
+
+
+def _load(model: EmoForCausalLM | str | os.PathLike, dtype, device) -> EmoForCausalLM:
+    if isinstance(model, EmoForCausalLM):
+        return model
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return EmoForCausalLM.from_pretrained(model, dtype=dtype or "auto").to(device)
+
+
+def _try_methods(network: EmoForCausalLM, methods: Sequence[str], num_experts: int) -> None:
+    """An unknown method is an error now, and not when its turn comes."""
+    for method in methods:
+        select_experts(
+            network,
+            input_ids=[torch.tensor([[network.config.eos_token_id or 0] * 2])],
+            num_experts=num_experts,
+            method=method,
+            progress=False,
+        )
+
+
+def _subsets(
+    network: EmoForCausalLM,
+    method: str,
+    seed: int | None,
+    domain: str,
+    calibration: list[torch.Tensor],
+    sizes: Mapping[float, int],
+    batch_tokens: int,
+) -> Iterator[tuple[float, int, ExpertSubset | None]]:
+    """The share, the experts kept and the subset, for each size; the full model has no subset."""
+    if method == FULL:
+        yield from ((share, k, None) for share, k in sizes.items())
+        return
+    rows = max(1, batch_tokens // max(map(len, calibration)))
+    batches = [calibration[start : start + rows] for start in range(0, len(calibration), rows)]
+    arguments: dict[str, Any] = {
+        "input_ids": [pad_sequence(batch, batch_first=True) for batch in batches],
+        "attention_mask": [pad_sequence([torch.ones_like(ids) for ids in b], batch_first=True) for b in batches],
+        "method": method,
+        "seed": random.Random(f"{seed}/{domain}").getrandbits(31),
+        "progress": False,
+    }
+    if method in _NOT_NESTED:
+        for share, k in sizes.items():
+            yield share, k, select_experts(network, num_experts=k, **arguments)
+        return
+    ranked = select_experts(network, num_experts=max(sizes.values()), **arguments)
+    for share, k in sizes.items():
+        yield share, k, _best(ranked, network.config, k)
+
+
+def _best(subset: ExpertSubset, config: EmoConfig, num_experts: int) -> ExpertSubset:
+    """The best of a subset by its scores; ties go to the smaller id, as in `select_experts`."""
+    experts: list[list[int] | None] = []
+    for ids, score, layer, present in zip(
+        subset.experts, subset.scores or [], config.layer_experts, present_experts(config), strict=True
+    ):
+        if ids is None or score is None:
+            experts.append(None)
+            continue
+        protected = {*present[layer.num_routed :], *(present[e] for e in layer.always_active)}
+        ranked = sorted((e for e in ids if e not in protected), key=lambda e, score=score: (-score[e], e))
+        experts.append([*protected, *ranked[: num_experts - len(protected)]])
+    return ExpertSubset(experts, root_experts_per_layer=subset.root_experts_per_layer, method=subset.method)
+
+
+def _digest(*texts: Sequence[str]) -> str:
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+
+
+def _fingerprint(network: EmoForCausalLM) -> str:
+    """Tells weights apart, at the price of reading them once; those that are offloaded do not count."""
+    digest = hashlib.sha256()
+    for name, weight in network.state_dict().items():
+        total = None if weight.is_meta else weight.sum(dtype=torch.float64).item()
+        digest.update(f"{name} {tuple(weight.shape)} {total!r}".encode())
+    return digest.hexdigest()[:16]
