@@ -1,9 +1,13 @@
 """What a model's experts do: how quality falls as they are removed, and whether domains choose different ones."""
 
+from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains
 from .evaluation import DocumentLosses, document_losses
 from .measurements import Journal, Measurement, Retention
+from .plots import plot_domains, plot_retention, plot_topics
 from .retention import measure_retention, num_experts_at
+from .tables import markdown, write_csv
+from .topics import TopicCosine, mean_routing, topic_cosine
 
 __all__ = [
     "DocumentLosses",
@@ -11,10 +15,21 @@ __all__ = [
     "Journal",
     "Measurement",
     "Retention",
+    "TopicCosine",
+    "claims",
+    "claims_text",
+    "cliff",
     "document_losses",
     "draw",
     "encode_documents",
+    "markdown",
+    "mean_routing",
     "measure_retention",
     "num_experts_at",
+    "plot_domains",
+    "plot_retention",
+    "plot_topics",
     "read_domains",
+    "topic_cosine",
+    "write_csv",
 ]

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,7 @@ class Retention:
         total_W = np.zeros(num)
         for index, domain in enumerate(self.domains):
             tokens_N = np.array(next(iter(seeds.values()))[domain].tokens)
-            generator = np.random.default_rng([seed, index])
-            times_WN = generator.multinomial(len(tokens_N), np.full(len(tokens_N), 1 / len(tokens_N)), num)
+            times_WN = _resampling(len(tokens_N), num, (seed, index))
             loss_N = np.mean([ms[domain].loss for ms in seeds.values()], axis=0)
             total_W += (times_WN @ loss_N) / np.maximum(times_WN @ tokens_N, 1)
         return total_W / len(self.domains)
@@ -184,6 +184,13 @@ class Retention:
 def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return float(np.mean(values)) if values else None
+
+
+@lru_cache(maxsize=64)  # one a domain
+def _resampling(num_documents: int, num: int, seed: tuple[int, int]) -> np.ndarray:
+    """How often each document is drawn when as many are drawn as there are, (W, N)."""
+    even_N = np.full(num_documents, 1 / num_documents)
+    return np.random.default_rng(seed).multinomial(num_documents, even_N, num)
 
 
 Key = tuple[str, str, str, float, int | None]

@@ -1,0 +1,196 @@
+"""Pictures of the retention curve and of topics, with matplotlib (the extra `analysis`).
+
+They stand on white of their own, so that they can be read on light and on dark pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .measurements import Retention
+from .topics import TopicCosine
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind tell apart too; the random choice in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_RANDOM = "#7F7F7F"
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+_DOTS_PER_INCH = 150
+
+
+def require_matplotlib() -> None:
+    """Find out whether pictures can be drawn.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.plots import require_matplotlib
+    >>> require_matplotlib()
+
+    ```
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need matplotlib: `pip install 'transformers-emo[analysis]'`."
+        ) from error
+
+
+def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
+    """Draw the mean loss against the share of experts, one line a model and method.
+
+    Bands are the errors of `Retention.loss_error`.
+
+    Args:
+        retention (`Retention`): what was measured.
+        path (`str` or `os.PathLike`): the picture's file; its ending says the format.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import Measurement, Retention, plot_retention
+    >>> retention = Retention([
+    ...     Measurement("emo", "python", "full", 1.0, 32, None, [6.0, 3.0], [1, 1], [2, 1]),
+    ...     Measurement("emo", "python", "global", 0.5, 16, 0, [7.0, 3.5], [1, 1], [2, 1]),
+    ... ])
+    >>> plot_retention(retention, tmp_path / "retention.png")
+
+    ```
+    """
+    figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
+    _draw_curves(axes, retention, bands=True)
+    axes.set_ylabel("test loss (nats per token)")
+    axes.set_xlabel("experts kept")
+    axes.legend(frameon=False, fontsize=9)
+    domains = len(retention.domains)
+    axes.set_title(f"Loss as experts are removed, mean over {domains} domain{'s' * (domains != 1)}", fontsize=11)
+    _save(figure, path)
+
+
+def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
+    """Draw the loss against the share of experts, one small picture a domain.
+
+    Args:
+        retention (`Retention`): what was measured.
+        path (`str` or `os.PathLike`): the picture's file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example: see `plot_retention`.
+    """
+    columns = min(4, len(retention.domains))
+    rows = -(-len(retention.domains) // columns)
+    figure, grid = _figure(rows, columns, width=2.9 * columns + 0.4, height=2.3 * rows + 0.8)
+    flat = list(grid.flat)
+    for axes, domain in zip(flat, retention.domains, strict=False):
+        _draw_curves(axes, Retention([m for m in retention.measurements if m.domain == domain]), bands=False)
+        axes.set_title(domain, fontsize=10)
+        axes.tick_params(labelsize=7)
+    for axes in flat[len(retention.domains) :]:
+        axes.set_visible(False)
+    handles, labels = flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.supylabel("test loss (nats per token)", fontsize=10)
+    _save(figure, path)
+
+
+def plot_topics(topics: Mapping[str, TopicCosine], path: str | os.PathLike) -> None:
+    """Draw the cosine between domains as heat maps, one a model, on one scale.
+
+    Args:
+        topics (`Mapping[str, TopicCosine]`): from `topic_cosine`, by the models' names.
+        path (`str` or `os.PathLike`): the picture's file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.analysis import TopicCosine, plot_topics
+    >>> topics = TopicCosine(["python", "coq"], torch.tensor([[1.0, 0.3], [0.3, 1.0]]))
+    >>> plot_topics({"emo": topics}, tmp_path / "topics.png")
+
+    ```
+    """
+    size = max(3.2, 0.32 * max(len(topic.domains) for topic in topics.values()) + 1.2)
+    figure, grid = _figure(1, len(topics), width=size * len(topics) + 0.6, height=size + 0.3)
+    for axes, (name, topic) in zip(grid.flat, topics.items(), strict=True):
+        image = axes.imshow(topic.cosine_MM.cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
+        places = range(len(topic.domains))
+        axes.set_xticks(places, topic.domains, rotation=90, fontsize=8)
+        axes.set_yticks(places, topic.domains, fontsize=8)
+        axes.set_title(f"{name}: mean {topic.mean:.2f}", fontsize=11)
+    figure.colorbar(image, ax=list(grid.flat), label="cosine of mean routed probabilities", shrink=0.8)
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own, apart from pyplot's state."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    figure.savefig(partial, dpi=_DOTS_PER_INCH)
+    partial.replace(path)
+
+
+def _draw_curves(axes: Axes, retention: Retention, *, bands: bool) -> None:
+    """Colour tells the model, line and mark the method."""
+    named = [method for method in retention.methods if method != "random"]
+    shares: Sequence[float] = ()
+    for model, colour in zip(retention.models, _COLOURS * len(retention.models), strict=False):
+        for method in retention.methods:
+            points = [
+                (share, loss, retention.loss_error(model, method, share) or 0.0)
+                for share in retention.shares
+                if (loss := retention.loss(model, method, share)) is not None
+            ]
+            if len(points) < 2:
+                continue
+            share, loss, error = np.array(points).T
+            shares = sorted({*shares, *share})
+            line, mark = _STYLES[named.index(method) % 3] if method in named else _STYLES[3]
+            axes.plot(
+                share,
+                loss,
+                color=colour,
+                linestyle=line,
+                marker=mark,
+                markersize=4,
+                linewidth=1.6,
+                alpha=1.0 if method in named else 0.55,
+                label=f"{model}, {method}",
+            )
+            if bands:
+                axes.fill_between(share, loss - error, loss + error, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.invert_xaxis()
+    axes.set_xticks(shares, [f"{100 * share:.3g} %" for share in shares])
+    axes.minorticks_off()
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,153 @@
+"""The retention curve as CSV and as markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Sequence
+
+from .files import write_text
+from .measurements import FULL, Retention
+
+COLUMNS = (
+    *("model", "domain", "method", "share", "num_experts", "seed"),
+    *("loss", "loss_error", "accuracy", "tokens", "documents"),
+)
+
+
+def write_csv(retention: Retention, path: str | os.PathLike) -> None:
+    """Write one row a model, domain, method, share and seed.
+
+    `loss` is in nats per token, `loss_error` its standard error over the documents, `accuracy` a share of the
+    tokens; all experts are the method `full`, which has no seed.
+
+    Args:
+        retention (`Retention`): what was measured.
+        path (`str` or `os.PathLike`): the file, replaced as a whole.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import Measurement, Retention, write_csv
+    >>> full = Measurement("emo", "python", "full", 1.0, 32, None, [6.0, 3.0], [1, 1], [2, 1])
+    >>> write_csv(Retention([full]), tmp_path / "retention.csv")
+    >>> print((tmp_path / "retention.csv").read_text().splitlines()[1])
+    emo,python,full,1,32,,3.000000,0.000000,0.666667,3,2
+
+    ```
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for m in retention.measurements:
+        error = m.loss_error
+        writer.writerow(
+            [
+                *(m.model, m.domain, m.method, f"{m.share:g}", m.num_experts, "" if m.seed is None else m.seed),
+                f"{m.mean_loss:.6f}",
+                "" if error is None else f"{error:.6f}",
+                f"{m.accuracy:.6f}",
+                *(sum(m.tokens), len(m.tokens)),
+            ]
+        )
+    write_text(path, text.getvalue())
+
+
+def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str:
+    """The curve as tables: mean loss and accuracy by method, and the loss of every domain.
+
+    Args:
+        retention (`Retention`): what was measured.
+        shares (`Sequence[float]`, *optional*): the columns; the measured shares by default. Those that a model
+            cannot have, because one token takes more experts, are marked.
+
+    Returns:
+        `str`: markdown.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis import Measurement, Retention, markdown
+    >>> full = Measurement("emo", "python", "full", 1.0, 32, None, [6.0, 3.0], [1, 1], [2, 1])
+    >>> print(markdown(Retention([full])).splitlines()[0])
+    ## Mean test loss (nats per token)
+
+    ```
+    """
+    columns = sorted({1.0, *(shares or retention.shares)}, reverse=True)
+    head = [f"{100 * share:g} %" for share in columns]
+    num_seeds = len({m.seed for m in retention.measurements if m.method != FULL})
+    some = next(iter(retention.measurements))
+    documents = {m.domain: len(m.tokens) for m in retention.measurements if m.model == some.model}
+    tokens = {m.domain: sum(m.tokens) for m in retention.measurements if m.model == some.model}
+    error = (
+        f"± is the standard deviation over {num_seeds} seeds, which draw other calibration documents."
+        if num_seeds > 1
+        else "± is the standard error over documents."
+    )
+    lines = [
+        "## Mean test loss (nats per token)",
+        "",
+        f"Mean over {len(documents)} domains of {sum(documents.values()):,} test documents, {sum(tokens.values()):,} "
+        f"tokens. In brackets the rise over all experts. {error}",
+        "",
+        *_table(["model", "chosen by", *head], _loss_rows(retention, columns)),
+        "",
+        "## Next-token accuracy",
+        "",
+        *_table(["model", "chosen by", *head], _rows(retention, columns, retention.accuracy, "{:.1%}")),
+    ]
+    for method in retention.methods:
+        rows = []
+        for domain in retention.domains:
+            part = Retention([m for m in retention.measurements if m.domain == domain])
+            for model in part.models:
+                cells = [_cell(part.loss(model, method, share), "{:.3f}") for share in columns]
+                rows.append([domain, model, *cells])
+        lines += ["", f"## Test loss by domain, experts chosen by {method}", ""]
+        lines += _table(["domain", "model", *head], rows)
+    return "\n".join(lines) + "\n"
+
+
+def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]]:
+    rows = []
+    for model in retention.models:
+        kept = [retention.num_experts(model, share) for share in columns]
+        # Once the smallest is reached, a token takes more experts than a smaller share holds.
+        rows.append([model, "*experts kept*", *("–" if k is None else str(k) for k in kept)])
+        full = retention.loss(model, FULL, 1.0)
+        for method in retention.methods:
+            row = [model, method]
+            for share in columns:
+                loss, error = retention.loss(model, method, share), retention.loss_error(model, method, share)
+                cell = _cell(loss, "{:.3f}")
+                if loss is not None and error is not None:
+                    cell += f" ± {error:.3f}"
+                if loss is not None and full is not None and share < 1:
+                    cell += f" ({loss - full:+.3f})"
+                row.append(cell)
+            rows.append(row)
+    return rows
+
+
+def _rows(
+    retention: Retention, columns: Sequence[float], value: Callable[[str, str, float], float | None], form: str
+) -> list[list[str]]:
+    return [
+        [model, method, *(_cell(value(model, method, share), form) for share in columns)]
+        for model in retention.models
+        for method in retention.methods
+    ]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
