@@ -47,6 +47,8 @@ class ExpertSubset:
             here. `None` for a dense layer.
         scores (`Sequence[Sequence[float | None] | None]`, *optional*): for each layer a score for every
             expert of the root model, `None` for one that was not there to be scored.
+        always_kept (`Sequence[Sequence[int] | None]`, *optional*): for each layer the shared and
+            always-active experts, which no choice by score leaves out.
         root_experts_per_layer (`Sequence[int]`, *optional*): experts of each layer of the root model, 0 for a
             dense one; a model of other sizes refuses the subset.
         method (`str`, *optional*): how the experts were chosen.
@@ -73,6 +75,7 @@ class ExpertSubset:
 
     experts: list[list[int] | None]
     scores: list[list[float | None] | None] | None = None
+    always_kept: list[list[int] | None] | None = None
     root_experts_per_layer: list[int] | None = None
     method: str | None = None
     num_tokens: int | None = None
@@ -85,6 +88,11 @@ class ExpertSubset:
         object.__setattr__(self, "experts", _checked_ids(self.experts))
         for name, expected, fits in (
             ("scores", "one list a layer", lambda v: isinstance(v, list) and len(v) == len(self.experts)),
+            (
+                "always_kept",
+                "one list a layer",
+                lambda v: isinstance(v, list) and len(v) == len(self.experts),
+            ),
             (
                 "root_experts_per_layer",
                 "one number a layer",
@@ -322,6 +330,33 @@ class ExpertSubset:
                 f"The subset keeps no routed expert in layer {index} (it keeps {ids}): keep at least one."
             )
         return ids
+
+
+def best_experts(scores: Sequence[float | None], always_kept: Iterable[int], num_experts: int) -> list[int]:
+    """The experts of a layer with the largest scores; ties go to the smaller id.
+
+    Args:
+        scores (`Sequence[float | None]`): the score of each expert, `None` for one that cannot be chosen.
+        always_kept (`Iterable[int]`): experts to keep whatever their score.
+        num_experts (`int`): how many to keep, those included.
+
+    Returns:
+        `list[int]`: their ids, sorted.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.expert_subset import best_experts
+    >>> best_experts([0.3, 0.1, 0.3, 0.2, None], [1], 2)
+    [0, 1]
+
+    ```
+    """
+    always = set(always_kept)
+    ranked = sorted(
+        (-score, expert) for expert, score in enumerate(scores) if score is not None and expert not in always
+    )
+    return sorted([*always, *(expert for _, expert in ranked[: max(num_experts - len(always), 0)])])
 
 
 def root_experts(config: EmoConfig) -> list[int]:

@@ -6,23 +6,27 @@ import pytest
 import torch
 from conftest import GOLDENS, TOY
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers_emo import SubsetError, select_experts
 
 INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
 
 
 @pytest.mark.parametrize("k", [4, 8])
-def test_global_choice_and_scores_are_the_authors(k):
+@pytest.mark.parametrize("method", ["layerwise", "global"])
+@pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
+def test_choice_and_scores_are_the_authors(k, method, loaded):
     base = GOLDENS / "B_subset" / "base"
-    golden = json.loads((base / f"global_k{k}.json").read_text())
+    golden = json.loads((base / f"{method}_k{k}.json").read_text())
     calibration = load_file(base / "calibration.safetensors")
     batches = [f"batch{index}" for index in range(3)]
+    folder = GOLDENS / "A_hf_forward" / "base" / "checkpoint"
     subset = select_experts(
-        GOLDENS / "A_hf_forward" / "base" / "checkpoint",
+        AutoModelForCausalLM.from_pretrained(folder) if loaded else folder,
         input_ids=[calibration[f"{name}.input_ids"] for name in batches],
         attention_mask=[calibration[f"{name}.attention_mask"] for name in batches],
         num_experts=k,
+        method=method,
         progress=False,
     )
     assert subset.experts == golden["experts_kept_per_layer"]
@@ -157,3 +161,116 @@ def test_wrappers_and_models_from_nowhere_say_what_to_give(make_model):
         select_experts(torch.nn.Sequential(make_model()), ["a"], 4)
     with pytest.raises(ValueError, match="give the `tokenizer`"):
         select_experts(make_model(), ["a"], 4)
+
+
+def naive_layerwise(folder, batches, size):
+    """The authors' way: for every layer the whole model again, cut down as far as it is chosen."""
+    num_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    kept = []
+    scores = []
+    for index in range(num_layers):
+        experts = [*kept, *[list(range(12))] * (num_layers - index)]
+        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=experts)
+        sums, tokens = torch.zeros(11, dtype=torch.float64), 0
+        for ids, mask in batches:
+            with torch.no_grad():
+                logits = model(ids, attention_mask=mask, output_router_logits=True).router_logits[index]
+            counted = mask.flatten().bool()
+            sums += logits[counted, :11].softmax(-1).double().sum(0)
+            tokens += int(counted.sum())
+        scores.append((sums / tokens).tolist())
+        ranked = sorted(range(11), key=lambda e: (-scores[-1][e], e))
+        kept.append(sorted([*ranked[: size - 1], 11]))
+    return kept, scores
+
+
+def padded_batches():
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for left in (False, True):
+        ids = torch.randint(2, 96, (3, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        for row, padding in enumerate((0, 2, 5)):
+            place = slice(0, padding) if left else slice(9 - padding, 9)
+            ids[row, place] = 0
+            mask[row, place] = 0
+        batches.append((ids, mask))
+    return batches
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
+@pytest.mark.parametrize("size", [3, 6, 11])
+def test_one_pass_equals_the_naive_algorithm(make_checkpoint, size, loaded):
+    folder, batches = make_checkpoint(shards=True, num_hidden_layers=5), padded_batches()
+    kept, scores = naive_layerwise(folder, batches, size)
+    subset = select_experts(
+        AutoModelForCausalLM.from_pretrained(folder) if loaded else folder,
+        input_ids=[ids for ids, _ in batches],
+        attention_mask=[mask for _, mask in batches],
+        num_experts=size,
+        progress=False,
+    )
+    assert subset.method == "layerwise" and subset.experts == kept
+    torch.testing.assert_close(
+        torch.tensor(subset.scores)[:, :11], torch.tensor(scores), atol=1e-6, rtol=0, check_dtype=False
+    )
+    assert (
+        kept
+        != select_experts(
+            folder, input_ids=[batches[0][0]], num_experts=size, method="random", progress=False
+        ).experts
+    )
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
+@pytest.mark.parametrize("method", ["easy_ep", "reap"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_scores_of_outputs_equal_brute_force(make_checkpoint, method, loaded, implementation):
+    folder, batches = make_checkpoint(), padded_batches()
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation)
+    inputs, outputs = {}, {}
+
+    def note(index, args, output):
+        inputs.setdefault(index, []).append(args[0])
+        outputs.setdefault(index, []).append(output[0])
+
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, args, output, index=index: note(index, args, output))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        for ids, mask in batches:
+            model(ids, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    expected = torch.zeros(3, 12, dtype=torch.float64)
+    counts = torch.zeros(3, 12, dtype=torch.float64)
+    for index, layer in enumerate(model.model.layers):
+        gate, experts = layer.mlp.gate, layer.mlp.experts
+        for (_, mask), h_BSD, y_BSD in zip(batches, inputs[index], outputs[index], strict=True):
+            for h, y in zip(h_BSD[mask.bool()], y_BSD[mask.bool()], strict=True):
+                logits = gate.weight @ h
+                probs = logits[:11].softmax(0)
+                picks = {int(e): float(probs[e]) for e in probs.topk(3).indices} | {11: 1.0}
+                cosine = float(h @ (h + y) / h.norm() / (h + y).norm())
+                for e, weight in picks.items():
+                    half = experts.gate_up_proj[e] @ h
+                    out = experts.down_proj[e] @ (half[:24] / (1 + (-half[:24]).exp()) * half[24:])
+                    change = max(0.0, 1 - cosine) if method == "easy_ep" else 1.0
+                    expected[index, e] += weight * float(out.norm()) * change
+                    counts[index, e] += 1
+    if method == "reap":
+        expected /= counts.clamp(min=1)
+    subset = select_experts(
+        model if loaded else folder,
+        input_ids=[ids for ids, _ in batches],
+        attention_mask=[mask for _, mask in batches],
+        num_experts=5,
+        method=method,
+        progress=False,
+    )
+    torch.testing.assert_close(
+        torch.tensor(subset.scores, dtype=torch.float64), expected, atol=1e-5, rtol=1e-4
+    )
+    for ids, score in zip(subset.experts, expected[:, :11], strict=True):
+        assert ids == sorted([*score.topk(4).indices.tolist(), 11])

@@ -1,0 +1,391 @@
+"""Running a model layer by layer over all calibration batches, to choose its experts on the way.
+
+The numbers are the model's own: its modules run, with the masks that Transformers makes. `LoadedLayers` has
+the layers in memory.
+
+Shape suffixes: B batch, S sequence, T tokens that are no padding, D hidden size, E experts of a layer, K
+experts taken per token, P = T * K picks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.masking_utils import create_causal_mask
+
+from ..configuration import EmoConfig
+from ..modeling_emo import EmoPreTrainedModel
+from .calibration import Batch
+from .statistics import ExpertOutput, RouterProbability, new_score
+
+# Outputs of single experts are held for so many tokens at a time: K times as many rows as tokens.
+_OUTPUT_TOKENS = 1024
+
+Scores = list[RouterProbability | ExpertOutput | None]
+
+
+class Layers(Protocol):
+    """The layers of a model, given one after the other."""
+
+    config: EmoConfig
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, S) token ids to (B, S, D)."""
+
+    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines."""
+
+    def decoder(self, index: int) -> nn.Module:
+        """The layer with attention, norms, and the router or the dense network."""
+
+    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
+        """A feed-forward block that holds at least the experts `kept`, and the ids of those it holds."""
+
+    def mask(self, index: int) -> torch.Tensor | None:
+        """The mask (E,) of experts under which the whole model runs."""
+
+
+class LoadedLayers:
+    """The layers of a model in memory. Its weights are not touched.
+
+    Args:
+        model (`EmoPreTrainedModel`): the model.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.subsets.streaming import LoadedLayers
+    >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
+    >>> layers.embed(torch.tensor([[5, 6]])).shape
+    torch.Size([1, 2, 128])
+
+    ```
+    """
+
+    def __init__(self, model: EmoPreTrainedModel):
+        self.base = model.base_model
+        self.config = model.config
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, S) token ids to (B, S, D)."""
+        return self.base.embed_tokens(input_ids.to(_device_of(self.base.embed_tokens, input_ids.device)))
+
+    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines."""
+        return self.base.rotary_emb(hidden, position_ids)
+
+    def decoder(self, index: int) -> nn.Module:
+        """The layer."""
+        return self.base.layers[index]
+
+    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
+        """The layer's own block, with all of its experts."""
+        return self.base.layers[index].mlp, list(range(self.config.layer_experts[index].num_experts))
+
+    def mask(self, index: int) -> torch.Tensor | None:
+        """The mask of `use_experts`, if one is open."""
+        return self.base.expert_masks[index]
+
+
+class HiddenStates:
+    """Tensors by key: in memory, and in a temporary file when they would exceed a limit.
+
+    Args:
+        limit (`float`): bytes to hold in memory.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.subsets.streaming import HiddenStates
+    >>> states = HiddenStates(limit=0)
+    >>> states["a"] = torch.arange(3, dtype=torch.bfloat16)
+    >>> states.pop("a")
+    tensor([0., 1., 2.], dtype=torch.bfloat16)
+
+    ```
+    """
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self._held: dict[Hashable, torch.Tensor] = {}
+        self._bytes = 0
+        self._file = None
+        self._places: dict[Hashable, tuple[int, torch.dtype, torch.Size]] = {}
+        self._free: dict[int, list[int]] = {}  # places in the file that can be written again, by size
+        self._end = 0
+
+    def __setitem__(self, key: Hashable, tensor: torch.Tensor) -> None:
+        self._drop(key)
+        tensor = tensor.cpu().contiguous()
+        if self._bytes + tensor.nbytes <= self.limit:
+            self._held[key] = tensor
+            self._bytes += tensor.nbytes
+            return
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (gone with this object)
+        if self._free.get(tensor.nbytes):
+            place = self._free[tensor.nbytes].pop()
+        else:
+            place, self._end = self._end, self._end + tensor.nbytes
+        self._file.seek(place)
+        self._file.write(_bytes_of(tensor))
+        self._places[key] = (place, tensor.dtype, tensor.shape)
+
+    def __getitem__(self, key: Hashable) -> torch.Tensor:
+        if key in self._held:
+            return self._held[key]
+        place, dtype, shape = self._places[key]
+        tensor = torch.empty(shape, dtype=dtype)
+        self._file.seek(place)
+        if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:
+            raise OSError("The temporary file of hidden states was cut short.")
+        return tensor
+
+    def pop(self, key: Hashable) -> torch.Tensor:
+        """Take a tensor out."""
+        tensor = self[key]
+        self._drop(key)
+        return tensor
+
+    def _drop(self, key: Hashable) -> None:
+        if key in self._held:
+            self._bytes -= self._held.pop(key).nbytes
+        elif key in self._places:
+            place, dtype, shape = self._places.pop(key)
+            self._free.setdefault(shape.numel() * dtype.itemsize, []).append(place)
+
+
+@torch.no_grad()
+def pass_full_model(
+    layers: Layers, batches: Sequence[Batch], scores: Scores, states: HiddenStates, bar: tqdm
+) -> None:
+    """Run every layer with all of its experts, and add the batches to the scores.
+
+    Experts of the last layer run only where the scores need their outputs; what comes after the last layer
+    with experts does not run.
+
+    Args:
+        layers (`Layers`): the model.
+        batches (`Sequence[Batch]`): calibration text.
+        scores (`list`): the score of each layer, `None` for a dense one.
+        states (`HiddenStates`): holds the hidden states between layers.
+        bar (`tqdm`): counts layers times batches.
+
+    Example:
+
+    ```python
+    >>> from tqdm import tqdm
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.subsets.calibration import ready_batches
+    >>> from transformers_emo.subsets.statistics import new_score
+    >>> from transformers_emo.subsets.streaming import HiddenStates, LoadedLayers, pass_full_model
+    >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
+    >>> scores = [new_score("global", layer) for layer in layers.config.layer_experts]
+    >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
+    >>> pass_full_model(layers, batches, scores, HiddenStates(1e9), tqdm(disable=True))
+    >>> round(float(scores[0].result()[:31].sum()), 6)
+    1.0
+
+    ```
+    """
+    for number, batch in enumerate(batches):
+        states[number] = layers.embed(batch.input_ids)
+    last = _last_with_experts(layers.config)
+    for index, layer in enumerate(layers.config.layer_experts[: last + 1]):
+        decoder, block, score = layers.decoder(index), None, scores[index]
+        if layer.is_dense:
+            block = decoder.mlp
+        elif index < last or isinstance(score, ExpertOutput):
+            block, _ = layers.experts(index, range(layer.num_experts))
+        for number, batch in enumerate(batches):
+            hidden_BSD = _attend(layers, decoder, states.pop(number), batch)
+            states[number] = _run_full_block(decoder, block, score, layers.mask(index), hidden_BSD, batch)
+            bar.update()
+        del decoder, block  # before the next layer is read
+
+
+def _run_full_block(decoder, block, score, mask, hidden_BSD, batch) -> torch.Tensor:
+    text_BS = batch.attention_mask.to(hidden_BSD.device)
+    x_TD = decoder.pre_feedforward_layernorm(hidden_BSD[text_BS])
+    if score is None:
+        output_TD, _ = block(x_TD)
+    else:
+        weight_T = batch.weight[batch.attention_mask]
+        logits_TE, weights_TK, index_TK, _ = decoder.mlp.gate(x_TD, mask)
+        if isinstance(score, RouterProbability):
+            score.add_logits(logits_TE, weight_T)
+            if block is None:
+                return hidden_BSD
+            output_TD = block.experts(x_TD, index_TK, weights_TK)
+        else:
+            output_TD, norm_TK = _run_each_expert(block.experts, x_TD, index_TK, weights_TK)
+            score.add_outputs(x_TD, output_TD, index_TK, weights_TK, norm_TK, weight_T)
+    return _add_to_text(hidden_BSD, text_BS, output_TD)
+
+
+def _run_each_expert(experts, x_TD, index_TK, weights_TK) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of all experts together (T, D), and the norm of that of each (T, K), float32."""
+    outputs, norms = [], []
+    for part in torch.arange(len(x_TD), device=x_TD.device).split(_OUTPUT_TOKENS):
+        index_tK, top_k = index_TK[part], index_TK.shape[1]
+        # Every pick as a token of its own with weight 1: any implementation of the experts, and adapters on
+        # them, give the outputs one by one.
+        x_PD = x_TD[part].repeat_interleave(top_k, dim=0)
+        output_PD = experts(x_PD, index_tK.reshape(-1, 1), torch.ones_like(weights_TK[part]).reshape(-1, 1))
+        output_tKD = output_PD.view(len(part), top_k, -1)
+        norms.append(torch.linalg.vector_norm(output_tKD, dim=-1, dtype=torch.float32))
+        outputs.append((output_tKD * weights_TK[part][..., None]).sum(1).to(x_TD.dtype))
+    if not outputs:
+        return x_TD, weights_TK.float()
+    return torch.cat(outputs), torch.cat(norms)
+
+
+@torch.no_grad()
+def pass_layerwise(
+    layers: Layers,
+    batches: Sequence[Batch],
+    sizes: Sequence[int],
+    pick: Callable[[int, torch.Tensor, int], list[int]],
+    states: HiddenStates,
+    bar: tqdm,
+) -> list[tuple[list[torch.Tensor | None], list[list[int] | None]]]:
+    """Choose layer by layer, on the hidden states that the experts chosen so far produce.
+
+    The router of a layer needs only the chosen experts of the layers before it, and its own attention: all
+    layers are chosen in one pass, and no dropped expert runs. (The authors run the whole model anew for
+    every layer.) With several sizes, everything up to the first choice is shared, and so is every layer that
+    is read.
+
+    Args:
+        layers (`Layers`): the model.
+        batches (`Sequence[Batch]`): calibration text.
+        sizes (`Sequence[int]`): how many experts to keep, in one or several choices.
+        pick (`Callable`): given a layer, its scores (E,) and a size, says which experts are kept.
+        states (`HiddenStates`): holds the hidden states between layers.
+        bar (`tqdm`): counts layers times batches times sizes.
+
+    Returns:
+        `list`: for each size the scores (E,) and the kept experts of each layer, in its own numbering; `None`
+        for dense layers.
+
+    Example:
+
+    ```python
+    >>> from tqdm import tqdm
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.subsets.calibration import ready_batches
+    >>> from transformers_emo.subsets.streaming import HiddenStates, LoadedLayers, pass_layerwise
+    >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
+    >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
+    >>> best = lambda layer, scores_E, size: scores_E.topk(size).indices.sort().values.tolist()
+    >>> [(scores, kept)] = pass_layerwise(layers, batches, [8], best, HiddenStates(1e9), tqdm(disable=True))
+    >>> [len(ids) for ids in kept]
+    [8, 8, 8, 8]
+
+    ```
+    """
+    num_layers = layers.config.num_hidden_layers
+    scores: list[list[torch.Tensor | None]] = [[None] * num_layers for _ in sizes]
+    kept: list[list[list[int] | None]] = [[None] * num_layers for _ in sizes]
+    streams = {0: list(range(len(sizes)))}  # the choices that share hidden states
+    for number, batch in enumerate(batches):
+        states[0, number] = layers.embed(batch.input_ids)
+    last = _last_with_experts(layers.config)
+    for index, layer in enumerate(layers.config.layer_experts[: last + 1]):
+        decoder = layers.decoder(index)
+        for stream, choices in streams.items():
+            score = new_score("layerwise", layer)
+            for number, batch in enumerate(batches):
+                hidden_BSD = _attend(layers, decoder, states.pop((stream, number)), batch)
+                if score is None:
+                    hidden_BSD = _run_block(decoder, decoder.mlp, None, hidden_BSD, batch)
+                else:
+                    x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
+                    score.add_logits(decoder.mlp.gate(x_TD)[0], batch.weight[batch.attention_mask])
+                states[stream, number] = hidden_BSD
+                bar.update(len(choices))
+            if score is not None:
+                for choice in choices:
+                    scores[choice][index] = score.result()
+                    kept[choice][index] = pick(index, score.result(), sizes[choice])
+        if layer.is_dense or index == last:
+            continue
+        kept_here = [ids[index] or [] for ids in kept]
+        block, held = layers.experts(index, sorted({e for ids in kept_here for e in ids}))
+        masks = [_mask_of(ids, held) for ids in kept_here]
+        for stream, choices in streams.items():
+            for number, batch in enumerate(batches):
+                hidden_BSD = states.pop((stream, number))
+                for choice in choices:
+                    states[choice, number] = _run_block(decoder, block, masks[choice], hidden_BSD, batch)
+        streams = {choice: [choice] for choice in range(len(sizes))}
+        del decoder, block  # before the next layer is read
+    return list(zip(scores, kept, strict=True))
+
+
+def _attend(layers: Layers, decoder: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The first half of a layer, as in `EmoDecoderLayer.forward`."""
+    hidden_BSD = hidden_BSD.to(_device_of(decoder.pre_attention_layernorm, hidden_BSD.device))
+    position_ids = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
+    causal_mask = create_causal_mask(
+        config=layers.config,
+        inputs_embeds=hidden_BSD,
+        attention_mask=batch.attention_mask.to(hidden_BSD.device),
+        past_key_values=None,
+        position_ids=position_ids,
+    )
+    attended_BSD, _ = decoder.self_attn(
+        hidden_states=decoder.pre_attention_layernorm(hidden_BSD),
+        attention_mask=causal_mask,
+        position_ids=position_ids,
+        past_key_values=None,
+        position_embeddings=layers.rotary(hidden_BSD, position_ids),
+    )
+    return hidden_BSD + attended_BSD
+
+
+def _run_block(decoder, block, mask, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The second half of a layer, for tokens that are no padding."""
+    hidden_BSD = hidden_BSD.to(_device_of(decoder.pre_feedforward_layernorm, hidden_BSD.device))
+    output_TD, _ = block(decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch)), mask)
+    return _add_to_text(hidden_BSD, batch.attention_mask.to(hidden_BSD.device), output_TD)
+
+
+def _text_of(hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return hidden_BSD[batch.attention_mask.to(hidden_BSD.device)]
+
+
+def _add_to_text(hidden_BSD, text_BS, output_TD) -> torch.Tensor:
+    result_BSD = hidden_BSD.clone()
+    result_BSD[text_BS] += output_TD
+    return result_BSD
+
+
+def _mask_of(kept: Sequence[int], held: Sequence[int]) -> torch.Tensor | None:
+    if len(kept) == len(held):
+        return None
+    wanted = set(kept)
+    return torch.tensor([e in wanted for e in held])
+
+
+def _last_with_experts(config: EmoConfig) -> int:
+    return max((i for i, layer in enumerate(config.layer_experts) if not layer.is_dense), default=-1)
+
+
+def _device_of(module: nn.Module, fallback: torch.device) -> torch.device:
+    """Where a module's weights are; where they are offloaded, its hooks move what it is given."""
+    device = next(module.parameters()).device
+    return fallback if device.type == "meta" else device
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
