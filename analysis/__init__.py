@@ -1,10 +1,12 @@
-"""What a model's experts do: how quality falls as they are removed, and whether domains choose different ones."""
+"""What a model's experts do: how quality falls as they go, and whether domains choose different ones."""
 
 from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains
 from .evaluation import DocumentLosses, document_losses
 from .measurements import Journal, Measurement, Retention
 from .plots import plot_domains, plot_retention, plot_topics
+from .prompt_pools import PromptPool, prompt_pools
+from .report import write_report
 from .retention import measure_retention, num_experts_at
 from .tables import markdown, write_csv
 from .topics import TopicCosine, mean_routing, topic_cosine
@@ -14,6 +16,7 @@ __all__ = [
     "Domain",
     "Journal",
     "Measurement",
+    "PromptPool",
     "Retention",
     "TopicCosine",
     "claims",
@@ -29,7 +32,9 @@ __all__ = [
     "plot_domains",
     "plot_retention",
     "plot_topics",
+    "prompt_pools",
     "read_domains",
     "topic_cosine",
     "write_csv",
+    "write_report",
 ]

@@ -108,11 +108,15 @@ def claims(
     ```
     """
     if baseline is not None and baseline not in retention.models:
-        raise ValueError(f"There is no model {baseline!r} to compare with, expected one of {retention.models}.")
+        raise ValueError(
+            f"There is no model {baseline!r} to compare with, expected one of {retention.models}."
+        )
 
     def rise_W(model: str, method: str, share: float) -> np.ndarray | None:
         """The rise and, after it, the same under resampling, (1 + W,)."""
-        parts = [_resampled(retention, model, m, s, num_resamplings) for m, s in ((method, share), (FULL, 1.0))]
+        parts = [
+            _resampled(retention, model, m, s, num_resamplings) for m, s in ((method, share), (FULL, 1.0))
+        ]
         return None if parts[0] is None or parts[1] is None else parts[0] - parts[1]
 
     by_model: dict[str, Any] = {}
@@ -205,7 +209,9 @@ def claims_text(found: dict[str, Any]) -> str:
                     f"+{rise} at {'no measured share' if share is None else f'{100 * share:.1f} %'}"
                     for rise, share in by["cliff"].items()
                 )
-                lines.append(f"- {model}, {method}, where the loss has risen (interpolated in log share): {places}.")
+                lines.append(
+                    f"- {model}, {method}, where the loss has risen (interpolated in log share): {places}."
+                )
     for model, compared in found["against"].items():
         baseline = compared["baseline"]
         if "full_gap" in compared:

@@ -113,7 +113,9 @@ class Retention:
         """
         path = Path(folder) / Journal.NAME
         if not path.is_file():
-            raise ValueError(f"There are no measurements in {os.fspath(folder)!r}: `emo retention` makes them.")
+            raise ValueError(
+                f"There are no measurements in {os.fspath(folder)!r}: `emo retention` makes them."
+            )
         return cls(Journal(path).measurements.values())
 
     def choices(self, model: str, method: str, share: float) -> dict[int | None, dict[str, Measurement]]:

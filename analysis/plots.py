@@ -43,9 +43,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib: `pip install 'transformers-emo[analysis]'`."
-        ) from error
+        raise ImportError("Pictures need matplotlib: `pip install 'transformers-emo[analysis]'`.") from error
 
 
 def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
@@ -78,7 +76,9 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
     axes.set_xlabel("experts kept")
     axes.legend(frameon=False, fontsize=9)
     domains = len(retention.domains)
-    axes.set_title(f"Loss as experts are removed, mean over {domains} domain{'s' * (domains != 1)}", fontsize=11)
+    axes.set_title(
+        f"Loss as experts are removed, mean over {domains} domain{'s' * (domains != 1)}", fontsize=11
+    )
     _save(figure, path)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
-from ..subsets import ExpertSubset, present_experts, select_experts
+from ..subsets import ExpertSubset, select_experts
 from .documents import Domain, draw, encode_documents
 from .evaluation import document_losses
 from .measurements import FULL, Journal, Measurement, Retention
 
 METHODS = ("layerwise", "global", "easy_ep", "random")
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
-# What these choose depends on how many are to be kept; other methods rank all experts once.
-_NOT_NESTED = ("layerwise",)
 
 
 def num_experts_at(config: EmoConfig, share: float) -> int | None:
@@ -82,6 +80,7 @@ def measure_retention(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
+    visit: Callable[[str, EmoForCausalLM, dict[str, list[torch.Tensor]]], Any] | None = None,
     progress: bool = True,
 ) -> Retention:
     """Measure test loss and next-token accuracy of models at shares of their experts, domain by domain.
@@ -109,6 +108,8 @@ def measure_retention(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all models; found beside each by default.
         dtype (`torch.dtype` or `str`, *optional*): to load the models in; as they are saved by default.
         device (`str`, *optional*): to load them to; a GPU where there is one by default.
+        visit (`Callable`, *optional*): called with each model's name, the model and the token ids of the test
+            documents by domain, once it is measured and before the next one is loaded.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Returns:
@@ -145,7 +146,9 @@ def measure_retention(
     encoded = _encode(models, domains, window, tokenizer)
     journal = Journal(Path(out) / Journal.NAME)
     journal.require({"window": window, "num_calibration": num_calibration})
-    journal.require({f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains})
+    journal.require(
+        {f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains}
+    )
 
     plans = {
         name: [
@@ -167,7 +170,9 @@ def measure_retention(
             for domain, method, seed, missing in plans[name]:
                 calibration, test = encoded[domain.name]
                 drawn = [] if seed is None else draw(calibration, num_calibration, seed, domain.name)
-                for share, k, subset in _subsets(network, method, seed, domain.name, drawn, missing, batch_tokens):
+                for share, k, subset in _subsets(
+                    network, method, seed, domain.name, drawn, missing, batch_tokens
+                ):
                     key = (domain.name, "" if subset is None else str(subset.experts))
                     if key in measured:  # methods often agree; so do seeds
                         bar.update(len(test))
@@ -185,6 +190,8 @@ def measure_retention(
                             losses.tokens_N.tolist(),
                         )
                     journal.add(Measurement(name, domain.name, method, share, k, seed, *measured[key]))
+            if visit is not None:
+                visit(name, network, {domain.name: encoded[domain.name][1] for domain in domains})
             del network
     return Retention(journal.measurements.values())
 
@@ -250,7 +257,8 @@ def _missing(journal, model, domain, method, seed, sizes) -> dict[float, int]:
     return {
         share: k
         for share, k in sizes.items()
-        if (share >= 1) == (method == FULL) and (model, domain, method, share, seed) not in journal.measurements
+        if (share >= 1) == (method == FULL)
+        and (model, domain, method, share, seed) not in journal.measurements
     }
 
 
@@ -288,35 +296,16 @@ def _subsets(
         return
     rows = max(1, batch_tokens // max(map(len, calibration)))
     batches = [calibration[start : start + rows] for start in range(0, len(calibration), rows)]
-    arguments: dict[str, Any] = {
-        "input_ids": [pad_sequence(batch, batch_first=True) for batch in batches],
-        "attention_mask": [pad_sequence([torch.ones_like(ids) for ids in b], batch_first=True) for b in batches],
-        "method": method,
-        "seed": random.Random(f"{seed}/{domain}").getrandbits(31),
-        "progress": False,
-    }
-    if method in _NOT_NESTED:
-        for share, k in sizes.items():
-            yield share, k, select_experts(network, num_experts=k, **arguments)
-        return
-    ranked = select_experts(network, num_experts=max(sizes.values()), **arguments)
-    for share, k in sizes.items():
-        yield share, k, _best(ranked, network.config, k)
-
-
-def _best(subset: ExpertSubset, config: EmoConfig, num_experts: int) -> ExpertSubset:
-    """The best of a subset by its scores; ties go to the smaller id, as in `select_experts`."""
-    experts: list[list[int] | None] = []
-    for ids, score, layer, present in zip(
-        subset.experts, subset.scores or [], config.layer_experts, present_experts(config), strict=True
-    ):
-        if ids is None or score is None:
-            experts.append(None)
-            continue
-        protected = {*present[layer.num_routed :], *(present[e] for e in layer.always_active)}
-        ranked = sorted((e for e in ids if e not in protected), key=lambda e, score=score: (-score[e], e))
-        experts.append([*protected, *ranked[: num_experts - len(protected)]])
-    return ExpertSubset(experts, root_experts_per_layer=subset.root_experts_per_layer, method=subset.method)
+    chosen = select_experts(
+        network,
+        num_experts=list(sizes.values()),
+        method=method,
+        input_ids=[pad_sequence(batch, batch_first=True) for batch in batches],
+        attention_mask=[pad_sequence([torch.ones_like(ids) for ids in b], batch_first=True) for b in batches],
+        seed=random.Random(f"{seed}/{domain}").getrandbits(31),
+        progress=False,
+    )
+    yield from ((share, k, subset) for (share, k), subset in zip(sizes.items(), chosen, strict=True))
 
 
 def _digest(*texts: Sequence[str]) -> str:

@@ -44,7 +44,14 @@ def write_csv(retention: Retention, path: str | os.PathLike) -> None:
         error = m.loss_error
         writer.writerow(
             [
-                *(m.model, m.domain, m.method, f"{m.share:g}", m.num_experts, "" if m.seed is None else m.seed),
+                *(
+                    m.model,
+                    m.domain,
+                    m.method,
+                    f"{m.share:g}",
+                    m.num_experts,
+                    "" if m.seed is None else m.seed,
+                ),
                 f"{m.mean_loss:.6f}",
                 "" if error is None else f"{error:.6f}",
                 f"{m.accuracy:.6f}",
@@ -132,7 +139,10 @@ def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]
 
 
 def _rows(
-    retention: Retention, columns: Sequence[float], value: Callable[[str, str, float], float | None], form: str
+    retention: Retention,
+    columns: Sequence[float],
+    value: Callable[[str, str, float], float | None],
+    form: str,
 ) -> list[list[str]]:
     return [
         [model, method, *(_cell(value(model, method, share), form) for share in columns)]

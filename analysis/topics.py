@@ -72,7 +72,9 @@ def mean_routing(
     chosen = select_experts(
         model,
         input_ids=[pad_sequence(list(batch), batch_first=True) for batch in batches],
-        attention_mask=[pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True) for batch in batches],
+        attention_mask=[
+            pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True) for batch in batches
+        ],
         num_experts=min(layer.num_experts for layer in layers),
         method="global",
         progress=False,

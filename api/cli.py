@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +64,61 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint")
     train.set_defaults(run=_train)
+
+    retention = commands.add_parser(
+        "retention",
+        help="measure how quality falls as experts are removed",
+        description="Measure loss and next-token accuracy at shares of the experts, domain by domain, and write "
+        "tables and pictures. The same command goes on after an interruption, or adds to what is there.",
+    )
+    retention.add_argument(
+        "models", nargs="+", metavar="MODEL", type=_named, help="folder or Hub repository, or NAME=FOLDER"
+    )
+    retention.add_argument(
+        "--texts",
+        required=True,
+        metavar="DIR",
+        help="calibration/<domain>.jsonl and test/<domain>.jsonl, or <domain>.jsonl with a `split` in each line; "
+        "a document a line, its text as `text`",
+    )
+    retention.add_argument("--out", required=True, metavar="DIR", help="where results go")
+    retention.add_argument(
+        "--baseline", metavar="NAME", help="compare the other models with this one; the last of several"
+    )
+    retention.add_argument("--domains", nargs="+", metavar="NAME", help="only these; all by default")
+    retention.add_argument("--methods", nargs="+", metavar="METHOD", help="ways to choose experts")
+    retention.add_argument(
+        "--shares", nargs="+", type=float, metavar="SHARE", help="of the experts, above 0, at most 1"
+    )
+    retention.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="draw calibration documents N times (default 1)"
+    )
+    retention.add_argument(
+        "--calibration", type=int, default=8, metavar="N", help="calibration documents a domain (default 8)"
+    )
+    retention.add_argument("--test", type=int, metavar="N", help="only the first N test documents a domain")
+    retention.add_argument(
+        "--window", type=int, metavar="N", help="cut documents to N tokens; the models' context by default"
+    )
+    retention.add_argument(
+        "--batch-tokens", type=int, default=2048, metavar="N", help="tokens in a batch (default 2048)"
+    )
+    retention.add_argument("--dtype", help="to load models in, such as bfloat16; as saved by default")
+    retention.add_argument("--device", help="such as cpu or cuda; a GPU where there is one by default")
+    retention.add_argument("--no-topics", action="store_true", help="do not compare domains' routing")
+    retention.add_argument("--no-plots", action="store_true", help="no pictures: needs no matplotlib")
+    retention.set_defaults(run=_retention)
     return parser
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name and the path of a model."""
+    name, equals, path = text.partition("=")
+    if not equals:
+        name, path = os.path.basename(os.path.normpath(text)), text
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a path nor NAME=PATH")
+    return name, path
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -80,3 +135,50 @@ def _train(parsed: argparse.Namespace) -> None:
     from .training import Recipe, train  # imported here: the other commands start without a training stack
 
     train(Recipe.read(parsed.recipe, dict(parsed.set)), resume=parsed.resume)
+
+
+def _retention(parsed: argparse.Namespace) -> None:
+    from .analysis import measure_retention, read_domains, topic_cosine, write_report
+    from .analysis.plots import require_matplotlib
+    from .analysis.retention import METHODS, SHARES
+
+    models = dict(parsed.models)
+    names = [name for name, _ in parsed.models]
+    if len(models) < len(names):
+        raise ValueError(f"The models are called {names}: give each a name of its own, NAME=FOLDER.")
+    baseline = parsed.baseline or (names[-1] if len(names) > 1 else None)
+    if baseline is not None and baseline not in models:
+        raise ValueError(f"The baseline {baseline!r} is none of the models {names}.")
+    if not parsed.no_plots:
+        require_matplotlib()
+    domains = read_domains(parsed.texts, parsed.domains, max_test=parsed.test)
+    shares = parsed.shares or SHARES
+    topics = {}
+
+    def compare_topics(name, model, documents) -> None:
+        topics[name] = topic_cosine(model, documents, batch_tokens=parsed.batch_tokens)
+
+    measured = measure_retention(
+        models,
+        domains,
+        parsed.out,
+        methods=parsed.methods or METHODS,
+        shares=shares,
+        seeds=range(parsed.seeds),
+        num_calibration=parsed.calibration,
+        window=parsed.window,
+        batch_tokens=parsed.batch_tokens,
+        dtype=parsed.dtype,
+        device=parsed.device,
+        visit=None if parsed.no_topics or len(domains) < 2 else compare_topics,
+    )
+    print(
+        write_report(
+            measured,
+            parsed.out,
+            baseline=baseline,
+            shares=shares,
+            topics=topics,
+            plots=not parsed.no_plots,
+        )
+    )
