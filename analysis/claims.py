@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .measurements import FULL, Retention
+from .tables import table
 
 _RISES = (0.05, 0.1, 0.25, 0.5)
 
@@ -28,7 +29,7 @@ def cliff(retention: Retention, model: str, method: str, rise: float) -> float |
         rise (`float`): nats per token above the full model.
 
     Returns:
-        `float`, *optional*: the share; `None` if the loss has not risen so far at the smallest measured share.
+        `float`, *optional*: the share; `None` if the loss has not risen so far at the smallest one measured.
 
     Raises:
         ValueError: if the rise is not positive, or the full model or this method was not measured.
@@ -112,61 +113,21 @@ def claims(
             f"There is no model {baseline!r} to compare with, expected one of {retention.models}."
         )
 
-    def rise_W(model: str, method: str, share: float) -> np.ndarray | None:
-        """The rise and, after it, the same under resampling, (1 + W,)."""
-        parts = [
-            _resampled(retention, model, m, s, num_resamplings) for m, s in ((method, share), (FULL, 1.0))
-        ]
-        return None if parts[0] is None or parts[1] is None else parts[0] - parts[1]
-
-    by_model: dict[str, Any] = {}
-    for model in retention.models:
-        found: dict[str, Any] = {
-            "full_loss": retention.loss(model, FULL, 1.0),
-            "full_accuracy": retention.accuracy(model, FULL, 1.0),
-            "methods": {},
-        }
-        for method in retention.methods:
-            numbers: dict[str, Any] = {"rise": {}, "rise_over_random": {}}
-            for share in shares:
-                rise, random = rise_W(model, method, share), rise_W(model, "random", share)
-                if rise is not None:
-                    numbers["rise"][f"{share:g}"] = _interval(rise)
-                if rise is not None and random is not None and method != "random":
-                    numbers["rise_over_random"][f"{share:g}"] = _ratio(rise, random)
-            measured = any(
-                retention.loss(model, method, share) is not None for share in retention.shares if share < 1
-            )
-            if found["full_loss"] is not None and measured:
-                numbers["cliff"] = {f"{rise:g}": cliff(retention, model, method, rise) for rise in rises}
-            found["methods"][method] = numbers
-        by_model[model] = found
-
-    against: dict[str, Any] = {}
-    for model in retention.models if baseline is not None else ():
-        if model == baseline:
-            continue
-        ours, theirs = (_resampled(retention, name, FULL, 1.0, num_resamplings) for name in (model, baseline))
-        compared: dict[str, Any] = {"baseline": baseline, "rise_ratio": {}}
-        if ours is not None and theirs is not None:
-            compared["full_gap"] = _interval(ours / theirs - 1)
-        for method in retention.methods:
-            ratios = {}
-            for share in shares:
-                ours, theirs = rise_W(model, method, share), rise_W(baseline, method, share)
-                if ours is not None and theirs is not None:
-                    ratios[f"{share:g}"] = _ratio(ours, theirs)
-            compared["rise_ratio"][method] = ratios
-        against[model] = compared
+    options = {"shares": shares, "num": num_resamplings}
+    by_model = {model: _of_model(retention, model, rises=rises, **options) for model in retention.models}
+    against = {}
+    if baseline is not None:
+        others = [model for model in retention.models if model != baseline]
+        against = {model: _against(retention, model, baseline, **options) for model in others}
     return {
         "models": by_model,
         "against": against,
         "notes": {
             "rise": "mean loss above that of the full model, nats per token",
-            "cliff": "share of experts at which the mean loss has risen by so many nats, linear in the logarithm "
-            "of the share between measured shares; null if not even at the smallest measured share",
+            "cliff": "share of experts at which the mean loss has risen by so many nats, linear in the "
+            "logarithm of the share between measured shares; null if not even at the smallest measured share",
             "full_gap": "mean loss of the full model over that of the full baseline, less 1",
-            "rise_ratio": "rise of the model over the rise of the baseline; null where the latter may be none",
+            "rise_ratio": "rise of the model over that of the baseline; null where the latter may be none",
             "rise_over_random": "rise over that of random experts; null where the latter may be none",
             "interval": f"95 % of {num_resamplings} resamplings of the documents",
         },
@@ -174,7 +135,7 @@ def claims(
 
 
 def claims_text(found: dict[str, Any]) -> str:
-    """The claims as markdown lines.
+    """The claims as markdown tables.
 
     Args:
         found (`dict[str, Any]`): from `claims`.
@@ -187,47 +148,89 @@ def claims_text(found: dict[str, Any]) -> str:
     ```python
     >>> from transformers_emo.analysis import Measurement, Retention, claims, claims_text
     >>> full = Measurement("emo", "python", "full", 1.0, 32, None, [6.0, 3.0], [1, 1], [2, 1])
-    >>> print(claims_text(claims(Retention([full]))))
-    - emo: full model 3.000 nats per token, accuracy 66.7 %.
+    >>> half = Measurement("emo", "python", "global", 0.5, 16, 0, [7.0, 5.0], [1, 0], [2, 1])
+    >>> print(claims_text(claims(Retention([full, half]), shares=[0.5])).splitlines()[2])
+    | emo | global | +1.000 [+0.500, +2.000] | – | 96.6 % | 93.3 % | 84.1 % | 70.7 % |
 
     ```
     """
-    lines = []
+    kinds = [numbers for model in found["models"].values() for numbers in model["methods"].values()]
+    shares = list(dict.fromkeys(share for numbers in kinds for share in numbers["rise"]))
+    rises = list(dict.fromkeys(rise for numbers in kinds for rise in numbers.get("cliff", ())))
+    head = ["model", "chosen by"]
+    head += [title for share in shares for title in (f"rise at {_percent(share)}", "of random's")]
+    rows = []
     for model, numbers in found["models"].items():
-        if numbers["full_loss"] is not None:
-            lines.append(
-                f"- {model}: full model {numbers['full_loss']:.3f} nats per token, accuracy "
-                f"{100 * numbers['full_accuracy']:.1f} %."
-            )
         for method, by in numbers["methods"].items():
-            for share, rise in by["rise"].items():
-                line = f"- {model}, {method}, {_percent(share)} of the experts: {_signed(rise)} nats"
+            row = [model, method]
+            for share in shares:
                 over = by["rise_over_random"].get(share)
-                lines.append(line + (f", {over['value']:.3f} of what random experts cost." if over else "."))
-            if "cliff" in by:
-                places = "; ".join(
-                    f"+{rise} at {'no measured share' if share is None else f'{100 * share:.1f} %'}"
-                    for rise, share in by["cliff"].items()
-                )
-                lines.append(
-                    f"- {model}, {method}, where the loss has risen (interpolated in log share): {places}."
-                )
+                row += [_signed(by["rise"].get(share)), "–" if over is None else f"{over['value']:.3f}"]
+            places = [by.get("cliff", {}).get(rise) for rise in rises]
+            rows.append(row + ["–" if place is None else f"{100 * place:.1f} %" for place in places])
+    lines = table([*head, *(f"+{rise} at" for rise in rises)], rows)
     for model, compared in found["against"].items():
         baseline = compared["baseline"]
-        if "full_gap" in compared:
-            gap = {name: 100 * value for name, value in compared["full_gap"].items()}
-            lines.append(f"- {model} against {baseline}, full models: {_signed(gap, '.1f')} %.")
+        rows = []
         for method, ratios in compared["rise_ratio"].items():
-            for share, ratio in ratios.items():
-                if ratio is None:
-                    continue
-                value = ratio["value"]
-                times = f" (1/{1 / value:.1f})" if value > 0 else ""
-                lines.append(
-                    f"- {model} against {baseline}, {method}, {_percent(share)}: the loss rises by {value:.3f}{times} "
-                    f"of what {baseline}'s does [{ratio['low']:.3f}, {ratio['high']:.3f}]."
-                )
-    return "\n".join(lines)
+            cells = [_fraction(ratios.get(share)) for share in shares]
+            rows.append([method, *cells])
+        gap = compared.get("full_gap")
+        said = "" if gap is None else f": full model {_signed(gap, '.1%')}, and"
+        lines += ["", f"{model} against {baseline}{said} its rise as a part of {baseline}'s:", ""]
+        lines += table(["chosen by", *(_percent(share) for share in shares)], rows)
+    notes = (
+        "Rises of the mean loss in nats per token, with 95 % of the bootstrap over documents. Where the loss "
+        "has risen by so much is interpolated, linearly in the logarithm of the share (–: not even at the "
+        "smallest measured share)."
+    )
+    return "\n".join([*lines, "", notes])
+
+
+def _of_model(retention: Retention, model: str, *, shares, rises, num) -> dict[str, Any]:
+    full_loss = retention.loss(model, FULL, 1.0)
+    methods: dict[str, Any] = {}
+    for method in retention.methods:
+        numbers: dict[str, Any] = {"rise": {}, "rise_over_random": {}}
+        for share in shares:
+            rise = _resampled_rise(retention, model, method, share, num)
+            random = _resampled_rise(retention, model, "random", share, num)
+            if rise is not None:
+                numbers["rise"][f"{share:g}"] = _interval(rise)
+            if rise is not None and random is not None and method != "random":
+                numbers["rise_over_random"][f"{share:g}"] = _ratio(rise, random)
+        smaller = [share for share in retention.shares if share < 1]
+        if full_loss is not None and any(retention.loss(model, method, s) is not None for s in smaller):
+            numbers["cliff"] = {f"{rise:g}": cliff(retention, model, method, rise) for rise in rises}
+        methods[method] = numbers
+    return {
+        "full_loss": full_loss,
+        "full_accuracy": retention.accuracy(model, FULL, 1.0),
+        "methods": methods,
+    }
+
+
+def _against(retention: Retention, model: str, baseline: str, *, shares, num) -> dict[str, Any]:
+    compared: dict[str, Any] = {"baseline": baseline, "rise_ratio": {}}
+    ours, theirs = (_resampled(retention, name, FULL, 1.0, num) for name in (model, baseline))
+    if ours is not None and theirs is not None:
+        compared["full_gap"] = _interval(ours / theirs - 1)
+    for method in retention.methods:
+        ratios = {}
+        for share in shares:
+            rises = [_resampled_rise(retention, name, method, share, num) for name in (model, baseline)]
+            if rises[0] is not None and rises[1] is not None:
+                ratios[f"{share:g}"] = _ratio(rises[0], rises[1])
+        compared["rise_ratio"][method] = ratios
+    return compared
+
+
+def _resampled_rise(
+    retention: Retention, model: str, method: str, share: float, num: int
+) -> np.ndarray | None:
+    """The rise over the full model and, after it, the same under resampling, (1 + W,)."""
+    subset, full = (_resampled(retention, model, m, s, num) for m, s in ((method, share), (FULL, 1.0)))
+    return None if subset is None or full is None else subset - full
 
 
 def _resampled(retention: Retention, model: str, method: str, share: float, num: int) -> np.ndarray | None:
@@ -248,9 +251,18 @@ def _ratio(rises: np.ndarray, others: np.ndarray) -> dict[str, float] | None:
     return None if (others <= 0).any() else _interval(rises / others)
 
 
-def _signed(interval: dict[str, Any], form: str = ".3f") -> str:
+def _signed(interval: dict[str, float] | None, form: str = ".3f") -> str:
+    if interval is None:
+        return "–"
     value, low, high = (interval[name] for name in ("value", "low", "high"))
     return f"{value:+{form}} [{low:+{form}}, {high:+{form}}]"
+
+
+def _fraction(ratio: dict[str, float] | None) -> str:
+    if ratio is None:
+        return "–"
+    fraction = f"1/{1 / ratio['value']:.1f}: " if 0 < ratio["value"] < 1 else ""
+    return f"{fraction}{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
 
 
 def _percent(share: str) -> str:

@@ -134,7 +134,7 @@ def encode_documents(
 
 
 def draw(documents: Collection, num: int, seed: int, domain: str) -> list:
-    """Draw documents of a domain, without replacement and in a fixed order; all of them where there are no more.
+    """Draw documents of a domain, without replacement and in their order; all if there are no more.
 
     Args:
         documents (`Collection`): what to draw from.

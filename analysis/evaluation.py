@@ -1,7 +1,7 @@
 """Next-token loss and accuracy, document by document.
 
-Shape suffixes: N documents, B rows of a batch, S sequence, C tokens that are predicted, V vocabulary, D hidden
-size.
+Shape suffixes: N documents, B rows of a batch, S sequence, C tokens that are predicted, V vocabulary, D
+hidden size.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _predictions(
         target_C1 = target.to(logits_CV.device)[:, None]
         wanted_C1 = logits_CV.gather(-1, target_C1)
         largest_C1 = logits_CV.amax(-1, keepdim=True)
-        # In place: on a CPU twice as fast as `cross_entropy` and `argmax`. Equal largest logits all count as right.
+        # In place: on a CPU twice as fast as `cross_entropy` and `argmax`. Of equal logits all count.
         correct.append((wanted_C1 == largest_C1)[:, 0])
         normaliser_C1 = logits_CV.sub_(largest_C1).exp_().sum(-1, keepdim=True).log_() + largest_C1
         nats.append((normaliser_C1 - wanted_C1)[:, 0])

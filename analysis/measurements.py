@@ -6,6 +6,7 @@ Shape suffixes: N documents of a domain, W resamplings of the documents.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,10 +29,11 @@ class Measurement:
         method (`str`): how the experts were chosen; `"full"` for all of them.
         share (`float`): of the experts that was asked for.
         num_experts (`int`): experts kept in each layer, shared ones included.
-        seed (`int`, *optional*): of the calibration texts, or of the random choice; `None` for the full model.
+        seed (`int`, *optional*): of the calibration texts or the random choice; `None` for the full model.
         loss (`list[float]`): each document's summed loss in nats.
         correct (`list[int]`): its tokens that the model held the likeliest.
         tokens (`list[int]`): its tokens that were predicted.
+        num_experts_per_tok (`int`, defaults to 1): experts that a token takes in the full model.
 
     Example: see `Retention`.
     """
@@ -45,6 +47,7 @@ class Measurement:
     loss: list[float]
     correct: list[int]
     tokens: list[int]
+    num_experts_per_tok: int = 1
 
     @property
     def mean_loss(self) -> float:
@@ -97,6 +100,7 @@ class Retention:
         self.models = list(dict.fromkeys(m.model for m in self.measurements))
         self.domains = list(dict.fromkeys(m.domain for m in self.measurements))
         self.methods = list(dict.fromkeys(m.method for m in self.measurements if m.method != FULL))
+        self.num_seeds = len({m.seed for m in self.measurements if m.method != FULL})
         self.shares = sorted({m.share for m in self.measurements}, reverse=True)
 
     @classmethod
@@ -127,8 +131,13 @@ class Retention:
         """Experts kept in each layer at a share, `None` where it was not measured."""
         return next((m.num_experts for m in self.measurements if (m.model, m.share) == (model, share)), None)
 
+    def layer_size(self, model: str) -> tuple[int, int]:
+        """Experts of a layer in the full model, and how many of them a token takes."""
+        most = max((m for m in self.measurements if m.model == model), key=lambda m: m.num_experts)
+        return most.num_experts, most.num_experts_per_tok
+
     def loss(self, model: str, method: str, share: float) -> float | None:
-        """Mean over seeds and domains of the mean loss of a token, in nats; `None` where it was not measured."""
+        """Mean over seeds and domains of the loss per token, in nats; `None` where it was not measured."""
         return _mean(m.mean_loss for m in self._all(model, method, share))
 
     def accuracy(self, model: str, method: str, share: float) -> float | None:
@@ -139,11 +148,13 @@ class Retention:
         """How far `loss` can be trusted: its standard deviation over seeds, or over documents its error.
 
         Returns:
-            `float`, *optional*: with several seeds the standard deviation of their mean losses; with one the
-            standard error over the documents; `None` where it was not measured, or each domain has one
-            document.
+            `float`, *optional*: with several seeds the standard deviation of their mean losses (the full
+            model has none); with one the standard error over the documents; `None` where it was not
+            measured, or a domain has one document.
         """
         seeds = self.choices(model, method, share)
+        if share >= 1 and self.num_seeds > 1:
+            return None
         if len(seeds) > 1:
             means = [np.mean([m.mean_loss for m in ms.values()]) for ms in seeds.values()]
             return float(np.std(means, ddof=1))
@@ -181,6 +192,30 @@ class Retention:
 
     def _all(self, model: str, method: str, share: float) -> Iterable[Measurement]:
         return (m for ms in self.choices(model, method, share).values() for m in ms.values())
+
+
+def experts_at(share: float, available: int, taken: int) -> int | None:
+    """How many experts a share of them is: the nearest number, or the next above if only that is enough.
+
+    Args:
+        share (`float`): above 0, at most 1.
+        available (`int`): experts of a layer, shared ones included.
+        taken (`int`): how many of them a token takes.
+
+    Returns:
+        `int`, *optional*: the number; `None` if a token takes more.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.measurements import experts_at
+    >>> experts_at(0.0625, 128, 8), experts_at(0.03, 128, 8)
+    (8, None)
+
+    ```
+    """
+    exact = share * available
+    return next((k for k in (math.floor(exact + 0.5), math.ceil(exact)) if k >= taken), None)
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -244,7 +279,8 @@ class Journal:
                     self.measurements[_key(measurement)] = measurement
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{os.fspath(self.path)!r}, line {number}: no measurement ({error}). Measure into another folder."
+                    f"{os.fspath(self.path)!r}, line {number}: no measurement ({error}). Measure into "
+                    "another folder."
                 ) from error
 
     def require(self, settings: Mapping[str, Any]) -> None:
@@ -259,8 +295,8 @@ class Journal:
         for name, value in settings.items():
             if name in self.settings and self.settings[name] != value:
                 raise ValueError(
-                    f"{os.fspath(self.path)!r} was measured with {name} = {self.settings[name]!r}, and now it is "
-                    f"{value!r}: measure into another folder, or remove that file."
+                    f"{os.fspath(self.path)!r} was measured with {name} = {self.settings[name]!r}, and now "
+                    f"it is {value!r}: measure into another folder, or remove that file."
                 )
         new = {name: value for name, value in settings.items() if name not in self.settings}
         if new:

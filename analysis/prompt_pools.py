@@ -71,7 +71,8 @@ def prompt_pools(
     >>> from transformers_emo.analysis import prompt_pools
     >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
     >>> pools = prompt_pools(
-    ...     model, [torch.arange(100, 140)], num_experts=[8], prompt_lengths=[16], num_following=20, progress=False
+    ...     model, [torch.arange(100, 140)], num_experts=[8], prompt_lengths=[16], num_following=20,
+    ...     progress=False,
     ... )
     >>> [(pool.method, pool.num_experts, pool.losses.tokens_N.tolist()) for pool in pools]
     [('full', 32, [20]), ('layerwise', 8, [20])]
@@ -82,7 +83,8 @@ def prompt_pools(
     long = [ids for ids in documents if len(ids) >= longest]
     if not long:
         raise ValueError(
-            f"None of the {len(documents)} documents has {longest} tokens: give longer ones, or a shorter prompt."
+            f"None of the {len(documents)} documents has {longest} tokens: give longer ones, or take a "
+            "shorter prompt or less behind it."
         )
     all_experts = max(layer.num_experts for layer in model.config.layer_experts)
     measured = []

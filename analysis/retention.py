@@ -4,7 +4,6 @@ https://arxiv.org/abs/2605.06663)."""
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +19,8 @@ from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import ExpertSubset, select_experts
 from .documents import Domain, draw, encode_documents
-from .evaluation import document_losses
-from .measurements import FULL, Journal, Measurement, Retention
+from .evaluation import DocumentLosses, document_losses
+from .measurements import FULL, Journal, Measurement, Retention, experts_at
 
 METHODS = ("layerwise", "global", "easy_ep", "random")
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
@@ -55,15 +54,7 @@ def num_experts_at(config: EmoConfig, share: float) -> int | None:
     """
     if not 0 < share <= 1:
         raise ValueError(f"The share of experts is {share!r}, expected more than 0 and at most 1.")
-    layers = {layer.num_experts: layer.top_k for layer in config.layer_experts if not layer.is_dense}
-    if len(layers) != 1:
-        raise ValueError(
-            f"The model's layers have {sorted(layers)} experts: a share is a number of experts only where all "
-            "expert layers have the same."
-        )
-    ((available, taken),) = layers.items()
-    exact = share * available
-    return next((k for k in (math.floor(exact + 0.5), math.ceil(exact)) if k >= taken), None)
+    return experts_at(share, *_layer_size(config))
 
 
 def measure_retention(
@@ -103,7 +94,7 @@ def measure_retention(
         seeds (`Sequence[int]`, defaults to `(0,)`): of the drawing of calibration documents and of the random
             choice.
         num_calibration (`int`, defaults to 8): calibration documents of a domain to choose from.
-        window (`int`, *optional*): cut documents to so many tokens; the (smallest) model's context by default.
+        window (`int`, *optional*): cut documents to so many tokens; the (smallest) context by default.
         batch_tokens (`int`, defaults to 2048): tokens of a batch, at most.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all models; found beside each by default.
         dtype (`torch.dtype` or `str`, *optional*): to load the models in; as they are saved by default.
@@ -166,34 +157,43 @@ def measure_retention(
             network = _load(model, dtype, device)
             journal.require({f"weights of {name}": _fingerprint(network)})
             _try_methods(network, methods, max(sizes[name].values()))
-            measured: dict[tuple[str, str], tuple[list, ...]] = {}
-            for domain, method, seed, missing in plans[name]:
-                calibration, test = encoded[domain.name]
-                drawn = [] if seed is None else draw(calibration, num_calibration, seed, domain.name)
-                for share, k, subset in _subsets(
-                    network, method, seed, domain.name, drawn, missing, batch_tokens
-                ):
-                    key = (domain.name, "" if subset is None else str(subset.experts))
-                    if key in measured:  # methods often agree; so do seeds
-                        bar.update(len(test))
-                    else:
-                        losses = document_losses(
-                            network,
-                            test,
-                            expert_subset=subset,
-                            batch_tokens=batch_tokens,
-                            on_batch=bar.update,
-                        )
-                        measured[key] = (
-                            [round(nats, 6) for nats in losses.loss_N.tolist()],
-                            losses.correct_N.tolist(),
-                            losses.tokens_N.tolist(),
-                        )
-                    journal.add(Measurement(name, domain.name, method, share, k, seed, *measured[key]))
+            _measure_model(network, name, plans[name], encoded, journal, num_calibration, batch_tokens, bar)
             if visit is not None:
                 visit(name, network, {domain.name: encoded[domain.name][1] for domain in domains})
             del network
     return Retention(journal.measurements.values())
+
+
+def _measure_model(network, name, plan, encoded, journal, num_calibration, batch_tokens, bar) -> None:
+    """Measure what is missing, one share after the other."""
+    _, taken = _layer_size(network.config)
+    measured: dict[tuple[str, str], DocumentLosses] = {}
+    for domain, method, seed, missing in plan:
+        calibration, test = encoded[domain.name]
+        drawn = [] if seed is None else draw(calibration, num_calibration, seed, domain.name)
+        for share, k, subset in _subsets(network, method, seed, domain.name, drawn, missing, batch_tokens):
+            key = (domain.name, "" if subset is None else str(subset.experts))
+            if key in measured:  # methods often agree; so do seeds
+                bar.update(len(test))
+            else:
+                measured[key] = document_losses(
+                    network, test, expert_subset=subset, batch_tokens=batch_tokens, on_batch=bar.update
+                )
+            losses = measured[key]
+            journal.add(
+                Measurement(
+                    model=name,
+                    domain=domain.name,
+                    method=method,
+                    share=share,
+                    num_experts=k,
+                    seed=seed,
+                    loss=[round(nats, 6) for nats in losses.loss_N.tolist()],
+                    correct=losses.correct_N.tolist(),
+                    tokens=losses.tokens_N.tolist(),
+                    num_experts_per_tok=taken,
+                )
+            )
 
 
 def _check_plan(models, domains, methods, shares, seeds, num_calibration) -> None:
@@ -209,13 +209,24 @@ def _check_plan(models, domains, methods, shares, seeds, num_calibration) -> Non
         for domain in domains:
             if len(domain.calibration) <= num_calibration:
                 raise ValueError(
-                    f"The domain {domain.name!r} has {len(domain.calibration)} calibration documents, so every "
-                    f"seed would draw the same {num_calibration}: draw fewer, or use one seed."
+                    f"The domain {domain.name!r} has {len(domain.calibration)} calibration documents, so "
+                    f"every seed would draw the same {num_calibration}: draw fewer, or use one seed."
                 )
 
 
 def _config(model: EmoForCausalLM | str | os.PathLike) -> EmoConfig:
     return model.config if isinstance(model, EmoForCausalLM) else EmoConfig.from_pretrained(model)
+
+
+def _layer_size(config: EmoConfig) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token takes."""
+    layers = {layer.num_experts: layer.top_k for layer in config.layer_experts if not layer.is_dense}
+    if len(layers) != 1:
+        raise ValueError(
+            f"The model's layers have {sorted(layers)} experts: a share is a number of experts only where "
+            "all expert layers have the same."
+        )
+    return layers.popitem()
 
 
 def _sizes(config: EmoConfig, shares: Sequence[float]) -> dict[float, int]:
@@ -231,8 +242,9 @@ def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Te
         source = model.name_or_path if isinstance(model, EmoForCausalLM) else model
         own = tokenizer or AutoTokenizer.from_pretrained(source)
         encoded = {
-            domain.name: tuple(
-                encode_documents(own, texts, window) for texts in (domain.calibration, domain.test)
+            domain.name: (
+                encode_documents(own, domain.calibration, window),
+                encode_documents(own, domain.test, window),
             )
             for domain in domains
         }
@@ -244,8 +256,8 @@ def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Te
             for ours, theirs in zip(encoded[domain], first[domain], strict=True)
         ):
             raise ValueError(
-                f"The models {first_name!r} and {name!r} cut the same text into different tokens: losses per token "
-                "could not be compared. Measure them into different folders."
+                f"The models {first_name!r} and {name!r} cut the same text into different tokens: losses per "
+                "token could not be compared. Measure them into different folders."
             )
     assert first is not None
     return first

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from .files import write_text
-from .measurements import FULL, Retention
+from .measurements import FULL, Retention, experts_at
 
 COLUMNS = (
     *("model", "domain", "method", "share", "num_experts", "seed"),
@@ -66,8 +66,8 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
 
     Args:
         retention (`Retention`): what was measured.
-        shares (`Sequence[float]`, *optional*): the columns; the measured shares by default. Those that a model
-            cannot have, because one token takes more experts, are marked.
+        shares (`Sequence[float]`, *optional*): the columns; the measured shares by default. A note says
+            which a model cannot have, because one token takes more experts.
 
     Returns:
         `str`: markdown.
@@ -84,26 +84,26 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
     """
     columns = sorted({1.0, *(shares or retention.shares)}, reverse=True)
     head = [f"{100 * share:g} %" for share in columns]
-    num_seeds = len({m.seed for m in retention.measurements if m.method != FULL})
     some = next(iter(retention.measurements))
     documents = {m.domain: len(m.tokens) for m in retention.measurements if m.model == some.model}
     tokens = {m.domain: sum(m.tokens) for m in retention.measurements if m.model == some.model}
     error = (
-        f"± is the standard deviation over {num_seeds} seeds, which draw other calibration documents."
-        if num_seeds > 1
+        f"± is the standard deviation over {retention.num_seeds} seeds, each with its own calibration documents."
+        if retention.num_seeds > 1
         else "± is the standard error over documents."
     )
     lines = [
         "## Mean test loss (nats per token)",
         "",
-        f"Mean over {len(documents)} domains of {sum(documents.values()):,} test documents, {sum(tokens.values()):,} "
-        f"tokens. In brackets the rise over all experts. {error}",
+        f"Mean over {len(documents)} domains of {sum(documents.values()):,} test documents, "
+        f"{sum(tokens.values()):,} tokens. In brackets the rise over all experts. {error}",
         "",
-        *_table(["model", "chosen by", *head], _loss_rows(retention, columns)),
+        *table(["model", "chosen by", *head], _loss_rows(retention, columns)),
+        *_impossible(retention, columns),
         "",
         "## Next-token accuracy",
         "",
-        *_table(["model", "chosen by", *head], _rows(retention, columns, retention.accuracy, "{:.1%}")),
+        *table(["model", "chosen by", *head], _rows(retention, columns, retention.accuracy, "{:.1%}")),
     ]
     for method in retention.methods:
         rows = []
@@ -113,7 +113,7 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
                 cells = [_cell(part.loss(model, method, share), "{:.3f}") for share in columns]
                 rows.append([domain, model, *cells])
         lines += ["", f"## Test loss by domain, experts chosen by {method}", ""]
-        lines += _table(["domain", "model", *head], rows)
+        lines += table(["domain", "model", *head], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -121,7 +121,6 @@ def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]
     rows = []
     for model in retention.models:
         kept = [retention.num_experts(model, share) for share in columns]
-        # Once the smallest is reached, a token takes more experts than a smaller share holds.
         rows.append([model, "*experts kept*", *("–" if k is None else str(k) for k in kept)])
         full = retention.loss(model, FULL, 1.0)
         for method in retention.methods:
@@ -136,6 +135,18 @@ def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]
                 row.append(cell)
             rows.append(row)
     return rows
+
+
+def _impossible(retention: Retention, columns: Sequence[float]) -> list[str]:
+    """Which columns a model cannot have."""
+    said = []
+    for model in retention.models:
+        available, taken = retention.layer_size(model)
+        shares = [s for s in columns if experts_at(s, available, taken) is None]
+        if shares:
+            named = ", ".join(f"{100 * share:g} %" for share in shares)
+            said.append(f"{model} has no {named} of its {available} experts: a token takes {taken}.")
+    return ["", *said] if said else []
 
 
 def _rows(
@@ -155,7 +166,22 @@ def _cell(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A markdown table, line by line.
+
+    Args:
+        head (`Sequence[str]`): the columns' titles.
+        rows (`Sequence[Sequence[str]]`): the cells.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.tables import table
+    >>> table(["a", "b"], [["1", "2"]])
+    ['| a | b |', '|---|---|', '| 1 | 2 |']
+
+    ```
+    """
     return [
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",

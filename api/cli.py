@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     retention = commands.add_parser(
         "retention",
         help="measure how quality falls as experts are removed",
-        description="Measure loss and next-token accuracy at shares of the experts, domain by domain, and write "
-        "tables and pictures. The same command goes on after an interruption, or adds to what is there.",
+        description="Measure loss and next-token accuracy at shares of the experts, domain by domain, and "
+        "write tables and pictures. The same command goes on after an interruption, or adds to it.",
     )
     retention.add_argument(
         "models", nargs="+", metavar="MODEL", type=_named, help="folder or Hub repository, or NAME=FOLDER"
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--texts",
         required=True,
         metavar="DIR",
-        help="calibration/<domain>.jsonl and test/<domain>.jsonl, or <domain>.jsonl with a `split` in each line; "
-        "a document a line, its text as `text`",
+        help="calibration/<domain>.jsonl and test/<domain>.jsonl, or <domain>.jsonl with a `split` in each "
+        "line; a document a line, its text as `text`",
     )
     retention.add_argument("--out", required=True, metavar="DIR", help="where results go")
     retention.add_argument(
