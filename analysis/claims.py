@@ -176,8 +176,8 @@ def claims_text(found: dict[str, Any]) -> str:
             cells = [_fraction(ratios.get(share)) for share in shares]
             rows.append([method, *cells])
         gap = compared.get("full_gap")
-        said = "" if gap is None else f": full model {_signed(gap, '.1%')}, and"
-        lines += ["", f"{model} against {baseline}{said} its rise as a part of {baseline}'s:", ""]
+        said = "" if gap is None else f" The loss of the full model is {_signed(gap, '.1%')} above."
+        lines += ["", f"{model} against {baseline}.{said} Its rise as a part of {baseline}'s:", ""]
         lines += table(["chosen by", *(_percent(share) for share in shares)], rows)
     notes = (
         "Rises of the mean loss in nats per token, with 95 % of the bootstrap over documents. Where the loss "

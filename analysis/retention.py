@@ -251,9 +251,10 @@ def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Te
         if first is None:
             first_name, first = name, encoded
         elif any(
-            list(map(len, ours)) != list(map(len, theirs))
+            not torch.equal(our_ids, their_ids)
             for domain in encoded
             for ours, theirs in zip(encoded[domain], first[domain], strict=True)
+            for our_ids, their_ids in zip(ours, theirs, strict=True)
         ):
             raise ValueError(
                 f"The models {first_name!r} and {name!r} cut the same text into different tokens: losses per "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .files import write_text
 from .measurements import FULL, Retention, experts_at
@@ -88,7 +88,7 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
     documents = {m.domain: len(m.tokens) for m in retention.measurements if m.model == some.model}
     tokens = {m.domain: sum(m.tokens) for m in retention.measurements if m.model == some.model}
     error = (
-        f"± is the standard deviation over {retention.num_seeds} seeds, each with its own calibration documents."
+        f"± is the standard deviation over {retention.num_seeds} seeds, which draw calibration documents."
         if retention.num_seeds > 1
         else "± is the standard error over documents."
     )
@@ -103,7 +103,7 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
         "",
         "## Next-token accuracy",
         "",
-        *table(["model", "chosen by", *head], _rows(retention, columns, retention.accuracy, "{:.1%}")),
+        *table(["model", "chosen by", *head], _accuracy_rows(retention, columns)),
     ]
     for method in retention.methods:
         rows = []
@@ -149,17 +149,13 @@ def _impossible(retention: Retention, columns: Sequence[float]) -> list[str]:
     return ["", *said] if said else []
 
 
-def _rows(
-    retention: Retention,
-    columns: Sequence[float],
-    value: Callable[[str, str, float], float | None],
-    form: str,
-) -> list[list[str]]:
-    return [
-        [model, method, *(_cell(value(model, method, share), form) for share in columns)]
-        for model in retention.models
-        for method in retention.methods
-    ]
+def _accuracy_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]]:
+    rows = []
+    for model in retention.models:
+        for method in retention.methods:
+            values = [retention.accuracy(model, method, share) for share in columns]
+            rows.append([model, method, *("–" if v is None else f"{100 * v:.1f} %" for v in values)])
+    return rows
 
 
 def _cell(value: float | None, form: str) -> str:
