@@ -175,8 +175,8 @@ def claims_text(found: dict[str, Any]) -> str:
         for method, ratios in compared["rise_ratio"].items():
             cells = [_fraction(ratios.get(share)) for share in shares]
             rows.append([method, *cells])
-        gap = compared.get("full_gap")
-        said = "" if gap is None else f" The loss of the full model is {_signed(gap, '.1%')} above."
+        gap = {name: 100 * value for name, value in compared.get("full_gap", {}).items()}
+        said = f" The loss of the full model is {_signed(gap, '.1f')} % above." if gap else ""
         lines += ["", f"{model} against {baseline}.{said} Its rise as a part of {baseline}'s:", ""]
         lines += table(["chosen by", *(_percent(share) for share in shares)], rows)
     notes = (

@@ -236,7 +236,7 @@ Key = tuple[str, str, str, float, int | None]
 class Journal:
     """Measurements on disk, one JSON line each, so that an interrupted run loses the one it was at.
 
-    The first line holds settings; a later run must have the same ones.
+    Settings stand before the first measurement that was made with them; a later run must have the same ones.
 
     Args:
         path (`str` or `os.PathLike`): the file; made when something is first written.
@@ -263,6 +263,7 @@ class Journal:
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
         self.measurements: dict[Key, Measurement] = {}
+        self._unwritten: dict[str, Any] = {}  # settings of a plan that may yet be refused
         self._whole = 0  # bytes of whole lines
         if not self.path.exists():
             return
@@ -284,7 +285,7 @@ class Journal:
                 ) from error
 
     def require(self, settings: Mapping[str, Any]) -> None:
-        """Note settings that all measurements share.
+        """Note settings for the measurements that follow, written with the first of them.
 
         Args:
             settings (`Mapping[str, Any]`): JSON data by name.
@@ -298,10 +299,8 @@ class Journal:
                     f"{os.fspath(self.path)!r} was measured with {name} = {self.settings[name]!r}, and now "
                     f"it is {value!r}: measure into another folder, or remove that file."
                 )
-        new = {name: value for name, value in settings.items() if name not in self.settings}
-        if new:
-            self._append({"settings": new})
-            self.settings |= new
+        self._unwritten |= {name: v for name, v in settings.items() if name not in self.settings}
+        self.settings |= settings
 
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement, on disk at once.
@@ -309,17 +308,19 @@ class Journal:
         Args:
             measurement (`Measurement`): what was measured.
         """
-        self._append(asdict(measurement))
+        lines = [{"settings": self._unwritten}] if self._unwritten else []
+        self._append([*lines, asdict(measurement)])
+        self._unwritten = {}
         self.measurements[_key(measurement)] = measurement
 
-    def _append(self, data: dict[str, Any]) -> None:
+    def _append(self, data: Iterable[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(data).encode() + b"\n"
+        lines = b"".join(json.dumps(one).encode() + b"\n" for one in data)
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.truncate(self._whole)
             file.seek(self._whole)
-            file.write(line)
-        self._whole += len(line)
+            file.write(lines)
+        self._whole += len(lines)
 
 
 def _key(m: Measurement) -> Key:

@@ -106,6 +106,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
         axes.set_visible(False)
     handles, labels = flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.supxlabel("experts kept", fontsize=10)
     figure.supylabel("test loss (nats per token)", fontsize=10)
     _save(figure, path)
 

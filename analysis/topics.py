@@ -128,7 +128,9 @@ def topic_cosine(
     routing_MP = torch.stack(
         [
             mean_routing(model, documents, batch_tokens=batch_tokens)
-            for documents in tqdm(domains.values(), desc="Topics", unit="domain", disable=not progress)
+            for documents in tqdm(
+                domains.values(), desc="Topics", unit="domain", leave=False, disable=not progress
+            )
         ]
     )
     routing_MP = torch.nn.functional.normalize(routing_MP, dim=-1)

@@ -107,6 +107,8 @@ def test_an_interrupted_line_is_written_anew(tmp_path):
 def test_other_settings_are_refused(tmp_path):
     journal = Journal(tmp_path / Journal.NAME)
     journal.require({"window": 256, "texts of a": "0a"})
+    assert not journal.path.exists()  # nothing was measured with them yet
+    journal.add(measurement())
     again = Journal(journal.path)
     again.require({"window": 256, "texts of b": "0b"})
     with pytest.raises(ValueError, match="measured with window = 256, and now it is 128"):

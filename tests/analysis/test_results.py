@@ -154,7 +154,7 @@ def test_the_text_has_the_claims():
         and row.endswith("– |")
     )
     assert (
-        "emo against std. The loss of the full model is +3.4% [" in text
+        "emo against std. The loss of the full model is +3.4 [" in text
         and "| layerwise | 1/20.0: 0.050 [" in text
     )
 
