@@ -123,7 +123,10 @@ class Retention:
         return cls(Journal(path).measurements.values())
 
     def choices(self, model: str, method: str, share: float) -> dict[int | None, dict[str, Measurement]]:
-        """For each seed the measurements by domain, of seeds with all domains; at share 1 the full model."""
+        """For each seed the measurements by domain; at share 1 the full model.
+
+        A seed counts only where all of `domains` were measured, so that means are over the same ones.
+        """
         seeds = self._by_choice.get((model, FULL if share >= 1 else method, share), {})
         return {seed: ms for seed, ms in seeds.items() if len(ms) == len(self.domains)}
 

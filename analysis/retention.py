@@ -200,7 +200,8 @@ def _check_plan(models, domains, methods, shares, seeds, num_calibration) -> Non
     for what, values in (("models", models), ("domains", domains), ("shares", shares), ("seeds", seeds)):
         if not values:
             raise ValueError(f"There are no {what} to measure: give at least one.")
-    for what, values in (("methods", methods), ("seeds", seeds), ("shares", shares)):
+    names = [domain.name for domain in domains]
+    for what, values in (("domains", names), ("methods", methods), ("seeds", seeds), ("shares", shares)):
         if len(set(values)) < len(values):
             raise ValueError(f"The {what} are {list(values)}: name each once.")
     if num_calibration < 1:

@@ -154,6 +154,11 @@ def test_bad_plans_are_refused_before_anything_is_measured(
         measure_retention(models, domains, tmp_path, **PLAN | {"tokenizer": tokenizer} | changes)
 
 
+def test_a_domain_named_twice_is_refused(models, domains, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="domains are .* name each once"):
+        measure_retention(models, domains[:1] * 2, tmp_path, tokenizer=tokenizer, **PLAN)
+
+
 def test_other_texts_or_weights_are_refused(models, domains, tokenizer, tmp_path):
     plan = PLAN | {"tokenizer": tokenizer, "methods": ["random"], "shares": [0.5]}
     measure_retention({"one": models["one"]}, domains, tmp_path, **plan)
