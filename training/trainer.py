@@ -76,6 +76,7 @@ class EmoTrainer(Trainer):
     - The logs report `ce_loss`, `balance_loss`, `router_z_loss`, `lm_z_loss` (without their coefficients,
       means over the steps since the last report), `pool_size` (mean routed experts in a document's pool) and
       `experts_used` (routed experts that any token took since the last report, mean over the layers).
+    - A finished run that is resumed trains no further (`Trainer` with `max_steps` takes one more step).
     - Rows that `train_only` froze stay as they are, whatever the optimiser (`KeepFrozenRows`).
     - `TrainingArguments(fsdp=True)` shards parameters, gradients and the optimiser (FSDP2) on CPUs too, where
       accelerate alone falls back to DDP without a word.
@@ -118,7 +119,7 @@ class EmoTrainer(Trainer):
 
     def __init__(self, *args, exact_balance: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
-        _causal_lm(self.model)
+        _causal_lm(self.model)  # type: ignore[arg-type]
         if self.label_smoother is not None:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.args.label_smoothing_factor}, and `Trainer` would leave "
@@ -158,6 +159,10 @@ class EmoTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of the next optimiser step; a new count of picks begins with them."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end: `Trainer` looks at the number of steps only after another one.
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_counts = BalanceCounts()
         # Not counted here: when resuming, the random state that draws the pools is restored after this.

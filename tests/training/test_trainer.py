@@ -238,3 +238,15 @@ def test_losses_after_resuming_are_bit_equal(make_model, tmp_path, exact, number
         assert {name: log[name] for name in names} == {name: expected[name] for name in names}
     for a, b in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [3, 4], ids=["within_an_epoch", "after_an_epoch"])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(make_model, tmp_path, steps):
+    changes = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps}
+    finished = make_trainer(make_model(**DRAWN), tmp_path, **changes)
+    finished.train()
+    resumed = make_trainer(make_model(seed=9, **DRAWN), tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert resumed.state.global_step == steps
+    for a, b in zip(finished.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
