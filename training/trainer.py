@@ -248,7 +248,7 @@ def _count_picks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> torc
             counts = model(**inputs, use_cache=False, logits_to_keep=1).expert_counts
             if counts is None or experts is None:
                 break
-            num_tokens = counts[0].sum() / (experts.top_k - experts.num_shared)
+            num_tokens = counts[0].sum() // (experts.top_k - experts.num_shared)
             picks = torch.cat([*counts, num_tokens[None]])
             counted = picks if counted is None else counted + picks
     if generator is not None and state is not None:
