@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if parsed.traceback:
             raise
-        print(f"emo {parsed.command}: {error}", file=sys.stderr)
+        print(f"emo {parsed.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -125,8 +125,10 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    from .training.runs import read_yaml
+
     try:
-        return name, yaml.safe_load(value)
+        return name, read_yaml(value)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"the value of {text!r} is no YAML") from error
 

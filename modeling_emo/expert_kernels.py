@@ -133,7 +133,7 @@ def sorted_experts_forward(
 
     ```
     """
-    is_silu = self.config.hidden_act == "silu"
+    is_silu = self.config.hidden_act == "silu"  # type: ignore[union-attr]
     if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or not is_silu:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype

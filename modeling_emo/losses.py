@@ -90,7 +90,8 @@ def load_balancing_loss(
         picks_Tr = probs_TR.topk(top_k, dim=-1).indices
         count_R = torch.zeros(num_routed, device=device)
         count_R = count_R.scatter_add(0, picks_Tr.flatten(), mask_T.repeat_interleave(top_k))
-        mean_prob_R = (mask_T @ probs_TR) / num_counted
+        with torch.autocast(device.type, enabled=False):  # it would have the product in half precision
+            mean_prob_R = (mask_T @ probs_TR) / num_counted
         losses.append(num_routed / top_k * (count_R * mean_prob_R).sum() / num_items_in_batch)
     return torch.stack(losses).mean()
 
@@ -134,7 +135,9 @@ class RouterStatistics(NamedTuple):
         count_R = count_R.scatter_add(0, picks_Tr.flatten(), counts_T.repeat_interleave(picks_Tr.shape[-1]))
         z_T = logits_TR.logsumexp(dim=-1).square()
         weight_T = counts_T.to(logits_TR.dtype)
-        return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, counts_T.sum())
+        # Autocast would have products of matrices in half precision, sums over tokens or not.
+        with torch.autocast(logits_TR.device.type, enabled=False):
+            return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, counts_T.sum())
 
 
 def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import datasets
 
 WINDOW = 4096
+_LARGEST_ID = np.iinfo(np.int32).max  # of a token: datasets keep them as int32
 
 
 def pack_documents(
@@ -46,7 +47,7 @@ def pack_documents(
         for the next call, to be dropped or to be padded.
 
     Raises:
-        ValueError: if the window is smaller than 1, or a document is not a list of ids.
+        ValueError: if the window is smaller than 1, or a document is not a list of ids from 0 to 2**31 - 1.
 
     Example:
 
@@ -319,6 +320,11 @@ def _end_documents(documents: Iterable[Sequence[int]], eos_token_id: int) -> tup
     arrays = [_as_ids(document, index) for index, document in enumerate(documents)]
     lengths_D = np.array([len(array) for array in arrays], dtype=np.int64)
     ids_T = np.concatenate([np.empty(0, dtype=np.int64), *arrays])
+    if len(ids_T) and (ids_T.min() < 0 or ids_T.max() > _LARGEST_ID):
+        raise ValueError(
+            f"Documents of the batch hold ids from {ids_T.min()} to {ids_T.max()}: expected 0 to "
+            f"{_LARGEST_ID}. Is it a column of token ids?"
+        )
     ends_D = lengths_D.cumsum()
     begins_D = ends_D - lengths_D
     # One after the last token that is no EOS, up to each place; 0 where there is none.

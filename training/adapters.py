@@ -46,7 +46,9 @@ def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
             `target_parameters=["mlp.gate_proj.weight", ...]`.
 
     Returns:
-        `LoraConfig`: for `peft.get_peft_model`, or as `peft_config=` of TRL's trainers.
+        `LoraConfig`: for `peft.get_peft_model`, or as `peft_config=` of TRL's trainers. Those have losses of
+            their own: without the ones of document pools, and with another model's balance loss unless
+            `router_aux_loss_coef=0.0`.
 
     Raises:
         ImportError: without PEFT.

@@ -33,8 +33,8 @@ class DocumentCollator:
         window (`int`, *optional*): pad every batch to so many tokens, for shapes that never change.
 
     Raises:
-        ValueError: on a call: if a window is longer than `window`, its columns differ in length, or documents
-            cannot be told apart.
+        ValueError: on a call: if a window is longer than `window`, its columns differ in length, an id is
+            not in the model's vocabulary, or documents cannot be told apart.
 
     Example:
 
@@ -75,12 +75,23 @@ class DocumentCollator:
         }
         if any("position_ids" in row for row in rows):
             batch["position_ids"] = self._stack(rows, "position_ids", 0)
+        self._check_ids(batch)
         mask = self._stack(rows, "attention_mask", 0)
         # Without a mask attention runs its fastest kernels. Where padding is expected the keys never change:
         # accelerate joins batches by the keys of the first.
         if self.window is not None or not mask.all():
             batch["attention_mask"] = mask
         return batch
+
+    def _check_ids(self, batch: dict[str, torch.Tensor]) -> None:
+        """Refuse here what on an accelerator ends in an error that names nothing."""
+        lowest, highest = (int(value) for value in batch["input_ids"].aminmax())
+        highest = max(highest, int(batch["labels"].max()))
+        if lowest < 0 or highest >= self.config.vocab_size:
+            raise ValueError(
+                f"A batch holds ids from {lowest} to {highest}, and the model has those from 0 to "
+                f"{self.config.vocab_size - 1}: do its tokenizer and the data belong together?"
+            )
 
     def _row(self, window: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """One window's tensors, each (W,)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -71,8 +73,8 @@ def training_arguments(
         `TrainingArguments`
 
     Raises:
-        ValueError: if there is no such recipe, the windows cannot be divided among the devices, or the
-            recipe's warm-up is as long as the whole training.
+        ValueError: if there is no such recipe, a number is none, the windows cannot be divided among the
+            devices, or the recipe's warm-up is as long as the whole training.
 
     Example:
 
@@ -88,6 +90,9 @@ def training_arguments(
     """
     if recipe not in _RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}: expected one of {list(get_args(RecipeName))}.")
+    _check_numbers(changes)
+    if windows_per_step is not None and (not _is_a(windows_per_step, int) or windows_per_step < 1):
+        raise ValueError(f"`windows_per_step` is {windows_per_step!r}, expected an integer of at least 1.")
     # `DocumentCollator` reads columns that the model's signature does not name.
     settings: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none"} | _RECIPES[recipe]
     default_windows = settings.pop("windows_per_step", None)
@@ -113,3 +118,19 @@ def training_arguments(
         )
     arguments.gradient_accumulation_steps = windows_per_step // at_once
     return arguments
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    """`TrainingArguments` takes the text of a number as well, and the optimiser stumbles over it later."""
+    hints = get_type_hints(TrainingArguments)
+    for name, value in settings.items():
+        kinds = set(get_args(hints.get(name)) or [hints.get(name)])
+        if kinds <= {bool, int, float, NoneType} and not any(_is_a(value, kind) for kind in kinds):
+            expected = " or ".join(sorted("none" if kind is NoneType else kind.__name__ for kind in kinds))
+            raise ValueError(f"`{name}` is {value!r}, expected {expected}.")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -60,11 +60,12 @@ def accumulate_balance(
     ```
     """
     causal = _causal_lm(model)
+    outer = causal.balance_counts
     causal.balance_counts = BalanceCounts(None if batches is None else _count_picks(model, batches))
     try:
         yield
     finally:
-        causal.balance_counts = None
+        causal.balance_counts = outer
 
 
 class EmoTrainer(Trainer):
@@ -75,6 +76,7 @@ class EmoTrainer(Trainer):
     - The logs report `ce_loss`, `balance_loss`, `router_z_loss`, `lm_z_loss` (without their coefficients,
       means over the steps since the last report), `pool_size` (mean routed experts in a document's pool) and
       `experts_used` (routed experts that any token took since the last report, mean over the layers).
+    - A finished run that is resumed trains no further (`Trainer` with `max_steps` takes one more step).
     - Rows that `train_only` froze stay as they are, whatever the optimiser (`KeepFrozenRows`).
     - `TrainingArguments(fsdp=True)` shards parameters, gradients and the optimiser (FSDP2) on CPUs too, where
       accelerate alone falls back to DDP without a word.
@@ -87,6 +89,10 @@ class EmoTrainer(Trainer):
         args, kwargs: as for `Trainer`.
         exact_balance (`bool`, defaults to `False`): count the picks of a step's micro-batches beforehand, so
             that accumulated gradients are exactly those of one large batch; costs another forward each.
+
+    Raises:
+        ValueError: if there is no `EmoForCausalLM` in the model (classifiers train with `Trainer`), or with
+            `label_smoothing_factor`: `Trainer` then leaves out what the model adds to the cross entropy.
 
     Example:
 
@@ -113,14 +119,23 @@ class EmoTrainer(Trainer):
 
     def __init__(self, *args, exact_balance: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        _causal_lm(self.model)  # type: ignore[arg-type]
+        if self.label_smoother is not None:
+            raise ValueError(
+                f"`label_smoothing_factor` is {self.args.label_smoothing_factor}, and `Trainer` would leave "
+                "the balance loss and the z-losses out: set it to 0."
+            )
         self.exact_balance = exact_balance
         self._step_counts: BalanceCounts | None = None
         self._uncounted: list[Any] = []  # the step's micro-batches, where their picks are still to be counted
-        self._steps = 0.0  # of the optimiser, since the last report; the others since then, too
-        self._sums: dict[str, Any] = {}
-        self._picks: list[Any] = []  # one (R,) a layer
+        self._begin_report()
         if isinstance(self.model, EmoPreTrainedModel):
             self.add_callback(KeepFrozenRows())
+
+    def train(self, *args, **kwargs):
+        """Train; see `Trainer.train`."""
+        self._begin_report()  # what an earlier run did not come to report is none of this one's
+        return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and have it shard on CPUs too; see `Trainer`."""
@@ -144,6 +159,10 @@ class EmoTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of the next optimiser step; a new count of picks begins with them."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end: `Trainer` looks at the number of steps only after another one.
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_counts = BalanceCounts()
         # Not counted here: when resuming, the random state that draws the pools is restored after this.
@@ -173,6 +192,11 @@ class EmoTrainer(Trainer):
             logs |= self._take_report()
         super().log(logs, start_time)
 
+    def _begin_report(self) -> None:
+        self._steps = 0.0  # of the optimiser, since the last report; the others since then, too
+        self._sums: dict[str, Any] = {}
+        self._picks: list[Any] = []  # one (R,) a layer
+
     def _report(self, outputs: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None) -> None:
         """Note what one micro-batch adds to the report; nothing here waits for the device."""
         fraction = 1 / self.current_gradient_accumulation_steps
@@ -199,7 +223,7 @@ class EmoTrainer(Trainer):
         if self._picks:
             picked = self.accelerator.reduce(torch.cat(self._picks), reduction="sum") > 0
             report["experts_used"] = picked.sum().item() / len(self._picks)
-        self._steps, self._sums, self._picks = 0.0, {}, []
+        self._begin_report()
         return report
 
 
@@ -224,7 +248,7 @@ def _count_picks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> torc
             counts = model(**inputs, use_cache=False, logits_to_keep=1).expert_counts
             if counts is None or experts is None:
                 break
-            num_tokens = counts[0].sum() / (experts.top_k - experts.num_shared)
+            num_tokens = counts[0].sum() // (experts.top_k - experts.num_shared)
             picks = torch.cat([*counts, num_tokens[None]])
             counted = picks if counted is None else counted + picks
     if generator is not None and state is not None:

@@ -12,18 +12,20 @@ from transformers_emo import EmoForCausalLM, cli, training
 def test_train_hands_over_the_recipe_and_its_changes(monkeypatch):
     calls = []
     monkeypatch.setattr(training, "train", lambda recipe, resume: calls.append((recipe, resume)))
-    words = ["train", "examples/recipes/pretrain.yaml", "--set", "training.max_steps=3", "--resume"]
+    words = ["train", "examples/recipes/pretrain.yaml", "--set", "training.learning_rate=4e-3", "--resume"]
     assert cli.main([*words, "--set", "model.config.document_pool_min=null"]) == 0
     ((recipe, resume),) = calls
-    assert resume and recipe.training["max_steps"] == 3
+    assert resume and recipe.training["learning_rate"] == 0.004
     assert recipe.model.config["document_pool_min"] is None
 
 
-def test_errors_are_one_line(capsys):
-    assert cli.main(["train", "no-such-file.yaml"]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1
-    assert printed.err.startswith("emo train: ") and "no-such-file.yaml" in printed.err
+def test_errors_are_one_line(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1\nb: 2")  # of which the parser says much
+    for file in ("no-such-file.yaml", str(tmp_path / "bad.yaml")):
+        assert cli.main(["train", file]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.count("\n") == 1
+        assert printed.err.startswith("emo train: ") and file in printed.err
 
 
 def test_where_an_error_comes_from_can_be_seen():

@@ -5,6 +5,7 @@ import reference
 import torch
 from transformers_emo.configuration import EmoConfig, LayerExperts
 from transformers_emo.modeling_emo import load_balancing_loss
+from transformers_emo.modeling_emo.losses import RouterStatistics
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
@@ -65,3 +66,16 @@ def test_always_active_expert_among_the_shared_ones_is_left_out_once():
 def test_layers_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="router logits of 1 layers and the experts of 2"):
         load_balancing_loss([torch.zeros(2, 4)], [LayerExperts(4, 0, (), 1)] * 2)
+
+
+def test_autocast_leaves_the_losses_in_float32():
+    torch.manual_seed(0)
+    layer, logits = LayerExperts(8, 0, (), 3), torch.randn(500, 8)
+    found = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            probs = logits.softmax(-1)
+            statistics = RouterStatistics.of(logits, probs, probs.topk(3).indices, None)
+            found[enabled] = [*statistics, load_balancing_loss([logits], [layer])]
+    for expected, value in zip(found[False], found[True], strict=True):
+        assert value.dtype == expected.dtype and torch.equal(value, expected)

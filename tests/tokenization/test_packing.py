@@ -261,6 +261,13 @@ def test_misuse_is_named(toy):
         pack_dataset(datasets.DatasetDict(train=rows), eos_token_id=EOS)
 
 
+@pytest.mark.parametrize("wrong", [-3, 2**31, 2**40])
+def test_ids_that_no_token_can_have_are_refused(wrong):
+    documents = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [5, wrong]]})
+    with pytest.raises(ValueError, match=f"ids from .*{wrong}.*: expected 0 to 2147483647"):
+        pack_dataset(documents, eos_token_id=EOS, window=2)
+
+
 def test_without_datasets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"transformers-emo\[train\]"):

@@ -60,11 +60,22 @@ def test_a_run_goes_on_where_it_was_stopped(write, tmp_path):
     for name in ("checkpoint-4", "model.safetensors"):
         path = tmp_path / "out" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    # A checkpoint that was cut short while it was written has no state yet.
+    # A checkpoint that was cut short while it was written has no state yet, or not all of it.
     (tmp_path / "out" / "checkpoint-3").mkdir()
+    (tmp_path / "out" / "checkpoint-4").mkdir()
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 0.1, "glob')
     resumed = train(Recipe.read(write()), resume=True)
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_finished_run_that_is_resumed_is_saved_as_it_was(write, tmp_path):
+    train(Recipe.read(write()))
+    model = tmp_path / "out" / "model.safetensors"
+    expected = model.read_bytes()
+    model.unlink()
+    assert train(Recipe.read(write()), resume=True).state.global_step == 4
+    assert model.read_bytes() == expected
 
 
 def test_resuming_without_a_checkpoint_begins(write):
@@ -118,6 +129,24 @@ def test_evaluation_reads_data_of_its_own(write, tmp_path):
     assert sum("eval_loss" in log for log in trainer.state.log_history) == 2
 
 
+def test_evaluation_windows_may_be_longer(write, tmp_path):
+    rows = {"load": {"path": "json", "data_files": str(tmp_path / "rows.jsonl"), "split": "train[:20]"}}
+    file = write(evaluation=rows | {"ids": "ids", "window": 32}, training={"eval_strategy": "epoch"})
+    assert any("eval_loss" in log for log in train(Recipe.read(file)).state.log_history)
+
+
+def test_numbers_are_those_of_yaml_1_2(write):
+    file = write()
+    file.write_text(file.read_text() + "lora: {a: 4e-3, b: 1E5, c: -.5e+2, d: 4.0e3, e: e5, f: '4e-3'}\n")
+    read = Recipe.read(file).lora
+    assert read == {"a": 0.004, "b": 100000.0, "c": -50.0, "d": 4000.0, "e": "e5", "f": "4e-3"}
+
+
+def test_a_section_that_is_empty_takes_settings_of_the_command(write):
+    recipe = Recipe.read(write(training=None), {"training.max_steps": 7})
+    assert recipe.training == {"max_steps": 7}
+
+
 def test_settings_of_the_command_win(write):
     recipe = Recipe.read(write(), {"training.max_steps": 7, "lora.r": 2, "model.config.lm_z_loss_coef": 0.0})
     assert recipe.training["max_steps"] == 7 and recipe.lora == {"r": 2}
@@ -133,14 +162,54 @@ def test_settings_of_the_command_win(write):
         ({"data": 3}, "section `data` holds 3, expected settings by name"),
         ({"data": {"messages": "chat"}}, r"names the columns \['ids', 'messages'\]"),
         ({"data": {"ids": None, "prompt": "q"}}, r"names the columns \['prompt'\]"),
-        ({"recipe": "cook"}, "no recipe 'cook'"),
+        ({"recipe": "cook"}, "expected one of .*'anneal'.*, got cook"),
         ({"training": {"max_stepz": 3}}, "section `training` is not right: .*max_stepz"),
+        ({"training": {"learning_rate": "fast"}}, "`learning_rate` is 'fast', expected float"),
+        ({"training": [1]}, "Field 'training' expected a dict, got list"),
+        ({"model": {"from_scratch": "no"}}, "section `model` is not right: .*'from_scratch' expected bool"),
+        ({"model": {"train": "routd"}}, "expected one of .*'routed'.*, got routd"),
+        ({"model": {"expert_subset": [[0]]}}, "no use for `expert_subset`"),
+        ({"model": {"options": {"dtypee": 1}}}, "`model.options` are not right: .*dtypee"),
+        ({"model": {"from_scratch": False, "options": {"dtypee": 1}}}, "`model.options` are not .*dtypee"),
+        ({"model": {"config": {"pool_min": 3}}}, r"`EmoConfig` does not know: \['pool_min'\]"),
+        ({"model": {"config": {"document_pool_min": "3"}}}, "`model.config` is not right: .*expected int"),
+        ({"model": {"config": {"document_pool_min": 1}}}, "`document_pool_min` is 1, fewer than the 3"),
+        (
+            {"model": {"config": {"vocab_size": 100}}, "data": {"ids": None}},
+            "The tokenizer has ids up to 4095",
+        ),
+        ({"model": {"train": "routed"}, "lora": {"r": 2}}, "only the adapter trains: leave one of them out"),
+        ({"lora": {"rr": 2}}, "section `lora` is not right: .*rr"),
+        ({"data": {"window": "16"}}, "section `data` is not right: Field 'window' expected int"),
+        ({"data": {"pack": True}}, "documents are always packed"),
+        (
+            {"evaluation": {"load": {}, "prompt": "q", "answer": "a", "pack": True}},
+            "Packed examples would see each other in `evaluation`",
+        ),
         ({"data": {"load": {"path": "json", "data_files": "no-such.jsonl", "split": "train"}}}, "no-such"),
     ],
 )
 def test_mistakes_are_named(write, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(Recipe.read(write(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("text", "streaming", "message"),
+    [
+        ("", False, "`data.load` names files without a row"),
+        ('{"ids": [5, 6]}\n{"ids": [5,', False, "names files that cannot be read: JSON parse error"),
+        ('{"ids": [5, 6]}', False, "do not fill one window"),
+        ('{"ids": [5, 6]}', True, "`data` streams nothing that fills a window of 16"),
+        ("\n".join(['{"ids": [5, 9000]}'] * 40), False, "ids from 0 to 9000, and the model has those from 0"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(write, tmp_path, text, streaming, message):
+    (tmp_path / "bad.jsonl").write_text(text)
+    load = {"path": "json", "data_files": str(tmp_path / "bad.jsonl"), "split": "train"}
+    with pytest.raises(ValueError, match=message):
+        train(Recipe.read(write(data={"load": load | {"streaming": streaming}})))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_data_without_a_split_is_refused(write, tmp_path):

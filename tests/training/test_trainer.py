@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
-from training_runs import DRAWN, FIXED, make_trainer, make_windows
-from transformers_emo.training import accumulate_balance, train_only
+from conftest import TINY
+from training_runs import DRAWN, FIXED, make_arguments, make_trainer, make_windows
+from transformers_emo import EmoConfig, EmoForSequenceClassification
+from transformers_emo.training import EmoTrainer, accumulate_balance, train_only
 
 COEFFICIENTS = {"balance_loss": 0.1, "router_z_loss": 0.001, "lm_z_loss": 1e-5}
 
@@ -94,6 +96,16 @@ class TestAccumulateBalance:
             raise KeyboardInterrupt
         assert torch.equal(model(ids, labels=ids).loss, expected)
 
+    def test_within_another_it_is_a_step_of_its_own(self, make_model):
+        model = make_model(**FIXED).train()
+        ids = torch.tensor([make_windows(1)[0]["input_ids"]])
+        with accumulate_balance(model):
+            model(ids, labels=ids)
+            outer = model.balance_counts.so_far
+            with accumulate_balance(model):
+                model(ids, labels=ids)
+            assert model.balance_counts.so_far is outer
+
     def test_models_of_another_kind_are_refused(self):
         with pytest.raises(ValueError, match="Expected an `EmoForCausalLM`, maybe wrapped, got a Linear"):
             accumulate_balance(torch.nn.Linear(2, 2)).__enter__()
@@ -163,6 +175,14 @@ class TestLogs:
         assert log["ce_loss"] + 0.01 * log["balance_loss"] == pytest.approx(log["loss"], rel=1e-5)
         assert "pool_size" not in log and "lm_z_loss" not in log
 
+    def test_what_was_not_reported_is_not_in_the_next_run(self, make_model, tmp_path):
+        trainer = make_trainer(make_model(**DRAWN), tmp_path, max_steps=3, logging_steps=2)
+        for _ in range(2):  # the last step of the first run is in no report
+            trainer.train()
+            log = trainer.state.log_history[0]
+            total = log["ce_loss"] + sum(scale * log[name] for name, scale in COEFFICIENTS.items())
+            assert total == pytest.approx(log["loss"], rel=1e-5)
+
     def test_evaluation_is_not_reported_as_training(self, make_model, tmp_path):
         model = make_model(**FIXED)
         changes = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": make_windows(2)}
@@ -170,6 +190,17 @@ class TestLogs:
         trainer.train()
         evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
         assert len(evaluations) == 2 and "ce_loss" not in evaluations[0]
+
+
+def test_models_without_a_language_model_head_are_refused(tmp_path):
+    config = EmoConfig(**TINY, num_labels=2)
+    with pytest.raises(ValueError, match="Expected an `EmoForCausalLM`, maybe wrapped, got a"):
+        EmoTrainer(EmoForSequenceClassification(config), make_arguments(tmp_path))
+
+
+def test_smoothed_labels_are_refused_as_they_would_lose_the_balance(make_model, tmp_path):
+    with pytest.raises(ValueError, match="`label_smoothing_factor` is 0.1, and `Trainer` would leave"):
+        make_trainer(make_model(**FIXED), tmp_path, label_smoothing_factor=0.1)
 
 
 def test_weight_decay_is_for_all_but_the_input_embedding(make_model, tmp_path):
@@ -206,4 +237,16 @@ def test_losses_after_resuming_are_bit_equal(make_model, tmp_path, exact, number
     ):
         assert {name: log[name] for name in names} == {name: expected[name] for name in names}
     for a, b in zip(uninterrupted.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("steps", [3, 4], ids=["within_an_epoch", "after_an_epoch"])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(make_model, tmp_path, steps):
+    changes = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps}
+    finished = make_trainer(make_model(**DRAWN), tmp_path, **changes)
+    finished.train()
+    resumed = make_trainer(make_model(seed=9, **DRAWN), tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert resumed.state.global_step == steps
+    for a, b in zip(finished.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
