@@ -3,8 +3,8 @@
     python benchmarks/selection.py [--layers 4] [--folder DIR]
 
 Chooses 16 of 128 experts layerwise over 4,096 tokens, from a synthetic checkpoint of EMO's true width (as in
-loading.py), and runs the model of these experts over the same tokens, without a head; each in a fresh process,
-with the same implementation of the experts. Ratios first:
+loading.py), and runs the model of these experts over the same tokens, without a head; each in a fresh
+process, with the same implementation of the experts. Ratios first:
 
 - time and processor time of the choice over those of one forward pass of the pruned model, with reading it
   and without;
@@ -15,7 +15,7 @@ with the same implementation of the experts. Ratios first:
 Then, at 16 layers and a small width, the naive algorithm, which runs the first l layers of a model in memory
 anew to choose layer l, over the choice from disk and in memory.
 
-Processor time is what counts on a machine that has other work.
+Processor time is what counts on a machine that has other work: sleeping and waiting for the disk do not show in it.
 """
 
 import argparse
@@ -48,12 +48,13 @@ def tokens(vocab_size: int):
 
 
 class Clock:
-    """Seconds and processor seconds since it was made."""
+    """Seconds and processor seconds."""
 
     def __init__(self):
         self.start = time.perf_counter(), time.process_time()
 
     def read(self) -> dict:
+        """What has gone by."""
         return {
             "wall": time.perf_counter() - self.start[0],
             "processor": time.process_time() - self.start[1],

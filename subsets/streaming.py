@@ -75,12 +75,11 @@ def pass_full_model(
             hidden_BSD = _attend(layers, decoder, states.pop(number), batch)
             states[number] = _run_full_block(decoder, block, score, layers.mask(index), hidden_BSD, batch)
             bar.update()
-        del decoder, block  # before the next layer is read
+        block = None  # gone before the next layer is read
 
 
 def _run_full_block(decoder, block, score, mask, hidden_BSD, batch) -> torch.Tensor:
-    text_BS = batch.attention_mask.to(hidden_BSD.device)
-    x_TD = decoder.pre_feedforward_layernorm(hidden_BSD[text_BS])
+    x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
     if score is None:
         output_TD, _ = block(x_TD)
     else:
@@ -94,7 +93,7 @@ def _run_full_block(decoder, block, score, mask, hidden_BSD, batch) -> torch.Ten
         else:
             output_TD, norm_TK = _run_each_expert(block.experts, x_TD, index_TK, weights_TK)
             score.add_outputs(x_TD, output_TD, index_TK, weights_TK, norm_TK, weight_T)
-    return _add_to_text(hidden_BSD, text_BS, output_TD)
+    return _add_to_text(hidden_BSD, output_TD, batch)
 
 
 def _run_each_expert(experts, x_TD, index_TK, weights_TK) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +194,7 @@ def pass_layerwise(
                 for choice in choices:
                     states[choice, number] = _run_block(decoder, block, masks[choice], hidden_BSD, batch)
         streams = {choice: [choice] for choice in range(len(sizes))}
-        del decoder, block  # before the next layer is read
+        block = None  # gone before the next layer is read
     return list(zip(scores, kept, strict=True))
 
 
@@ -224,16 +223,22 @@ def _run_block(decoder, block, mask, hidden_BSD: torch.Tensor, batch: Batch) -> 
     """The second half of a layer, for tokens that are no padding."""
     hidden_BSD = hidden_BSD.to(device_of(decoder.pre_feedforward_layernorm, hidden_BSD.device))
     output_TD, _ = block(decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch)), mask)
-    return _add_to_text(hidden_BSD, batch.attention_mask.to(hidden_BSD.device), output_TD)
+    return _add_to_text(hidden_BSD, output_TD, batch)
 
 
 def _text_of(hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The tokens that are no padding, (T, D)."""
+    if batch.attention_mask.all():
+        return hidden_BSD.flatten(0, 1)
     return hidden_BSD[batch.attention_mask.to(hidden_BSD.device)]
 
 
-def _add_to_text(hidden_BSD, text_BS, output_TD) -> torch.Tensor:
+def _add_to_text(hidden_BSD: torch.Tensor, output_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The hidden states with something added to those tokens."""
+    if batch.attention_mask.all():
+        return hidden_BSD + output_TD.view_as(hidden_BSD)
     result_BSD = hidden_BSD.clone()
-    result_BSD[text_BS] += output_TD
+    result_BSD[batch.attention_mask.to(hidden_BSD.device)] += output_TD
     return result_BSD
 
 
