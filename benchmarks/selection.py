@@ -15,7 +15,7 @@ process, with the same implementation of the experts. Ratios first:
 Then, at 16 layers and a small width, the naive algorithm, which runs the first l layers of a model in memory
 anew to choose layer l, over the choice from disk and in memory.
 
-Processor time is what counts on a machine that has other work: sleeping and waiting for the disk do not show in it.
+Processor time is what counts on a machine that has other work.
 """
 
 import argparse

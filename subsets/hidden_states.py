@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable
-from typing import IO
+from typing import Any
 
 import torch
 
@@ -32,7 +32,7 @@ class HiddenStates:
         self.limit = limit
         self._held: dict[Hashable, torch.Tensor] = {}
         self._bytes = 0
-        self._file: IO[bytes] | None = None
+        self._file: Any = None
         self._places: dict[Hashable, tuple[int, torch.dtype, torch.Size]] = {}
         self._free: dict[int, list[int]] = {}  # places in the file that can be written again, by size
         self._end = 0

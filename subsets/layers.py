@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,10 @@ class Layers(Protocol):
     def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines."""
 
-    def decoder(self, index: int) -> nn.Module:
+    def decoder(self, index: int) -> Any:
         """The layer with attention, norms, and the router or the dense network."""
 
-    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
+    def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
         """A feed-forward block that holds at least the experts `kept`, and the ids of those it holds."""
 
     def mask(self, index: int) -> torch.Tensor | None:
@@ -65,7 +65,7 @@ class LoadedLayers:
     in_memory = True
 
     def __init__(self, model: EmoPreTrainedModel):
-        self.base = model.base_model
+        self.base: Any = model.base_model
         self.config = model.config
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -76,11 +76,11 @@ class LoadedLayers:
         """Cosines and sines."""
         return self.base.rotary_emb(hidden, position_ids)
 
-    def decoder(self, index: int) -> nn.Module:
+    def decoder(self, index: int) -> Any:
         """The layer."""
         return self.base.layers[index]
 
-    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
+    def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
         """The layer's own block, with all of its experts."""
         return self.base.layers[index].mlp, list(range(self.config.layer_experts[index].num_experts))
 
@@ -140,12 +140,12 @@ class CheckpointLayers:
         with torch.device("meta"):
             self.network = EmoModel(self.config).eval()
         self.tensors = _tensors_of(checkpoint, self.network, config)
-        dtype = dtype or config.dtype or self.tensors["embed_tokens.weight"].dtype
+        run_in: Any = dtype or config.dtype or self.tensors["embed_tokens.weight"].dtype
         for tensor in self.tensors.values():
             if tensor.dtype.is_floating_point:
-                tensor.cast_to = dtype
+                tensor.cast_to = run_in
         with torch.device(self.device):
-            self.rotary_emb = EmoRotaryEmbedding(config=self.config)
+            self.rotary_emb = EmoRotaryEmbedding(self.config)  # type: ignore[arg-type]
         self._open: nn.Module | None = None
         self.vocabulary_V = token_ids.unique()
         self.embedding_VD: torch.Tensor | None = None
@@ -160,7 +160,7 @@ class CheckpointLayers:
         """Cosines and sines."""
         return self.rotary_emb(hidden, position_ids)
 
-    def decoder(self, index: int) -> nn.Module:
+    def decoder(self, index: int) -> Any:
         """Read the layer less its experts, and let go of the one before."""
         self.embedding_VD = None  # only needed before the first layer
         if self._open is not None:
@@ -169,7 +169,7 @@ class CheckpointLayers:
         self._fill(self._open, f"layers.{index}.", {})
         return self._open
 
-    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
+    def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
         """Read these experts: a block with them alone, with the router rows cut to them."""
         kept, layer = sorted(kept), self.config.layer_experts[index]
         with torch.device("meta"):

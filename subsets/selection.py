@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
@@ -183,10 +184,14 @@ def select_experts(
     if stop_when_settled is not None and not 0 < stop_when_settled <= 1:
         raise ValueError(f"`stop_when_settled` is {stop_when_settled}, expected a number from 0 to 1.")
     config, source = _resolve(model, dtype, device, hub_kwargs)
-    several = isinstance(num_experts, list | tuple)
-    sizes = list(num_experts) if isinstance(num_experts, list | tuple) else [num_experts]
+    if source is not None and not isinstance(model, EmoPreTrainedModel) and not os.path.isdir(source):
+        # From here on one commit, even if the repository changes meanwhile.
+        commit = extract_commit_hash(cached_file(source, "config.json", **hub_kwargs), None)
+        hub_kwargs["revision"] = commit or hub_kwargs.get("revision")
+    several = isinstance(num_experts, Sequence)
+    sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     _check_sizes(config, sizes)
-    choice = _Choice(config, method, budget, sizes, source)
+    choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"))
     if method == "random":
         subsets = choice.of_scores(_random_scores(config, seed))
         return subsets if several else subsets[0]
@@ -198,10 +203,10 @@ def select_experts(
         texts, *rest = read_column(dataset, columns, max_texts)
         answers = rest[0] if rest else answers
     if texts is not None:
-        texts, answers = ([value] if isinstance(value, str) else value for value in (texts, answers))
+        texts, answers = _several(texts), None if answers is None else _several(answers)
         examples = encode(
-            list(texts)[:max_texts],
-            None if answers is None else list(answers)[:max_texts],
+            texts[:max_texts],
+            None if answers is None else answers[:max_texts],
             tokenizer or _tokenizer_of(source, hub_kwargs),
             tokens,
             max_length or config.max_position_embeddings,
@@ -275,6 +280,12 @@ def _resolve(model: Any, dtype: Any, device: Any, hub_kwargs: dict[str, Any]) ->
     return config, os.fspath(model)
 
 
+def _several(texts: Sequence | str) -> list:
+    """Texts or chats, of several or of one."""
+    is_chat = not isinstance(texts, str) and len(texts) > 0 and all(isinstance(t, dict) for t in texts)
+    return [texts] if isinstance(texts, str) or is_chat else list(texts)
+
+
 def _tokenizer_of(source: str | None, hub_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     if not source:
         raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
@@ -284,19 +295,25 @@ def _tokenizer_of(source: str | None, hub_kwargs: dict[str, Any]) -> PreTrainedT
         raise ValueError(f"There is no tokenizer in {source} ({error}): give the `tokenizer` too.") from error
 
 
+@dataclass
 class _Choice:
     """Makes subsets of scores; knows the model they belong to, and what has been asked for."""
 
-    def __init__(self, config: EmoConfig, method: str, budget: str, sizes: Sequence[int], source: str | None):
-        self.config, self.method, self.budget = config, method, budget
-        self.sizes, self.source = sizes, source
-        self.present = present_experts(config)
-        self.always = [always_kept(layer) for layer in config.layer_experts]
+    config: EmoConfig
+    method: str
+    budget: str
+    sizes: Sequence[int]
+    source: str | None
+    revision: str | None
+
+    def __post_init__(self):
+        self.present = present_experts(self.config)
+        self.always = [always_kept(layer) for layer in self.config.layer_experts]
         # Under a budget for all layers, how many routed experts each keeps: as many as a token takes.
         self.least = min(
             (
                 layer.top_k - len(always)
-                for layer, always in zip(config.layer_experts, self.always, strict=True)
+                for layer, always in zip(self.config.layer_experts, self.always, strict=True)
                 if not layer.is_dense
             ),
             default=1,
@@ -313,9 +330,9 @@ class _Choice:
             if score_E is not None:
                 self._check_finite(index, score_E)
         full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **said)
-        smallest = min(len(always) for always in self.always)
+        most = max(len(always) for always in self.always)
         return [
-            full.top(size, budget=self.budget, least=max(1, min(self.least, size - smallest)))
+            full.top(size, budget=self.budget, least=max(1, min(self.least, size - most)))
             for size in self.sizes
         ]
 
@@ -344,7 +361,7 @@ class _Choice:
             root_experts_per_layer=roots,
             method=self.method,
             source=self.source,
-            revision=getattr(self.config, "_commit_hash", None),
+            revision=self.revision,
             **said,
         )
 

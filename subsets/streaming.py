@@ -9,9 +9,9 @@ experts taken per token, P = T * K picks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask
 
@@ -19,7 +19,7 @@ from ..configuration import EmoConfig
 from .calibration import Batch
 from .hidden_states import HiddenStates
 from .layers import Layers, device_of
-from .statistics import ExpertOutput, RouterProbability, new_score
+from .statistics import ExpertOutput, RouterProbability
 
 # Outputs of single experts are held for so many tokens at a time: K times as many rows as tokens.
 _OUTPUT_TOKENS = 1024
@@ -169,7 +169,7 @@ def pass_layerwise(
     for index, layer in enumerate(layers.config.layer_experts[: last + 1]):
         decoder = layers.decoder(index)
         for stream, choices in streams.items():
-            score = new_score("layerwise", layer)
+            score = None if layer.is_dense else RouterProbability(layer)
             for number, batch in enumerate(batches):
                 hidden_BSD = _attend(layers, decoder, states.pop((stream, number)), batch)
                 if score is None:
@@ -198,7 +198,7 @@ def pass_layerwise(
     return list(zip(scores, kept, strict=True))
 
 
-def _attend(layers: Layers, decoder: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _attend(layers: Layers, decoder: Any, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The first half of a layer, as in `EmoDecoderLayer.forward`."""
     hidden_BSD = hidden_BSD.to(device_of(decoder.pre_attention_layernorm, hidden_BSD.device))
     position_ids = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
