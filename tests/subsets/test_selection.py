@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from transformers_emo import CheckpointError, ExpertSubset, SubsetError, select_experts
+from transformers_emo.subsets import selection
 
 INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
 
@@ -234,6 +235,49 @@ def test_choice_stops_when_it_has_settled(make_checkpoint, method):
         assert [step["num_texts"] for step in subset.settling] == [1, 2, 4]
         assert [step.get("jaccard") for step in subset.settling] == [None, 1.0, 1.0]
         assert subset.experts == select_experts(source, input_ids=batches[:4], **arguments).experts
+
+
+def test_settled_is_twice_in_a_row(make_model, monkeypatch):
+    agreements = iter([1.0, 0.2, 1.0, 0.95, 1.0])
+    monkeypatch.setattr(selection, "jaccard", lambda *_: next(agreements))
+    subset = select_experts(
+        make_model(),
+        input_ids=[INPUT_IDS[:1]] * 64,
+        num_experts=5,
+        method="global",
+        stop_when_settled=0.9,
+        progress=False,
+    )
+    assert [step.get("jaccard") for step in subset.settling] == [None, 1.0, 0.2, 1.0, 0.95]
+
+
+def plant_domains(model):
+    """Make tokens from 48 on those of a second domain, whose experts are the odd ones."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.5)[:, :2] = 0
+        model.model.embed_tokens.weight[:48, 0] += 1
+        model.model.embed_tokens.weight[48:, 1] += 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.experts.down_proj.mul_(0.01)
+            layer.mlp.gate.weight.mul_(0.3)[:, :2] = 0
+            layer.mlp.gate.weight[0::2, 0] += 1
+            layer.mlp.gate.weight[1::2, 1] += 1
+    return model
+
+
+@pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap"])
+def test_planted_domains_get_exactly_their_experts(make_model, tmp_path, method):
+    model = plant_domains(make_model(num_experts=13))
+    model.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for first, last, parity in ((2, 48, 0), (48, 96, 1)):
+        ids = torch.randint(first, last, (4, 16), generator=generator)
+        own = [[*range(parity, 12, 2), 12]] * 3
+        for source in (model, tmp_path):
+            chosen = select_experts(source, input_ids=[ids], num_experts=7, method=method, progress=False)
+            assert chosen.experts == own
+        assert select_experts(model, num_experts=7, method="random").experts != own
 
 
 def test_choice_that_does_not_settle_says_so(make_model, caplog, monkeypatch):
