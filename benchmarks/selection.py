@@ -194,7 +194,10 @@ def main() -> None:
     )
     wanted = sizes["layers"] + sizes["experts"] * (args.layers - 1)
     read = statistics.median(run["read"] for run in choices)
-    print(f"bytes read / layers without experts, and chosen experts of all but the last: {read / wanted:.3f}")
+    print(
+        "bytes read (with rows of the embedding) / layers without experts, and chosen experts of all but the "
+        f"last: {read / wanted:.3f}"
+    )
     for name in ("memory", "disk"):
         same = naive[f"{name} equals naive"]
         for kind in ("wall", "processor"):

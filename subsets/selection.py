@@ -187,7 +187,8 @@ def select_experts(
     if source is not None and not isinstance(model, EmoPreTrainedModel) and not os.path.isdir(source):
         # From here on one commit, even if the repository changes meanwhile.
         commit = extract_commit_hash(cached_file(source, "config.json", **hub_kwargs), None)
-        hub_kwargs["revision"] = commit or hub_kwargs.get("revision")
+        if commit is not None:
+            hub_kwargs["revision"] = commit
     several = isinstance(num_experts, Sequence)
     sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     _check_sizes(config, sizes)
