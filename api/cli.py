@@ -108,6 +108,27 @@ def _parser() -> argparse.ArgumentParser:
     retention.add_argument("--no-topics", action="store_true", help="do not compare domains' routing")
     retention.add_argument("--no-plots", action="store_true", help="no pictures: needs no matplotlib")
     retention.set_defaults(run=_retention)
+
+    select = commands.add_parser(
+        "select",
+        help="choose the experts of a domain from text",
+        description="Choose the experts of a domain from text, and write them as a JSON file that "
+        "`from_pretrained(expert_subset=...)` takes. The model is read layer by layer.",
+    )
+    select.add_argument("model", help="folder or Hub repository")
+    select.add_argument("out", help="JSON file to write; with several numbers of experts, {} is the number")
+    select.add_argument("--text", action="append", metavar="TEXT", help="calibration text; may be repeated")
+    select.add_argument("--data", metavar="FILE", help="JSONL file of calibration texts, instead of --text")
+    select.add_argument("--column", default="text", help="its column of texts or chats (%(default)s)")
+    select.add_argument("--answer-column", help="its column of answers, if it has one")
+    select.add_argument("--max-texts", type=int, metavar="N", help="take only the first N texts")
+    select.add_argument("--experts", type=int, nargs="+", default=[16], metavar="K", help="experts to keep")
+    select.add_argument("--method", default="layerwise", help="layerwise, global, easy_ep, reap or random")
+    select.add_argument("--tokens", default="all", help="tokens that count: all, prompt or answer")
+    select.add_argument("--settle", type=float, metavar="JACCARD", help="stop when the choice has settled")
+    select.add_argument("--dtype", help="to run in, such as float32; the model's own by default")
+    select.add_argument("--revision", help="of the Hub repository")
+    select.set_defaults(run=_select)
     return parser
 
 
@@ -184,3 +205,30 @@ def _retention(parsed: argparse.Namespace) -> None:
             plots=not parsed.no_plots,
         )
     )
+
+
+def _select(parsed: argparse.Namespace) -> None:
+    from .subsets import select_experts
+
+    if len(parsed.experts) > 1 and "{}" not in parsed.out:
+        raise ValueError(
+            f"{parsed.out!r} is one file for {len(parsed.experts)} subsets: put {{}} in its name."
+        )
+    subsets = select_experts(
+        parsed.model,
+        parsed.text,
+        parsed.experts,
+        dataset=parsed.data,
+        column=parsed.column,
+        answer_column=parsed.answer_column,
+        max_texts=parsed.max_texts,
+        method=parsed.method,
+        tokens=parsed.tokens,
+        stop_when_settled=parsed.settle,
+        dtype=parsed.dtype,
+        **({} if parsed.revision is None else {"revision": parsed.revision}),
+    )
+    for size, subset in zip(parsed.experts, subsets, strict=True):
+        path = parsed.out.replace("{}", str(size))
+        subset.save(path)
+        print(f"{path}: {size} experts a layer, from {subset.num_tokens or 0} tokens")

@@ -270,6 +270,57 @@ def ready_batches(
     return batches
 
 
+def doubling(items: Sequence, wanted: Any = True) -> list[list]:
+    """Cut a sequence into parts of 1, 1, 2, 4, 8 ... items, so that their sums double.
+
+    Args:
+        items (`Sequence`): the sequence.
+        wanted (*optional*): `None` leaves it in one part.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.calibration import doubling
+    >>> doubling("abcdef")
+    [['a'], ['b'], ['c', 'd'], ['e', 'f']]
+
+    ```
+    """
+    parts: list[list] = []
+    start, stop = 0, 1 if wanted is not None else len(items)
+    while start < len(items):
+        parts.append(list(items[start:stop]))
+        start, stop = stop, 2 * stop
+    return parts
+
+
+def check_ids(batches: Sequence[Batch], vocab_size: int) -> None:
+    """See that the model has an embedding of every token.
+
+    Args:
+        batches (`Sequence[Batch]`): calibration text.
+        vocab_size (`int`): token ids are below it.
+
+    Raises:
+        ValueError: if it has not.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.calibration import check_ids, ready_batches
+    >>> check_ids(ready_batches([[5, 6]], None, None, "all", "token"), 7)
+
+    ```
+    """
+    for batch in batches:
+        outside = (batch.input_ids < 0) | (batch.input_ids >= vocab_size)
+        if outside.any():
+            raise ValueError(
+                f"There is no token {int(batch.input_ids[outside][0])}: the model has ids from 0 to "
+                f"{vocab_size - 1}. Is the tokenizer that of the model?"
+            )
+
+
 def _as_batches(value: Any) -> list[torch.Tensor]:
     """Tensors (B, S), from lists or tensors of several batches or of one."""
     value = [value] if isinstance(value, torch.Tensor) and value.dim() == 2 else value

@@ -16,8 +16,10 @@ import math
 import os
 import struct
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import EllipsisType
 from typing import Protocol
@@ -216,6 +218,37 @@ class LazyTensor:
             start, stop, _ = parts[0].indices(self.shape[0])
             return self._read_rows(start, max(start, stop))[(slice(None), *parts[1:])]
         return self._read_rows(0, self.shape[0] if self.shape else 1)[index]
+
+    def take(self, rows: Sequence[int]) -> LazyTensor:
+        """Some rows of the first dimension, as a lazy tensor of their own; neighbours are read together.
+
+        Args:
+            rows (`Sequence[int]`): row numbers.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo.subsets import Checkpoint
+        >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+        >>> checkpoint.lazy(["model.embed_tokens.weight"]).take([7, 8, 300])[...].shape
+        torch.Size([3, 128])
+
+        ```
+        """
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        offsets = [0, *accumulate(piece.end - piece.start for piece in self.pieces)]
+        parts: list[TensorSpan] = []
+        for row in rows:
+            begin, end = row * row_bytes, (row + 1) * row_bytes
+            number = bisect_right(offsets, begin) - 1
+            while begin < end:
+                piece, stop = self.pieces[number], min(end, offsets[number + 1])
+                first, last = piece.start + begin - offsets[number], piece.start + stop - offsets[number]
+                if parts and parts[-1].file == piece.file and parts[-1].end == first:
+                    first = parts.pop().start
+                parts.append(TensorSpan(piece.file, first, last, self.dtype, ()))
+                begin, number = stop, number + 1
+        return LazyTensor(self.source, parts, self.dtype, (len(rows), *self.shape[1:]), self.cast_to)
 
     def _read_rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` of the first dimension (a scalar has one row)."""

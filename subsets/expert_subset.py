@@ -7,12 +7,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from ..configuration import EmoConfig
+from .ranking import best_experts, sizes_by_mass
 
 _FORMAT = "emo-expert-subset"
 _VERSION = 1
@@ -53,6 +54,9 @@ class ExpertSubset:
             dense one; a model of other sizes refuses the subset.
         method (`str`, *optional*): how the experts were chosen.
         num_tokens (`int`, *optional*): calibration tokens that the choice rests on.
+        num_texts (`int`, *optional*): calibration texts that it rests on.
+        settling (`list[dict]`, *optional*): how the choice settled with more text: after so many `num_texts`
+            and `num_tokens`, the `jaccard` of the choice with the one before.
         source (`str`, *optional*): folder or Hub repository of the model they were chosen on.
         revision (`str`, *optional*): its revision.
         drop_shared (`bool`, defaults to `False`): allow the subset to leave out shared or always-active
@@ -79,6 +83,8 @@ class ExpertSubset:
     root_experts_per_layer: list[int] | None = None
     method: str | None = None
     num_tokens: int | None = None
+    num_texts: int | None = None
+    settling: list[dict[str, float]] | None = None
     source: str | None = None
     revision: str | None = None
     drop_shared: bool = False
@@ -99,6 +105,8 @@ class ExpertSubset:
                 lambda v: isinstance(v, list) and all(map(_is_id, v)),
             ),
             ("num_tokens", "a number", _is_id),
+            ("num_texts", "a number", _is_id),
+            ("settling", "a list", lambda v: isinstance(v, list)),
             ("method", "a name", lambda v: isinstance(v, str)),
             ("source", "a name", lambda v: isinstance(v, str)),
             ("revision", "a name", lambda v: isinstance(v, str)),
@@ -296,6 +304,56 @@ class ExpertSubset:
             **fields | {"experts": experts, "root_experts_per_layer": root_sizes, "local_ids": False}
         )
 
+    def top(self, num_experts: int, *, budget: str = "uniform", least: int = 1) -> ExpertSubset:
+        """Another choice by the same scores: the experts with the largest, ties to the smaller id.
+
+        For scores of the full model (`"global"`, `"easy_ep"`, `"reap"`, `"random"`) this is what
+        `select_experts` would choose anew. Scores of `"layerwise"` were measured with as many experts as were
+        chosen then, and are only close to those of another number.
+
+        Args:
+            num_experts (`int`): experts to keep in each layer, shared ones included.
+            budget (`str`, defaults to `"uniform"`): `"uniform"`, so many in every layer; or `"mass"`, so many
+                in the mean over layers, where their shares of the layer's score are largest.
+            least (`int`, defaults to 1): for `"mass"`, how many every layer keeps beside shared and
+                always-active experts.
+
+        Raises:
+            SubsetError: if the subset has no scores, or a layer not enough experts.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import select_experts
+        >>> toy, text = "model_cards/toy-emo", ["import os"]
+        >>> subset = select_experts(toy, text, 16, method="global", progress=False)
+        >>> subset.top(8) == select_experts(toy, text, 8, method="global", progress=False)
+        True
+
+        ```
+        """
+        if self.scores is None or self.always_kept is None:
+            raise SubsetError("The subset has no scores to choose by: choose with `select_experts`.")
+        if budget not in ("uniform", "mass"):
+            raise SubsetError(f"Unknown budget {budget!r}, expected 'uniform' or 'mass'.")
+        for index, (scores, always) in enumerate(zip(self.scores, self.always_kept, strict=True)):
+            if scores is None or always is None:
+                continue
+            scored = sum(score is not None for score in scores)
+            if not len(always) < num_experts <= scored:
+                raise SubsetError(
+                    f"Cannot keep {num_experts} experts in layer {index}: it has scores of {scored}, of "
+                    f"which {len(always)} are always kept; expected {len(always) + 1} to {scored}."
+                )
+        sizes = [num_experts] * len(self.experts)
+        if budget == "mass":
+            sizes = sizes_by_mass(self.scores, self.always_kept, num_experts, least)
+        experts = [
+            None if scores is None else best_experts(scores, always or (), size)
+            for scores, always, size in zip(self.scores, self.always_kept, sizes, strict=True)
+        ]
+        return replace(self, experts=experts)
+
     def _fit_layer(self, index, ids, layer, present, root_size) -> list[int] | None:
         """The root ids of one layer, checked against `present`, the root ids that the model holds there."""
         if layer.is_dense or ids is None:
@@ -330,33 +388,6 @@ class ExpertSubset:
                 f"The subset keeps no routed expert in layer {index} (it keeps {ids}): keep at least one."
             )
         return ids
-
-
-def best_experts(scores: Sequence[float | None], always_kept: Iterable[int], num_experts: int) -> list[int]:
-    """The experts of a layer with the largest scores; ties go to the smaller id.
-
-    Args:
-        scores (`Sequence[float | None]`): the score of each expert, `None` for one that cannot be chosen.
-        always_kept (`Iterable[int]`): experts to keep whatever their score.
-        num_experts (`int`): how many to keep, those included.
-
-    Returns:
-        `list[int]`: their ids, sorted.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.expert_subset import best_experts
-    >>> best_experts([0.3, 0.1, 0.3, 0.2, None], [1], 2)
-    [0, 1]
-
-    ```
-    """
-    always = set(always_kept)
-    ranked = sorted(
-        (-score, expert) for expert, score in enumerate(scores) if score is not None and expert not in always
-    )
-    return sorted([*always, *(expert for _, expert in ranked[: max(num_experts - len(always), 0)])])
 
 
 def root_experts(config: EmoConfig) -> list[int]:

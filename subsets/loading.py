@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers.core_model_loading import WeightConverter
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
@@ -27,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 # Said of the model being loaded, not of what its file says.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config")
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _EXPERT_TENSOR = re.compile(
     r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
 )
@@ -95,7 +96,7 @@ def from_pretrained(
     config = kwargs.pop("config", None)
     if not isinstance(config, EmoConfig):
         aside = {name: kwargs.pop(name) for name in _NOT_FOR_CONFIG if name in kwargs}
-        hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         config, kwargs = EmoConfig.from_pretrained(
             base if config is None else config, return_unused_kwargs=True, **kwargs
         )
@@ -143,7 +144,7 @@ def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike |
         hub |= kwargs.get("adapter_kwargs") or {}
         if kwargs.get("local_files_only"):
             hub["local_files_only"] = True
-        check_adapter(adapter, config, {name: hub[name] for name in _HUB_KWARGS if name in hub})
+        check_adapter(adapter, config, {name: hub[name] for name in HUB_KWARGS if name in hub})
     return load(adapter, *args, **kwargs)
 
 
@@ -199,6 +200,38 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         if transform.was_used() or _is_expert_converter(transform)
     ]
     return result
+
+
+def open_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> Checkpoint:
+    """The checkpoint of a folder or a Hub repository, known by its headers.
+
+    Args:
+        path (`str` or `os.PathLike`): the folder or repository.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Raises:
+        CheckpointError: if there are no safetensors weights, or they are damaged.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.loading import open_checkpoint
+    >>> len(open_checkpoint("model_cards/toy-emo").tensors)
+    415
+
+    ```
+    """
+    if os.path.isdir(path):
+        return Checkpoint.from_folder(Path(path, hub_kwargs.get("subfolder") or ""))
+    optional = hub_kwargs | {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(path, SAFE_WEIGHTS_NAME, **optional)
+    if file is None:
+        file = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **optional)
+        if file is None:
+            raise CheckpointError(f"There are no safetensors weights in {os.fspath(path)}.")
+        shards, _ = get_checkpoint_shard_files(path, file, **hub_kwargs)
+        file = shards[0]
+    return Checkpoint.from_folder(Path(file).parent)
 
 
 def lazy_parameters(

@@ -10,21 +10,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
-from ..configuration import EmoConfig
+from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
-from .calibration import TOKENS, Batch, encode, make_batches, read_column, ready_batches
-from .expert_subset import ExpertSubset, SubsetError, best_experts, present_experts, root_experts
+from .calibration import (
+    TOKENS,
+    Batch,
+    check_ids,
+    doubling,
+    encode,
+    make_batches,
+    read_column,
+    ready_batches,
+)
+from .checkpoint import CheckpointError
+from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+from .hidden_states import HiddenStates
+from .layers import CheckpointLayers, Layers, LoadedLayers
+from .loading import HUB_KWARGS, open_checkpoint
+from .ranking import best_experts, jaccard
 from .statistics import always_kept, new_score
-from .streaming import HiddenStates, Layers, LoadedLayers, pass_full_model, pass_layerwise
+from .streaming import pass_full_model, pass_layerwise
+
+logger = logging.get_logger(__name__)
 
 _METHODS = ("layerwise", "global", "easy_ep", "reap", "random")
 _WEIGHTS = ("token", "text")
+_BUDGETS = ("uniform", "mass")
 
 
 @overload
@@ -54,9 +74,14 @@ def select_experts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
+    budget: str = "uniform",
+    stop_when_settled: float | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     hidden_memory: float = 4e9,
     seed: int = 0,
     progress: bool = True,
+    **hub_kwargs: Any,
 ) -> ExpertSubset | list[ExpertSubset]:
     """Choose the experts that a domain uses most.
 
@@ -69,8 +94,11 @@ def select_experts(
     - `"random"` needs no text; for one seed, a smaller choice is part of a larger one.
 
     Ties go to the smaller id. Shared and always-active experts are always kept and count towards
-    `num_experts`; dense layers stay as they are. Padding never counts. Every method takes one pass over the
-    layers.
+    `num_experts`; dense layers stay as they are. Padding never counts.
+
+    Every method is one pass over the layers. From a folder or repository a layer is read when its turn comes:
+    `"layerwise"` reads attention, norms and router of a layer, and then the experts that it keeps; the other
+    methods read all experts of a layer. The hidden states of all texts are kept between layers.
 
     Args:
         model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to
@@ -78,7 +106,8 @@ def select_experts(
         texts (`Sequence` or `str`, *optional*): calibration texts, or chats (lists of messages) for the
             tokenizer's chat template; one few-shot prompt of the domain with its answer is often enough.
         num_experts (`int` or `Sequence[int]`, defaults to 16): experts to keep in each layer; several numbers
-            give several subsets, in one go.
+            give several subsets in one pass: what is read is read once, and layers up to the first choice run
+            once.
         method (`str`, defaults to `"layerwise"`): one of those above.
         answers (`Sequence[str]`, *optional*): an answer to each text, encoded by itself and put behind it.
         dataset (iterable of `dict`, `str` or `os.PathLike`, *optional*): rows that hold the texts, such as a
@@ -97,10 +126,24 @@ def select_experts(
         max_length (`int`, *optional*): cut texts to so many tokens, prompts with answers and chats on the
             left; the model's context by default.
         batch_size (`int`, defaults to 8): texts in one batch; fewer where they are long.
+        budget (`str`, defaults to `"uniform"`): `"uniform"`: `num_experts` in every layer; `"mass"`: in the
+            mean over layers, more where a layer spreads its scores over more experts, and in every layer as
+            many as a token takes. Not for `"layerwise"`, which knows a layer's scores only when the layers
+            before are chosen.
+        stop_when_settled (`float`, *optional*): take 1, 2, 4, 8 ... texts (or ready batches) and stop when
+            the Jaccard index of the choice with the one before reaches this value twice in a row; `num_texts`
+            and `settling` of the subset say how much text that took. `"layerwise"` begins anew with every
+            number, which costs at most two passes in all over the text used; other methods go on, and read a
+            checkpoint anew.
+        dtype (`str` or `torch.dtype`, *optional*): for a folder or repository: what to run in; that of the
+            model by default.
+        device (`str` or `torch.device`, *optional*): for a folder or repository: where to run; the CPU by
+            default.
         hidden_memory (`float`, defaults to 4e9): bytes of hidden states to hold in memory; what is more goes
             to a temporary file.
         seed (`int`, defaults to 0): of the random choice.
         progress (`bool`, defaults to `True`): show a progress bar.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
     Returns:
         `ExpertSubset`, or a list of them: the choice in root numbering, with the score of every expert
@@ -110,6 +153,7 @@ def select_experts(
         SubsetError: if a layer has fewer experts than asked for, or none of them would be routed.
         ValueError: if an argument is unknown, inputs do not fit each other, there is no calibration token,
             or the model's numbers are not finite.
+        CheckpointError: if a folder or repository does not hold the whole model in safetensors files.
 
     Example:
 
@@ -131,25 +175,26 @@ def select_experts(
         ("method", method, _METHODS),
         ("tokens", tokens, TOKENS),
         ("weight_by", weight_by, _WEIGHTS),
+        ("budget", budget, _BUDGETS),
     ):
         if value not in known:
             raise ValueError(f"Unknown {name} {value!r}, expected one of {', '.join(known)}.")
-    network: EmoPreTrainedModel | None
-    if isinstance(model, EmoPreTrainedModel):
-        network, config, source = model, model.config, model.name_or_path
-    elif isinstance(model, str | os.PathLike):
-        network, config, source = None, EmoConfig.from_pretrained(model), os.fspath(model)
-    else:
-        raise ValueError(
-            f"Cannot choose experts of {type(model).__name__}: give an EMO model (the one inside a wrapper), "
-            "a folder or a Hub repository."
-        )
-    several = isinstance(num_experts, list | tuple)
-    sizes = list(num_experts) if isinstance(num_experts, list | tuple) else [num_experts]
+    if budget == "mass" and method in ("layerwise", "random"):
+        raise ValueError(f"The budget 'mass' needs scores of all layers at once: {method!r} has none.")
+    if stop_when_settled is not None and not 0 < stop_when_settled <= 1:
+        raise ValueError(f"`stop_when_settled` is {stop_when_settled}, expected a number from 0 to 1.")
+    config, source = _resolve(model, dtype, device, hub_kwargs)
+    if source is not None and not isinstance(model, EmoPreTrainedModel) and not os.path.isdir(source):
+        # From here on one commit, even if the repository changes meanwhile.
+        commit = extract_commit_hash(cached_file(source, "config.json", **hub_kwargs), None)
+        if commit is not None:
+            hub_kwargs["revision"] = commit
+    several = isinstance(num_experts, Sequence)
+    sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     _check_sizes(config, sizes)
-    choice = _Choice(config, method, source)
+    choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"))
     if method == "random":
-        subsets = choice.of_scores(_random_scores(config, seed), sizes)
+        subsets = choice.of_scores(_random_scores(config, seed))
         return subsets if several else subsets[0]
 
     if sum(given is not None for given in (texts, dataset, input_ids)) != 1:
@@ -159,64 +204,142 @@ def select_experts(
         texts, *rest = read_column(dataset, columns, max_texts)
         answers = rest[0] if rest else answers
     if texts is not None:
-        if tokenizer is None and not source:
-            raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        texts, answers = ([value] if isinstance(value, str) else value for value in (texts, answers))
+        texts, answers = _several(texts), None if answers is None else _several(answers)
         examples = encode(
-            list(texts)[:max_texts],
-            None if answers is None else list(answers)[:max_texts],
-            tokenizer,
+            texts[:max_texts],
+            None if answers is None else answers[:max_texts],
+            tokenizer or _tokenizer_of(source, hub_kwargs),
             tokens,
             max_length or config.max_position_embeddings,
         )
-        batches = make_batches(examples, batch_size, weight_by)
+        chunks = [make_batches(part, batch_size, weight_by) for part in doubling(examples, stop_when_settled)]
     else:
-        batches = ready_batches(input_ids, attention_mask, labels, tokens, weight_by)
-    choice.num_tokens = sum(int((batch.weight > 0).sum()) for batch in batches)
-    if not choice.num_tokens:
+        ready = ready_batches(input_ids, attention_mask, labels, tokens, weight_by)
+        chunks = doubling(ready, stop_when_settled)
+    batches = [batch for chunk in chunks for batch in chunk]
+    if not any(batch.weight.any() for batch in batches):
         raise ValueError("There is no calibration token: give at least one text that is not empty.")
+    check_ids(batches, config.vocab_size)
 
-    if network is None:
-        from ..modeling_emo import EmoModel
-
-        network = EmoModel.from_pretrained(source)
-    training = network.training
-    network.eval()
-    try:
-        subsets = _choose(LoadedLayers(network), batches, sizes, choice, hidden_memory, progress)
-    finally:
-        network.train(training)
+    if isinstance(model, EmoPreTrainedModel):
+        layers: Layers = LoadedLayers(model)
+        training = model.training
+        model.eval()
+        try:
+            subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
+        finally:
+            model.train(training)
+    else:
+        checkpoint = open_checkpoint(model, **hub_kwargs)
+        try:
+            layers = CheckpointLayers(
+                checkpoint,
+                config,
+                torch.cat([batch.input_ids.flatten() for batch in batches]),
+                dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+                device=device or "cpu",
+            )
+            subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
+        finally:
+            checkpoint.source.close()
     return subsets if several else subsets[0]
 
 
-class _Choice:
-    """Makes subsets of scores; knows the model they belong to."""
+def _resolve(model: Any, dtype: Any, device: Any, hub_kwargs: dict[str, Any]) -> tuple[EmoConfig, str | None]:
+    """The config of a model, and where it is from."""
+    unknown = sorted(set(hub_kwargs) - set(HUB_KWARGS))
+    if unknown:
+        raise TypeError(f"select_experts() got an unexpected keyword argument {unknown[0]!r}")
+    if isinstance(model, EmoPreTrainedModel):
+        if dtype is not None or device is not None or hub_kwargs:
+            raise ValueError(
+                f"The model is loaded, in {model.dtype} on {model.device}: `dtype`, `device` and where to "
+                "download from are for folders and repositories."
+            )
+        return model.config, model.name_or_path or None
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"Cannot choose experts of {type(model).__name__}: give an EMO model (the one inside a wrapper), "
+            "a folder or a Hub repository."
+        )
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"Unknown dtype {dtype!r}, expected a name such as 'float32' or 'bfloat16'.")
+    if os.path.isdir(model) and not os.path.isfile(
+        os.path.join(model, hub_kwargs.get("subfolder") or "", "config.json")
+    ):
+        raise CheckpointError(f"There is no config.json in {os.fspath(model)}: it is no model's folder.")
+    found = EmoConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
+    if found not in (EmoConfig.model_type, LEGACY_MODEL_TYPE):
+        raise ValueError(
+            f"{os.fspath(model)} is a model of type {found!r}, expected {EmoConfig.model_type!r}."
+        )
+    config = EmoConfig.from_pretrained(model, **hub_kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"The weights of {os.fspath(model)} are quantised: give the loaded model, or the unquantised one."
+        )
+    return config, os.fspath(model)
 
-    def __init__(self, config: EmoConfig, method: str, source: str | None):
-        self.config, self.method, self.source = config, method, source
-        self.num_tokens: int | None = None
-        self.present = present_experts(config)
-        self.always = [always_kept(layer) for layer in config.layer_experts]
+
+def _several(texts: Sequence | str) -> list:
+    """Texts or chats, of several or of one."""
+    is_chat = not isinstance(texts, str) and len(texts) > 0 and all(isinstance(t, dict) for t in texts)
+    return [texts] if isinstance(texts, str) or is_chat else list(texts)
+
+
+def _tokenizer_of(source: str | None, hub_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+    if not source:
+        raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
+    try:
+        return AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no tokenizer in {source} ({error}): give the `tokenizer` too.") from error
+
+
+@dataclass
+class _Choice:
+    """Makes subsets of scores; knows the model they belong to, and what has been asked for."""
+
+    config: EmoConfig
+    method: str
+    budget: str
+    sizes: Sequence[int]
+    source: str | None
+    revision: str | None
+
+    def __post_init__(self):
+        self.present = present_experts(self.config)
+        self.always = [always_kept(layer) for layer in self.config.layer_experts]
+        # Under a budget for all layers, how many routed experts each keeps: as many as a token takes.
+        self.least = min(
+            (
+                layer.top_k - len(always)
+                for layer, always in zip(self.config.layer_experts, self.always, strict=True)
+                if not layer.is_dense
+            ),
+            default=1,
+        )
 
     def pick(self, index: int, scores_E: torch.Tensor, size: int) -> list[int]:
         """The best experts of a layer, in its own numbering."""
-        if not scores_E.isfinite().all():
-            raise ValueError(
-                f"The scores of layer {index} are not finite: the model's numbers overflow. Load it in "
-                "float32."
-            )
+        self._check_finite(index, scores_E)
         return best_experts(scores_E.tolist(), self.always[index], size)
 
-    def of_scores(self, scores: list[torch.Tensor | None], sizes: Sequence[int]) -> list[ExpertSubset]:
-        """The best experts of each layer, for each size."""
-        subsets = []
-        for size in sizes:
-            kept = [None if s is None else self.pick(index, s, size) for index, s in enumerate(scores)]
-            subsets.append(self.subset(scores, kept))
-        return subsets
+    def of_scores(self, scores: list[torch.Tensor | None], **said: Any) -> list[ExpertSubset]:
+        """The best experts of all layers, for each size."""
+        for index, score_E in enumerate(scores):
+            if score_E is not None:
+                self._check_finite(index, score_E)
+        full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **said)
+        most = max(len(always) for always in self.always)
+        return [
+            full.top(size, budget=self.budget, least=max(1, min(self.least, size - most)))
+            for size in self.sizes
+        ]
 
-    def subset(self, scores: list[torch.Tensor | None], kept: list[list[int] | None]) -> ExpertSubset:
+    def subset(
+        self, scores: list[torch.Tensor | None], kept: list[list[int] | None], **said: Any
+    ) -> ExpertSubset:
         """The subset of these experts, in root numbering."""
         roots = root_experts(self.config)
         experts: list[list[int] | None] = []
@@ -238,31 +361,84 @@ class _Choice:
             ],
             root_experts_per_layer=roots,
             method=self.method,
-            num_tokens=self.num_tokens,
-            source=self.source or None,
+            source=self.source,
+            revision=self.revision,
+            **said,
         )
+
+    def _check_finite(self, index: int, scores_E: torch.Tensor) -> None:
+        if not scores_E.isfinite().all():
+            raise ValueError(
+                f"The scores of layer {index} are not finite: the model's numbers overflow. Run it in "
+                "float32."
+            )
 
 
 def _choose(
     layers: Layers,
-    batches: list[Batch],
-    sizes: Sequence[int],
+    chunks: list[list[Batch]],
     choice: _Choice,
+    stop_at: float | None,
     hidden_memory: float,
     progress: bool,
 ) -> list[ExpertSubset]:
-    config, states = layers.config, HiddenStates(hidden_memory)
-    num_passes = len(sizes) if choice.method == "layerwise" else 1
-    last = max((i for i, layer in enumerate(config.layer_experts) if not layer.is_dense), default=-1)
-    total = len(batches) * (last + 1) * num_passes
-    with tqdm(total=total, desc="Choosing experts", unit="layer", disable=not progress) as bar:
+    """Take one chunk of text after the other, until all are used or the choice has settled."""
+    scores = [new_score(choice.method, layer) for layer in choice.config.layer_experts]
+    settling: list[dict[str, float]] = []
+    subsets: list[ExpertSubset] = []
+    for number, chunk in enumerate(chunks):
+        used = [batch for part in chunks[: number + 1] for batch in part]
+        said: dict[str, Any] = {
+            "num_texts": sum(int((batch.weight > 0).any(-1).sum()) for batch in used),
+            "num_tokens": sum(int((batch.weight > 0).sum()) for batch in used),
+        }
+        if not said["num_tokens"]:
+            continue
+        before = subsets
         if choice.method == "layerwise":
-            passes = pass_layerwise(layers, batches, sizes, choice.pick, states, bar)
-            return [choice.subset(scores, kept) for scores, kept in passes]
-        scores = [new_score(choice.method, layer) for layer in config.layer_experts]
-        for batch in batches:  # in memory, nothing is gained by keeping all hidden states of a layer
-            pass_full_model(layers, [batch], scores, states, bar)
-    return choice.of_scores([None if score is None else score.result() for score in scores], sizes)
+            with _bar(choice, len(used) * len(choice.sizes), progress) as bar:
+                states = HiddenStates(hidden_memory)
+                chosen = pass_layerwise(layers, used, choice.sizes, choice.pick, states, bar)
+            subsets = [choice.subset(*scores_and_kept, **said) for scores_and_kept in chosen]
+        else:
+            with _bar(choice, len(chunk), progress) as bar:
+                # In memory, nothing is gained by taking a layer for all batches at once.
+                for batches in [[batch] for batch in chunk] if layers.in_memory else [chunk]:
+                    pass_full_model(layers, batches, scores, HiddenStates(hidden_memory), bar)
+            subsets = choice.of_scores([None if s is None else s.result() for s in scores], **said)
+        if stop_at is None:
+            continue
+        if before:
+            said["jaccard"] = min(
+                jaccard(_routed(old), _routed(new)) for old, new in zip(before, subsets, strict=True)
+            )
+        settling.append(said)
+        subsets = [replace(subset, settling=list(settling)) for subset in subsets]
+        if len(settling) > 2 and all(step["jaccard"] >= stop_at for step in settling[-2:]):
+            return subsets
+    if stop_at is not None:
+        logger.warning(
+            f"The choice has not settled within {settling[-1]['num_texts']} texts: the last Jaccard index is "
+            f"{settling[-1].get('jaccard', 0):.3f}, and `stop_when_settled` is {stop_at}, twice in a row."
+        )
+    return subsets
+
+
+def _routed(subset: ExpertSubset) -> list[set[int] | None]:
+    """What a choice was about: the experts that it might have left out."""
+    always = subset.always_kept or []
+    return [
+        None if ids is None else set(ids) - set(kept or ())
+        for ids, kept in zip(subset.experts, always, strict=True)
+    ]
+
+
+def _bar(choice: _Choice, num_batches: int, progress: bool) -> tqdm:
+    # Layers behind the last one with experts have no part in the choice.
+    layers = max(
+        (i + 1 for i, layer in enumerate(choice.config.layer_experts) if not layer.is_dense), default=0
+    )
+    return tqdm(total=layers * num_batches, desc="Choosing experts", unit="batch", disable=not progress)
 
 
 def _check_sizes(config: EmoConfig, sizes: Sequence[int]) -> None:

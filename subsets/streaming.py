@@ -1,7 +1,6 @@
 """Running a model layer by layer over all calibration batches, to choose its experts on the way.
 
-The numbers are the model's own: its modules run, with the masks that Transformers makes. `LoadedLayers` has
-the layers in memory.
+The numbers are the model's own: its modules run, with the masks that Transformers makes.
 
 Shape suffixes: B batch, S sequence, T tokens that are no padding, D hidden size, E experts of a layer, K
 experts taken per token, P = T * K picks.
@@ -9,158 +8,23 @@ experts taken per token, P = T * K picks.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask
 
 from ..configuration import EmoConfig
-from ..modeling_emo import EmoPreTrainedModel
 from .calibration import Batch
-from .statistics import ExpertOutput, RouterProbability, new_score
+from .hidden_states import HiddenStates
+from .layers import Layers, device_of
+from .statistics import ExpertOutput, RouterProbability
 
 # Outputs of single experts are held for so many tokens at a time: K times as many rows as tokens.
 _OUTPUT_TOKENS = 1024
 
 Scores = list[RouterProbability | ExpertOutput | None]
-
-
-class Layers(Protocol):
-    """The layers of a model, given one after the other."""
-
-    config: EmoConfig
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, S) token ids to (B, S, D)."""
-
-    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines."""
-
-    def decoder(self, index: int) -> nn.Module:
-        """The layer with attention, norms, and the router or the dense network."""
-
-    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
-        """A feed-forward block that holds at least the experts `kept`, and the ids of those it holds."""
-
-    def mask(self, index: int) -> torch.Tensor | None:
-        """The mask (E,) of experts under which the whole model runs."""
-
-
-class LoadedLayers:
-    """The layers of a model in memory. Its weights are not touched.
-
-    Args:
-        model (`EmoPreTrainedModel`): the model.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo import EmoModel
-    >>> from transformers_emo.subsets.streaming import LoadedLayers
-    >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
-    >>> layers.embed(torch.tensor([[5, 6]])).shape
-    torch.Size([1, 2, 128])
-
-    ```
-    """
-
-    def __init__(self, model: EmoPreTrainedModel):
-        self.base = model.base_model
-        self.config = model.config
-
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, S) token ids to (B, S, D)."""
-        return self.base.embed_tokens(input_ids.to(_device_of(self.base.embed_tokens, input_ids.device)))
-
-    def rotary(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines."""
-        return self.base.rotary_emb(hidden, position_ids)
-
-    def decoder(self, index: int) -> nn.Module:
-        """The layer."""
-        return self.base.layers[index]
-
-    def experts(self, index: int, kept: Sequence[int]) -> tuple[nn.Module, list[int]]:
-        """The layer's own block, with all of its experts."""
-        return self.base.layers[index].mlp, list(range(self.config.layer_experts[index].num_experts))
-
-    def mask(self, index: int) -> torch.Tensor | None:
-        """The mask of `use_experts`, if one is open."""
-        return self.base.expert_masks[index]
-
-
-class HiddenStates:
-    """Tensors by key: in memory, and in a temporary file when they would exceed a limit.
-
-    Args:
-        limit (`float`): bytes to hold in memory.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.subsets.streaming import HiddenStates
-    >>> states = HiddenStates(limit=0)
-    >>> states["a"] = torch.arange(3, dtype=torch.bfloat16)
-    >>> states.pop("a")
-    tensor([0., 1., 2.], dtype=torch.bfloat16)
-
-    ```
-    """
-
-    def __init__(self, limit: float):
-        self.limit = limit
-        self._held: dict[Hashable, torch.Tensor] = {}
-        self._bytes = 0
-        self._file = None
-        self._places: dict[Hashable, tuple[int, torch.dtype, torch.Size]] = {}
-        self._free: dict[int, list[int]] = {}  # places in the file that can be written again, by size
-        self._end = 0
-
-    def __setitem__(self, key: Hashable, tensor: torch.Tensor) -> None:
-        self._drop(key)
-        tensor = tensor.cpu().contiguous()
-        if self._bytes + tensor.nbytes <= self.limit:
-            self._held[key] = tensor
-            self._bytes += tensor.nbytes
-            return
-        if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (gone with this object)
-        if self._free.get(tensor.nbytes):
-            place = self._free[tensor.nbytes].pop()
-        else:
-            place, self._end = self._end, self._end + tensor.nbytes
-        self._file.seek(place)
-        self._file.write(_bytes_of(tensor))
-        self._places[key] = (place, tensor.dtype, tensor.shape)
-
-    def __getitem__(self, key: Hashable) -> torch.Tensor:
-        if key in self._held:
-            return self._held[key]
-        place, dtype, shape = self._places[key]
-        tensor = torch.empty(shape, dtype=dtype)
-        self._file.seek(place)
-        if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:
-            raise OSError("The temporary file of hidden states was cut short.")
-        return tensor
-
-    def pop(self, key: Hashable) -> torch.Tensor:
-        """Take a tensor out."""
-        tensor = self[key]
-        self._drop(key)
-        return tensor
-
-    def _drop(self, key: Hashable) -> None:
-        if key in self._held:
-            self._bytes -= self._held.pop(key).nbytes
-        elif key in self._places:
-            place, dtype, shape = self._places.pop(key)
-            self._free.setdefault(shape.numel() * dtype.itemsize, []).append(place)
 
 
 @torch.no_grad()
@@ -185,8 +49,10 @@ def pass_full_model(
     >>> from tqdm import tqdm
     >>> from transformers_emo import EmoModel
     >>> from transformers_emo.subsets.calibration import ready_batches
+    >>> from transformers_emo.subsets.hidden_states import HiddenStates
+    >>> from transformers_emo.subsets.layers import LoadedLayers
     >>> from transformers_emo.subsets.statistics import new_score
-    >>> from transformers_emo.subsets.streaming import HiddenStates, LoadedLayers, pass_full_model
+    >>> from transformers_emo.subsets.streaming import pass_full_model
     >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
     >>> scores = [new_score("global", layer) for layer in layers.config.layer_experts]
     >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
@@ -209,12 +75,11 @@ def pass_full_model(
             hidden_BSD = _attend(layers, decoder, states.pop(number), batch)
             states[number] = _run_full_block(decoder, block, score, layers.mask(index), hidden_BSD, batch)
             bar.update()
-        del decoder, block  # before the next layer is read
+        block = None  # gone before the next layer is read
 
 
 def _run_full_block(decoder, block, score, mask, hidden_BSD, batch) -> torch.Tensor:
-    text_BS = batch.attention_mask.to(hidden_BSD.device)
-    x_TD = decoder.pre_feedforward_layernorm(hidden_BSD[text_BS])
+    x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
     if score is None:
         output_TD, _ = block(x_TD)
     else:
@@ -228,7 +93,7 @@ def _run_full_block(decoder, block, score, mask, hidden_BSD, batch) -> torch.Ten
         else:
             output_TD, norm_TK = _run_each_expert(block.experts, x_TD, index_TK, weights_TK)
             score.add_outputs(x_TD, output_TD, index_TK, weights_TK, norm_TK, weight_T)
-    return _add_to_text(hidden_BSD, text_BS, output_TD)
+    return _add_to_text(hidden_BSD, output_TD, batch)
 
 
 def _run_each_expert(experts, x_TD, index_TK, weights_TK) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,7 +147,9 @@ def pass_layerwise(
     >>> from tqdm import tqdm
     >>> from transformers_emo import EmoModel
     >>> from transformers_emo.subsets.calibration import ready_batches
-    >>> from transformers_emo.subsets.streaming import HiddenStates, LoadedLayers, pass_layerwise
+    >>> from transformers_emo.subsets.hidden_states import HiddenStates
+    >>> from transformers_emo.subsets.layers import LoadedLayers
+    >>> from transformers_emo.subsets.streaming import pass_layerwise
     >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
     >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
     >>> best = lambda layer, scores_E, size: scores_E.topk(size).indices.sort().values.tolist()
@@ -302,7 +169,7 @@ def pass_layerwise(
     for index, layer in enumerate(layers.config.layer_experts[: last + 1]):
         decoder = layers.decoder(index)
         for stream, choices in streams.items():
-            score = new_score("layerwise", layer)
+            score = None if layer.is_dense else RouterProbability(layer)
             for number, batch in enumerate(batches):
                 hidden_BSD = _attend(layers, decoder, states.pop((stream, number)), batch)
                 if score is None:
@@ -327,13 +194,13 @@ def pass_layerwise(
                 for choice in choices:
                     states[choice, number] = _run_block(decoder, block, masks[choice], hidden_BSD, batch)
         streams = {choice: [choice] for choice in range(len(sizes))}
-        del decoder, block  # before the next layer is read
+        block = None  # gone before the next layer is read
     return list(zip(scores, kept, strict=True))
 
 
-def _attend(layers: Layers, decoder: nn.Module, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _attend(layers: Layers, decoder: Any, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The first half of a layer, as in `EmoDecoderLayer.forward`."""
-    hidden_BSD = hidden_BSD.to(_device_of(decoder.pre_attention_layernorm, hidden_BSD.device))
+    hidden_BSD = hidden_BSD.to(device_of(decoder.pre_attention_layernorm, hidden_BSD.device))
     position_ids = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
     causal_mask = create_causal_mask(
         config=layers.config,
@@ -354,18 +221,24 @@ def _attend(layers: Layers, decoder: nn.Module, hidden_BSD: torch.Tensor, batch:
 
 def _run_block(decoder, block, mask, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The second half of a layer, for tokens that are no padding."""
-    hidden_BSD = hidden_BSD.to(_device_of(decoder.pre_feedforward_layernorm, hidden_BSD.device))
+    hidden_BSD = hidden_BSD.to(device_of(decoder.pre_feedforward_layernorm, hidden_BSD.device))
     output_TD, _ = block(decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch)), mask)
-    return _add_to_text(hidden_BSD, batch.attention_mask.to(hidden_BSD.device), output_TD)
+    return _add_to_text(hidden_BSD, output_TD, batch)
 
 
 def _text_of(hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The tokens that are no padding, (T, D)."""
+    if batch.attention_mask.all():
+        return hidden_BSD.flatten(0, 1)
     return hidden_BSD[batch.attention_mask.to(hidden_BSD.device)]
 
 
-def _add_to_text(hidden_BSD, text_BS, output_TD) -> torch.Tensor:
+def _add_to_text(hidden_BSD: torch.Tensor, output_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The hidden states with something added to those tokens."""
+    if batch.attention_mask.all():
+        return hidden_BSD + output_TD.view_as(hidden_BSD)
     result_BSD = hidden_BSD.clone()
-    result_BSD[text_BS] += output_TD
+    result_BSD[batch.attention_mask.to(hidden_BSD.device)] += output_TD
     return result_BSD
 
 
@@ -378,14 +251,3 @@ def _mask_of(kept: Sequence[int], held: Sequence[int]) -> torch.Tensor | None:
 
 def _last_with_experts(config: EmoConfig) -> int:
     return max((i for i, layer in enumerate(config.layer_experts) if not layer.is_dense), default=-1)
-
-
-def _device_of(module: nn.Module, fallback: torch.device) -> torch.device:
-    """Where a module's weights are; where they are offloaded, its hooks move what it is given."""
-    device = next(module.parameters()).device
-    return fallback if device.type == "meta" else device
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -67,6 +67,7 @@ print(json.dumps(out))
 
 PULL = """
 import transformers_emo
+from transformers_emo import select_experts
 
 out = {"pulled": facts(AutoModelForCausalLM.from_pretrained("user/emo-test"))}
 out["pinned"] = facts(AutoModelForCausalLM.from_pretrained("user/emo-test", revision=COMMIT))
@@ -76,6 +77,20 @@ out["subset"] = facts(subset)
 subset.push_to_hub("user/emo-subset")
 out["subset pulled"] = facts(AutoModelForCausalLM.from_pretrained("user/emo-subset"))
 out["ids"] = AutoTokenizer.from_pretrained("user/emo-test")("Experts group by topic: é, 日本")["input_ids"]
+texts = ["Experts group by topic"]
+chosen = select_experts("user/emo-test", texts, num_experts=3, progress=False)
+tokenizer = AutoTokenizer.from_pretrained("user/emo-test")
+pinned = select_experts(
+    "user/emo-test", texts, 3, progress=False, revision=COMMIT, tokenizer=tokenizer
+)
+full = AutoModelForCausalLM.from_pretrained("user/emo-test")
+expected = select_experts(full, texts, num_experts=3, progress=False)
+out["choice"] = {
+    "as loaded": chosen.experts == expected.experts
+    and torch.allclose(torch.tensor(chosen.scores), torch.tensor(expected.scores), atol=1e-6),
+    "source": chosen.source,
+    "revisions": [pinned.revision, chosen.revision],
+}
 print(json.dumps(out))
 """
 
@@ -179,6 +194,13 @@ def test_a_subset_is_taken_from_the_hub_and_stands_alone_there(pulled):
     assert pulled["subset"]["config"]["retained_experts"] == [[0, 3], [1, 3]]
     assert pulled["subset"]["tensors"]["model.layers.0.mlp.gate.weight"][0] == [2, 16]
     assert same(pulled["subset"], pulled["subset pulled"])
+
+
+def test_experts_are_chosen_from_the_hub(pushed, pulled):
+    _, facts = pushed
+    choice = pulled["choice"]
+    assert choice["as loaded"] and choice["source"] == "user/emo-test"
+    assert choice["revisions"][0] == facts["first"]["commit"] != choice["revisions"][1]
 
 
 def test_the_tokenizer_comes_back(pushed, pulled):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import TOY
-from transformers_emo import EmoForCausalLM, cli, training
+from transformers_emo import EmoForCausalLM, ExpertSubset, cli, select_experts, training
 
 
 def test_train_hands_over_the_recipe_and_its_changes(monkeypatch):
@@ -95,3 +95,21 @@ def test_retention_refuses_what_cannot_be_measured(tmp_path, capsys, words, mess
     error = capsys.readouterr().err
     assert "emo retention: " in error and message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_select_writes_subsets_from_a_file_of_texts(tmp_path, capsys):
+    data = "model_cards/toy-emo/documents/c.jsonl"
+    words = ["select", "model_cards/toy-emo", str(tmp_path / "c-{}.json"), "--data", data, "--max-texts", "2"]
+    assert cli.main([*words, "--experts", "4", "8", "--method", "global"]) == 0
+    small, large = (ExpertSubset.load(tmp_path / f"c-{size}.json") for size in (4, 8))
+    expected = select_experts(
+        "model_cards/toy-emo", dataset=data, max_texts=2, num_experts=8, method="global"
+    )
+    assert large == expected and small.experts == expected.top(4).experts
+    assert f"c-8.json: 8 experts a layer, from {expected.num_tokens} tokens" in capsys.readouterr().out
+
+
+def test_select_refuses_one_file_for_two_subsets_before_it_begins(tmp_path, capsys):
+    words = ["select", "no-such-model", str(tmp_path / "c.json"), "--text", "a", "--experts", "4", "8"]
+    assert cli.main(words) == 1
+    assert "put {} in its name" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -1,13 +1,17 @@
-"""The first selection methods: the authors' choices, ties, padding, and what is refused."""
+"""Choosing experts: the authors' choices, every kind of input and model, and what is refused."""
 
 import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import GOLDENS, TOY
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers_emo import SubsetError, select_experts
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+from transformers_emo import CheckpointError, ExpertSubset, SubsetError, select_experts
+from transformers_emo.subsets import selection
 
 INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
 
@@ -118,6 +122,11 @@ def test_texts_choose_better_than_chance_on_a_trained_model():
         ({"num_experts": 4, "method": "best"}, ValueError, "Unknown method 'best'"),
         ({"num_experts": 4, "input_ids": None}, ValueError, "Give either"),
         ({"num_experts": 4, "texts": ["a"]}, ValueError, "Give either"),
+        ({"num_experts": [4, 13]}, SubsetError, "Cannot keep 13 experts"),
+        ({"num_experts": []}, SubsetError, "at least one number"),
+        ({"num_experts": 4, "tokens": "labels"}, ValueError, "Unknown tokens 'labels'"),
+        ({"num_experts": 4, "tokens": "answer"}, ValueError, "give `labels`"),
+        ({"num_experts": 4, "stop_when_settled": 2}, ValueError, "a number from 0 to 1"),
         (
             {"num_experts": 4, "attention_mask": [torch.zeros_like(INPUT_IDS)]},
             ValueError,
@@ -147,6 +156,8 @@ def test_one_text_and_one_batch_are_taken_as_such(make_model):
     [
         ({"texts": []}, "no calibration token"),
         ({"texts": ["", ""]}, "no calibration token"),
+        ({"texts": ["a"], "tokens": "prompt"}, "give `answers`, chats or `labels`"),
+        ({"texts": ["a"], "dtype": "float31"}, "Unknown dtype 'float31'"),
         ({"texts": ["a"], "num_experts": 4.0}, "`num_experts` is 4.0"),
         ({"input_ids": [INPUT_IDS], "attention_mask": [INPUT_IDS[:, :3]]}, "expected the same"),
     ],
@@ -163,114 +174,268 @@ def test_wrappers_and_models_from_nowhere_say_what_to_give(make_model):
         select_experts(make_model(), ["a"], 4)
 
 
-def naive_layerwise(folder, batches, size):
-    """The authors' way: for every layer the whole model again, cut down as far as it is chosen."""
-    num_layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-    kept = []
-    scores = []
-    for index in range(num_layers):
-        experts = [*kept, *[list(range(12))] * (num_layers - index)]
-        model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=experts)
-        sums, tokens = torch.zeros(11, dtype=torch.float64), 0
-        for ids, mask in batches:
-            with torch.no_grad():
-                logits = model(ids, attention_mask=mask, output_router_logits=True).router_logits[index]
-            counted = mask.flatten().bool()
-            sums += logits[counted, :11].softmax(-1).double().sum(0)
-            tokens += int(counted.sum())
-        scores.append((sums / tokens).tolist())
-        ranked = sorted(range(11), key=lambda e: (-scores[-1][e], e))
-        kept.append(sorted([*ranked[: size - 1], 11]))
-    return kept, scores
+def test_choices_of_several_sizes_are_those_of_each_alone(make_checkpoint):
+    folder = make_checkpoint()
+    for source in (folder, AutoModelForCausalLM.from_pretrained(folder)):
+        for method in ("layerwise", "global", "easy_ep"):
+            arguments = {"input_ids": [INPUT_IDS], "method": method, "progress": False}
+            together = select_experts(source, num_experts=[3, 7, 12], **arguments)
+            assert [len(subset.experts[0]) for subset in together] == [3, 7, 12]
+            for size, subset in zip([3, 7, 12], together, strict=True):
+                alone = select_experts(source, num_experts=size, **arguments)
+                assert alone.experts == subset.experts
+                for a, b in zip(alone.scores, subset.scores, strict=True):
+                    assert a == pytest.approx(b, abs=1e-6)
 
 
-def padded_batches():
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for left in (False, True):
-        ids = torch.randint(2, 96, (3, 9), generator=generator)
-        mask = torch.ones_like(ids)
-        for row, padding in enumerate((0, 2, 5)):
-            place = slice(0, padding) if left else slice(9 - padding, 9)
-            ids[row, place] = 0
-            mask[row, place] = 0
-        batches.append((ids, mask))
-    return batches
+@pytest.mark.parametrize("method", ["global", "easy_ep", "reap", "random"])
+def test_scores_of_one_pass_make_every_smaller_choice(make_model, method):
+    model = make_model()
+    inputs = {} if method == "random" else {"input_ids": [INPUT_IDS]}
+    large, small = select_experts(model, num_experts=[10, 4], method=method, progress=False, **inputs)
+    assert large.experts != small.experts == large.top(4).experts
+    assert ExpertSubset.from_dict(json.loads(json.dumps(large.to_dict()))).top(4) == large.top(4)
+    assert ExpertSubset.from_dict(json.loads(json.dumps(large.to_dict()))) == large
 
 
-@pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
-@pytest.mark.parametrize("size", [3, 6, 11])
-def test_one_pass_equals_the_naive_algorithm(make_checkpoint, size, loaded):
-    folder, batches = make_checkpoint(shards=True, num_hidden_layers=5), padded_batches()
-    kept, scores = naive_layerwise(folder, batches, size)
-    subset = select_experts(
-        AutoModelForCausalLM.from_pretrained(folder) if loaded else folder,
-        input_ids=[ids for ids, _ in batches],
-        attention_mask=[mask for _, mask in batches],
-        num_experts=size,
-        progress=False,
-    )
-    assert subset.method == "layerwise" and subset.experts == kept
-    torch.testing.assert_close(
-        torch.tensor(subset.scores)[:, :11], torch.tensor(scores), atol=1e-6, rtol=0, check_dtype=False
-    )
-    assert (
-        kept
-        != select_experts(
-            folder, input_ids=[batches[0][0]], num_experts=size, method="random", progress=False
-        ).experts
-    )
+def test_choice_needs_scores_and_enough_experts(make_model):
+    subset = select_experts(make_model(), input_ids=[INPUT_IDS], num_experts=4, progress=False)
+    with pytest.raises(SubsetError, match="expected 2 to 12"):
+        subset.top(13)
+    with pytest.raises(SubsetError, match="no scores"):
+        ExpertSubset([[0, 1]]).top(1)
+    with pytest.raises(SubsetError, match="Unknown budget 'free'"):
+        subset.top(4, budget="free")
 
 
-@pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
-@pytest.mark.parametrize("method", ["easy_ep", "reap"])
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_scores_of_outputs_equal_brute_force(make_checkpoint, method, loaded, implementation):
-    folder, batches = make_checkpoint(), padded_batches()
-    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=implementation)
-    inputs, outputs = {}, {}
-
-    def note(index, args, output):
-        inputs.setdefault(index, []).append(args[0])
-        outputs.setdefault(index, []).append(output[0])
-
-    hooks = [
-        layer.mlp.register_forward_hook(lambda _, args, output, index=index: note(index, args, output))
-        for index, layer in enumerate(model.model.layers)
-    ]
+def test_budget_by_mass_gives_more_to_layers_that_spread(make_model):
+    model = make_model()
     with torch.no_grad():
-        for ids, mask in batches:
-            model(ids, attention_mask=mask)
-    for hook in hooks:
-        hook.remove()
-    expected = torch.zeros(3, 12, dtype=torch.float64)
-    counts = torch.zeros(3, 12, dtype=torch.float64)
-    for index, layer in enumerate(model.model.layers):
-        gate, experts = layer.mlp.gate, layer.mlp.experts
-        for (_, mask), h_BSD, y_BSD in zip(batches, inputs[index], outputs[index], strict=True):
-            for h, y in zip(h_BSD[mask.bool()], y_BSD[mask.bool()], strict=True):
-                logits = gate.weight @ h
-                probs = logits[:11].softmax(0)
-                picks = {int(e): float(probs[e]) for e in probs.topk(3).indices} | {11: 1.0}
-                cosine = float(h @ (h + y) / h.norm() / (h + y).norm())
-                for e, weight in picks.items():
-                    half = experts.gate_up_proj[e] @ h
-                    out = experts.down_proj[e] @ (half[:24] / (1 + (-half[:24]).exp()) * half[24:])
-                    change = max(0.0, 1 - cosine) if method == "easy_ep" else 1.0
-                    expected[index, e] += weight * float(out.norm()) * change
-                    counts[index, e] += 1
-    if method == "reap":
-        expected /= counts.clamp(min=1)
+        model.model.layers[0].mlp.gate.weight.mul_(20)  # nearly one-hot
+        model.model.layers[2].mlp.gate.weight.mul_(0.01)  # nearly uniform
+    arguments = {"input_ids": [INPUT_IDS], "method": "global", "progress": False}
+    subset = select_experts(model, num_experts=7, budget="mass", **arguments)
+    sizes = [len(ids) for ids in subset.experts]
+    assert sum(sizes) == 21 and sizes[0] < 7 < sizes[2] and min(sizes) >= 4
+    assert all(11 in ids for ids in subset.experts)
+    uniform = select_experts(model, num_experts=7, **arguments)
+    assert uniform.top(7, budget="mass", least=3).experts == subset.experts
+    with pytest.raises(ValueError, match="needs scores of all layers"):
+        select_experts(model, input_ids=[INPUT_IDS], num_experts=7, budget="mass")
+
+
+@pytest.mark.parametrize("method", ["layerwise", "global"])
+def test_choice_stops_when_it_has_settled(make_checkpoint, method):
+    folder = make_checkpoint()
+    batches = [INPUT_IDS[:1]] * 16  # the same text again: settled from the beginning
+    arguments = {"num_experts": 5, "method": method, "progress": False}
+    for source in (folder, AutoModelForCausalLM.from_pretrained(folder)):
+        subset = select_experts(source, input_ids=batches, stop_when_settled=1.0, **arguments)
+        assert (subset.num_texts, subset.num_tokens) == (4, 28)
+        assert [step["num_texts"] for step in subset.settling] == [1, 2, 4]
+        assert [step.get("jaccard") for step in subset.settling] == [None, 1.0, 1.0]
+        assert subset.experts == select_experts(source, input_ids=batches[:4], **arguments).experts
+
+
+def test_settled_is_twice_in_a_row(make_model, monkeypatch):
+    agreements = iter([1.0, 0.2, 1.0, 0.95, 1.0])
+    monkeypatch.setattr(selection, "jaccard", lambda *_: next(agreements))
     subset = select_experts(
-        model if loaded else folder,
-        input_ids=[ids for ids, _ in batches],
-        attention_mask=[mask for _, mask in batches],
+        make_model(),
+        input_ids=[INPUT_IDS[:1]] * 64,
         num_experts=5,
-        method=method,
+        method="global",
+        stop_when_settled=0.9,
         progress=False,
     )
-    torch.testing.assert_close(
-        torch.tensor(subset.scores, dtype=torch.float64), expected, atol=1e-5, rtol=1e-4
+    assert [step.get("jaccard") for step in subset.settling] == [None, 1.0, 0.2, 1.0, 0.95]
+
+
+def plant_domains(model):
+    """Make tokens from 48 on those of a second domain, whose experts are the odd ones."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.5)[:, :2] = 0
+        model.model.embed_tokens.weight[:48, 0] += 1
+        model.model.embed_tokens.weight[48:, 1] += 1
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.experts.down_proj.mul_(0.01)
+            layer.mlp.gate.weight.mul_(0.3)[:, :2] = 0
+            layer.mlp.gate.weight[0::2, 0] += 1
+            layer.mlp.gate.weight[1::2, 1] += 1
+    return model
+
+
+@pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap"])
+def test_planted_domains_get_exactly_their_experts(make_model, tmp_path, method):
+    model = plant_domains(make_model(num_experts=13))
+    model.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for first, last, parity in ((2, 48, 0), (48, 96, 1)):
+        ids = torch.randint(first, last, (4, 16), generator=generator)
+        own = [[*range(parity, 12, 2), 12]] * 3
+        for source in (model, tmp_path):
+            chosen = select_experts(source, input_ids=[ids], num_experts=7, method=method, progress=False)
+            assert chosen.experts == own
+        assert select_experts(model, num_experts=7, method="random").experts != own
+
+
+def test_choice_that_does_not_settle_says_so(make_model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers_emo"), "propagate", True)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(2, 96, (1, 3), generator=generator) for _ in range(5)]
+    arguments = {"num_experts": 5, "method": "global", "progress": False}
+    subset = select_experts(make_model(), input_ids=batches, stop_when_settled=1.0, **arguments)
+    assert subset.num_texts == 5 and [step["num_texts"] for step in subset.settling] == [1, 2, 4, 5]
+    assert subset.experts == select_experts(make_model(), input_ids=batches, **arguments).experts
+    assert "has not settled within 5 texts" in caplog.text
+
+
+def test_only_the_tokens_asked_for_count(make_checkpoint):
+    folder = make_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    labels = INPUT_IDS.clone()
+    labels[0, :5] = labels[1, :2] = -100
+    with torch.no_grad():
+        logits = model(INPUT_IDS, output_router_logits=True).router_logits[0]
+    probs = logits[:, :11].softmax(-1).double().view(2, 7, 11)
+    answer = labels != -100
+    expected = {
+        ("answer", "token"): probs[answer].mean(0),
+        ("prompt", "token"): probs[~answer].mean(0),
+        ("answer", "text"): (probs[0][answer[0]].mean(0) + probs[1][answer[1]].mean(0)) / 2,
+        ("all", "text"): probs.mean((0, 1)),
+    }
+    for (tokens, weight_by), score in expected.items():
+        for source in (folder, model):
+            subset = select_experts(
+                source,
+                input_ids=[INPUT_IDS],
+                labels=[labels],
+                tokens=tokens,
+                weight_by=weight_by,
+                num_experts=4,
+                progress=False,
+            )
+            assert subset.scores[0][:11] == pytest.approx(score.tolist(), abs=1e-6)
+            assert subset.num_tokens == {"answer": 7, "prompt": 7, "all": 14}[tokens]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_shared_experts": 0},
+        {"num_shared_experts": 2},
+        {"num_shared_experts": 0, "always_active_experts": [11, 4]},
+        {"num_experts_per_layer": [0, 12, 9], "dense_intermediate_size": 40, "dense_mlp_bias": True},
+        {"num_experts_per_layer": [12, 0, 9, 0], "num_hidden_layers": 4, "dense_intermediate_size": 40},
+        {"num_key_value_heads": 2, "attention_bias": True},
+    ],
+    ids=["no shared", "two shared", "always active", "dense first", "dense last", "grouped queries"],
+)
+@pytest.mark.parametrize("method", ["layerwise", "global", "reap"])
+def test_a_folder_gives_what_the_loaded_model_gives(make_checkpoint, changes, method):
+    folder = make_checkpoint(**changes)
+    arguments = {"input_ids": [INPUT_IDS], "num_experts": 4, "method": method, "progress": False}
+    streamed = select_experts(folder, **arguments)
+    loaded = select_experts(AutoModelForCausalLM.from_pretrained(folder), **arguments)
+    assert streamed.experts == loaded.experts and streamed.always_kept == loaded.always_kept
+    for a, b in zip(streamed.scores, loaded.scores, strict=True):
+        assert (a is None) == (b is None) and (a is None or a == pytest.approx(b, abs=1e-5))
+    model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=streamed)
+    assert [n for n in model.config.layer_experts if not n.is_dense][0].num_experts == 4
+
+
+def test_a_saved_subset_is_chosen_from_in_root_numbering(make_checkpoint, tmp_path):
+    kept = [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+    AutoModelForCausalLM.from_pretrained(make_checkpoint(), expert_subset=kept).save_pretrained(tmp_path)
+    subset = select_experts(tmp_path, input_ids=[INPUT_IDS], num_experts=3, progress=False)
+    assert all(set(ids) < set(parent) for ids, parent in zip(subset.experts, kept, strict=True))
+    assert subset.always_kept == [[11]] * 3
+
+
+def test_legacy_folders_are_read(make_checkpoint, edit_json):
+    folder = make_checkpoint()
+    arguments = {"input_ids": [INPUT_IDS], "num_experts": 4, "progress": False}
+    expected = select_experts(folder, **arguments)
+    legacy = ["FlexOlmoNoQKNormPrenormForCausalLM"]
+    edit_json(folder / "config.json", model_type="flex_olmo_noqknorm_prenorm", architectures=legacy)
+    assert select_experts(folder, **arguments) == expected
+
+
+def test_a_bfloat16_model_can_be_run_in_float32(make_model, tmp_path):
+    make_model().bfloat16().save_pretrained(tmp_path)
+    arguments = {"input_ids": [INPUT_IDS], "num_experts": 4, "progress": False}
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    subset = select_experts(tmp_path, dtype="float32", **arguments)
+    expected = select_experts(exact, **arguments)
+    torch.testing.assert_close(torch.tensor(subset.scores), torch.tensor(expected.scores), atol=1e-6, rtol=0)
+    coarse = select_experts(tmp_path, **arguments)
+    assert not torch.allclose(torch.tensor(coarse.scores), torch.tensor(expected.scores), atol=1e-5)
+
+
+def test_a_full_model_under_a_mask_is_measured_under_it(make_model):
+    model, kept = make_model(), [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+    with model.use_experts(kept):
+        masked = select_experts(model, input_ids=[INPUT_IDS], num_experts=4, method="reap", progress=False)
+    for scores, ids in zip(masked.scores, kept, strict=True):
+        assert {e for e, score in enumerate(scores) if score} <= set(ids)
+
+
+def test_offloaded_models_are_run_where_they_are(make_checkpoint, tmp_path):
+    folder = make_checkpoint()
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    offloaded = cpu_offload(AutoModelForCausalLM.from_pretrained(folder), torch.device("cpu"))
+    for method in ("layerwise", "reap"):
+        arguments = {"input_ids": [INPUT_IDS], "num_experts": 4, "method": method, "progress": False}
+        assert select_experts(offloaded, **arguments) == select_experts(whole, **arguments)
+
+
+def test_texts_chats_datasets_and_files_are_read(tmp_path):
+    documents = TOY / "documents" / "c.jsonl"
+    rows = [json.loads(line) for line in documents.read_text().splitlines()][:3]
+    arguments = {"num_experts": 8, "max_length": 64, "progress": False}
+    expected = select_experts(TOY, [row["text"] for row in rows], **arguments)
+    assert expected.num_texts == 3
+    for dataset in (documents, rows, Dataset.from_list(rows).to_iterable_dataset()):
+        assert select_experts(TOY, dataset=dataset, max_texts=3, **arguments) == expected
+    questions = [{"question": "One and one is", "answer": " two."}]
+    asked = select_experts(
+        TOY, dataset=questions, column="question", answer_column="answer", tokens="answer", **arguments
     )
-    for ids, score in zip(subset.experts, expected[:, :11], strict=True):
-        assert ids == sorted([*score.topk(4).indices.tolist(), 11])
+    assert asked == select_experts(TOY, "One and one is", answers=" two.", tokens="answer", **arguments)
+    assert 0 < asked.num_tokens < len(" two.")
+
+
+def test_folders_that_are_no_models_are_refused(make_checkpoint, edit_json, tmp_path):
+    arguments = {"input_ids": [INPUT_IDS], "num_experts": 4, "progress": False}
+    with pytest.raises(CheckpointError, match="no config.json"):
+        select_experts(tmp_path, **arguments)
+    (tmp_path / "config.json").write_text('{"model_type": "olmoe"}')
+    with pytest.raises(ValueError, match="of type 'olmoe', expected 'emo'"):
+        select_experts(tmp_path, **arguments)
+    folder = make_checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        select_experts(tmp_path, **arguments)
+    lacking = {name: t for name, t in weights.items() if name != "model.layers.1.self_attn.q_proj.weight"}
+    save_file(lacking, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight of shape None"):
+        select_experts(tmp_path, **arguments)
+    with pytest.raises(ValueError, match="no tokenizer in"):
+        select_experts(folder, ["a"], 4)
+
+
+def test_what_does_not_fit_a_loaded_model_is_refused(make_model):
+    with pytest.raises(ValueError, match="The model is loaded, in torch.float32"):
+        select_experts(make_model(), input_ids=[INPUT_IDS], num_experts=4, dtype="bfloat16")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'txets'"):
+        select_experts(TOY, txets=["a"], num_experts=4)
+    with pytest.raises(ValueError, match="no token 96: the model has ids from 0 to 95"):
+        select_experts(make_model(), input_ids=[INPUT_IDS + 6], num_experts=4)
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="layer 1 are not finite"):
+        select_experts(model, input_ids=[INPUT_IDS], num_experts=4, progress=False)
