@@ -141,7 +141,7 @@ def _plan(config: EmoConfig, checkpoint: DistributedCheckpoint, progress: bool) 
     """What is written, in order. Every tensor of the model is used, is of its shape and is whole."""
     width, vocabulary, f = config.hidden_size, config.vocab_size, config.intermediate_size
     head_dim = width // config.num_attention_heads
-    kv_width = head_dim * config.num_key_value_heads
+    kv_width = head_dim * (config.num_key_value_heads or config.num_attention_heads)
     parts: list[_Part] = []
     shapes: dict[str, tuple[int | None, ...]] = {}
 

@@ -96,7 +96,7 @@ class _Settings:
         return value
 
     def only(self, **supported: tuple) -> None:
-        """Refuse values other than these; a key that is missing or null has the training library's default."""
+        """Refuse values other than these, null and a missing key."""
         for key, values in supported.items():
             value = self.values.get(key)
             if value is not None and value not in values:

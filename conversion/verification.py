@@ -90,7 +90,7 @@ def training_logits(
 
     x_TD = weight("embeddings.weight", 0, config.vocab_size)[input_ids]
     head_dim = config.hidden_size // config.num_attention_heads
-    theta = (config.rope_parameters or {})["rope_theta"]
+    theta = torch.tensor(float(config.to_dict()["rope_theta"]))
     frequencies = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(len(input_ids)).float(), frequencies).repeat(1, 2)
     for layer, experts in enumerate(config.layer_experts):
