@@ -87,12 +87,10 @@ class _Settings:
     def at(self, key: str, default: Any = ...) -> _Settings:
         return _Settings(self.get(key, dict, default), f"{self.name}{key}.")
 
-    def whole(self, key: str, least: int = 1) -> int:
+    def whole(self, key: str, most: int = 1 << 31) -> int:
         value = self.get(key, int)
-        if value < least:
-            raise ValueError(
-                f"`{self.name}{key}` of the training config is {value}, expected {least} or more."
-            )
+        if not 1 <= value <= most:
+            raise ValueError(f"`{self.name}{key}` of the training config is {value}, expected 1 to {most}.")
         return value
 
     def only(self, **supported: tuple) -> None:
@@ -139,7 +137,7 @@ def _config(root: _Settings) -> EmoConfig:
         "architectures": ["EmoForCausalLM"],
         "vocab_size": vocabulary,
         "hidden_size": model.whole("d_model"),
-        "num_hidden_layers": model.whole("n_layers"),
+        "num_hidden_layers": model.whole("n_layers", 1000),
         "num_attention_heads": heads,
         "num_key_value_heads": attention.get("n_kv_heads", int, heads),
         "max_position_embeddings": dataset.get(
@@ -213,7 +211,7 @@ def _experts(moe: _Settings, layers: int) -> dict[str, Any]:
             f"`{router.name}num_shared_experts` is {shared}: in training each has the weight 1, in released "
             "EMO models their weights sum to 1. They agree for one shared expert only."
         )
-    experts, top_k = moe.whole("num_experts"), router.whole("top_k")
+    experts, top_k = moe.whole("num_experts", 10_000), router.whole("top_k")
     if top_k > experts:
         raise ValueError(f"`{router.name}top_k` is {top_k}, more than the {experts} experts of a layer.")
     normed = router.get("normalize_expert_weights", (int, float), None)

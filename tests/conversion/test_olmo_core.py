@@ -220,6 +220,7 @@ def test_the_tokenizer_is_copied(step10, tmp_path):
 
 SETTINGS = {
     "model.d_model": (None, 0, "64", True, 65),
+    "model.n_layers": (10**9, 3.0),
     "model.block.name": ("reordered_norm", "normalized", None),
     "model.block.sequence_mixer.qk_norm": ({"name": "rms"},),
     "model.block.sequence_mixer.bias": (True,),
