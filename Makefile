@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-ROOMS := analysis configuration modeling_emo subsets tokenization training
+ROOMS := analysis configuration conversion modeling_emo subsets tokenization training
 CODE := api $(ROOMS) benchmarks examples tests
 
 .DEFAULT_GOAL := help

@@ -129,6 +129,28 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--dtype", help="to run in, such as float32; the model's own by default")
     select.add_argument("--revision", help="of the Hub repository")
     select.set_defaults(run=_select)
+
+    convert = commands.add_parser("convert", help="convert a checkpoint to the released layout")
+    kinds = convert.add_subparsers(dest="kind", required=True)
+    olmo_core = kinds.add_parser(
+        "olmo-core-to-hf",
+        help="a training checkpoint, for from_pretrained",
+        description="Convert a step folder of OLMo-core (EMO, standard mixture of experts or dense), tensor "
+        "by tensor. Nothing in it is unpickled.",
+    )
+    olmo_core.add_argument("step_folder", metavar="STEP", help="holds config.json and model_and_optim/")
+    olmo_core.add_argument("out", metavar="OUT", help="the folder to make")
+    olmo_core.add_argument(
+        "--dtype", default="float32", help="of the weights: float32 (default), bfloat16 or float16"
+    )
+    olmo_core.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)"
+    )
+    olmo_core.add_argument("--tokenizer", metavar="DIR", help="copy the tokenizer files of this folder")
+    olmo_core.add_argument(
+        "--verify", action="store_true", help="compare logits with those of the training checkpoint"
+    )
+    olmo_core.set_defaults(run=_convert_olmo_core)
     return parser
 
 
@@ -158,6 +180,19 @@ def _train(parsed: argparse.Namespace) -> None:
     from .training import Recipe, train  # imported here: the other commands start without a training stack
 
     train(Recipe.read(parsed.recipe, dict(parsed.set)), resume=parsed.resume)
+
+
+def _convert_olmo_core(parsed: argparse.Namespace) -> None:
+    from .conversion import convert_olmo_core
+
+    convert_olmo_core(
+        parsed.step_folder,
+        parsed.out,
+        dtype=parsed.dtype,
+        max_shard_size=parsed.max_shard_size,
+        tokenizer=parsed.tokenizer,
+        verify=parsed.verify,
+    )
 
 
 def _retention(parsed: argparse.Namespace) -> None:

@@ -1,0 +1,13 @@
+"""From training checkpoints to the released layout."""
+
+from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
+from .olmo_core import convert_olmo_core
+from .pickled_metadata import UnsafePickleError, read_metadata
+
+__all__ = [
+    "DistributedCheckpoint",
+    "StoredTensor",
+    "UnsafePickleError",
+    "convert_olmo_core",
+    "read_metadata",
+]
