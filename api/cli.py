@@ -44,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="emo", description="EMO for Hugging Face Transformers.")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_train, _add_select, _add_convert, _add_retention):
+        add(commands)
+    return parser
 
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train from a recipe in a YAML file",
@@ -65,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint")
     train.set_defaults(run=_train)
 
+
+def _add_retention(commands: Any) -> None:
     retention = commands.add_parser(
         "retention",
         help="measure how quality falls as experts are removed",
@@ -109,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     retention.add_argument("--no-plots", action="store_true", help="no pictures: needs no matplotlib")
     retention.set_defaults(run=_retention)
 
+
+def _add_select(commands: Any) -> None:
     select = commands.add_parser(
         "select",
         help="choose the experts of a domain from text",
@@ -130,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--revision", help="of the Hub repository")
     select.set_defaults(run=_select)
 
+
+def _add_convert(commands: Any) -> None:
     convert = commands.add_parser("convert", help="convert a checkpoint to the released layout")
     kinds = convert.add_subparsers(dest="kind", required=True)
     olmo_core = kinds.add_parser(
@@ -151,7 +162,6 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="compare logits with those of the training checkpoint"
     )
     olmo_core.set_defaults(run=_convert_olmo_core)
-    return parser
 
 
 def _named(text: str) -> tuple[str, str]:

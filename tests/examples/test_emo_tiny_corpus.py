@@ -327,6 +327,7 @@ def test_manual_pages_are_rendered_but_those_that_name_another(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_package_is_fetched_once_and_read(tmp_path):
+    # This one fetches real packages, which takes a Debian with its package lists; the others make their own.
     if not (shutil.which("apt-cache") and fetch._debian_record("manpages-es")):
         pytest.skip("no Debian, or no package lists: run `apt-get update`")
     packages = [fetch.fetch(f"debian:{name}", tmp_path) for name in ("mandoc", "no-such-name | manpages-es")]
