@@ -146,7 +146,9 @@ def _small_shares(retention: Retention, columns: Sequence[float]) -> list[str]:
         impossible = [share for share, number in numbers.items() if number is None]
         if impossible:
             named = ", ".join(impossible)
-            said.append(f"{model} has no {named} of its {available} experts: a subset keeps at least {least}.")
+            said.append(
+                f"{model} has no {named} of its {available} experts: a subset keeps at least {least}."
+            )
         fewer = [share for share, number in numbers.items() if number is not None and number < taken]
         if fewer:
             said.append(f"At {', '.join(fewer)} a token of {model} takes all that are kept, not {taken}.")
