@@ -105,7 +105,7 @@ VARIANTS = {
     ),
     "across": Variant("attention across documents", ACROSS),
     "local": Variant(
-        "balanced in micro-batches of one window, by their own picks", MICRO_BATCHES, LocalBalance
+        "micro-batches of one window, each balanced by its own picks", MICRO_BATCHES, LocalBalance
     ),
     "mixed": Variant("windows of 8 unrelated documents, a pool for each", ACROSS, mixed="document"),
     "mixed-random": Variant(
@@ -147,9 +147,9 @@ def report(retention: Retention, cosines: dict[str, float], budget: dict[str, An
         [
             "# Ablations",
             "",
-            f"Made by `examples/emo_tiny/ablations.py`: {tokens:,} tokens each, one seed. Test loss in nats per "
-            "token, mean over the domains, with all experts; its rise with experts chosen layer by layer, and "
-            "95 % of the bootstrap over documents; the mean cosine between domains of the experts they use.",
+            f"Made by `examples/emo_tiny/ablations.py`: {tokens:,} tokens each, one seed. Test loss in nats "
+            "per token, mean over the domains, all experts; its rise with experts chosen layer by layer, "
+            "and 95 % of the bootstrap over documents; the mean cosine between domains of the experts used.",
             "",
             *table(head, rows),
             "",
