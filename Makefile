@@ -72,7 +72,7 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 	$(BIN)/emo train $(TINY)/emo-tiny.yaml --resume --set output_dir=out/std-annealed
 	$(BIN)/python $(TINY)/publish.py weights
 	$(BIN)/emo retention $(CARDS) $(MEASURE) --seeds 3
-	$(BIN)/emo retention $(CARDS) std-annealed=out/std-annealed $(MEASURE) --methods layerwise --seeds 1
+	$(BIN)/emo retention $(CARDS) std-annealed=out/std-annealed $(MEASURE) --methods layerwise --seeds 3
 	$(BIN)/python $(TINY)/prompts.py model_cards/emo-tiny --out out/results/prompts
 	$(BIN)/python $(TINY)/fine_tuned.py $(CARDS) --out out/results/fine-tuned
 	$(BIN)/python $(TINY)/ablations.py out/results/ablations

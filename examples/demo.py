@@ -2,8 +2,8 @@
 
     python examples/demo.py [--domain python] [--other scripture] [--experts 16] [--out build/demo]
 
-The full model, the chosen experts and random ones continue the same prompt side by side. Each is a process of its
-own, so that its bytes and its memory are its own too. The curve, of this model and of the standard one that was
+The full model, the chosen experts and random ones continue the same prompt side by side. Each is a process of
+its own, so that its bytes and its memory are its own too. The curve, of this model and of the standard one
 trained beside it, goes to `OUT/retention.png`.
 """
 
@@ -19,7 +19,7 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 WINDOW = 512  # tokens; the context that the models were trained with
 PROMPT, NEW = 64, 96  # tokens to continue, and to continue with
 SHARES = [0.5, 0.25, 0.125, 0.0625]
-COLUMN = 38
+COLUMN, LINES = 38, 16
 
 
 def kernel_count(file: str, name: str) -> int | None:
@@ -81,11 +81,11 @@ def megabytes(count: int | None) -> str:
 
 
 def side_by_side(texts: dict[str, str]) -> str:
-    """Texts in columns, each under its name."""
+    """The beginnings of texts in columns, each under its name; blank lines left out."""
     columns = []
     for name, text in texts.items():
-        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMN) or [""]]
-        columns.append([name, "-" * COLUMN, *lines])
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, COLUMN)]
+        columns.append([name, "-" * COLUMN, *lines[:LINES]])
     rows = zip_longest(*columns, fillvalue="")
     return "\n".join(" | ".join(cell.ljust(COLUMN) for cell in row).rstrip() for row in rows)
 

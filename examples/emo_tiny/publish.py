@@ -4,8 +4,8 @@
     python examples/emo_tiny/publish.py cards [--results out/results] ...
 
 The first makes the folders `emo-tiny` and `std-tiny` from finished runs. The second is for after the
-measuring, which reads the weights as they are pushed: it copies the results and writes the cards, whose numbers
-are read from them. `make emo-tiny` runs everything in order.
+measuring, which reads the weights as they are pushed: it copies the results and writes the cards, whose
+numbers are read from them. `make emo-tiny` runs everything in order.
 """
 
 import argparse
@@ -34,18 +34,15 @@ RECIPE = Path(__file__).parent / "emo-tiny.yaml"
 LICENCES = ("BSD-3-Clause", "CC0-1.0", "PostgreSQL", "public domain", "MPL-2.0", "CECILL-B")
 DOCUMENTS = {"calibration": 8, "test": 8}
 CHARACTERS = 6000  # of a document; a window of the model is about a third of it
-RESULTS = {  # in the card's folder: where they were measured
-    "retention.csv": "retention/retention.csv",
-    "retention.md": "retention/retention.md",
-    "retention.png": "retention/retention.png",
-    "retention_domains.png": "retention/retention_domains.png",
-    "topics.png": "retention/topics.png",
-    "claims.json": "retention/claims.json",
-    "ablations.md": "ablations/README.md",
-    "ablations.csv": "ablations/retention.csv",
-    "fine_tuned.md": "fine-tuned/README.md",
-    "prompts.md": "prompts/README.md",
-}
+RESULTS = [  # of the measuring, to the card's folder `results`
+    *(f"retention/{name}" for name in ("measurements.jsonl", "retention.csv", "retention.md", "claims.json")),
+    *(f"retention/{name}.png" for name in ("retention", "retention_domains", "topics")),
+    *("ablations/README.md", "ablations/retention.csv", "fine-tuned/README.md", "prompts/README.md"),
+]
+FROM_CONFIG = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("num_experts", "num_experts_per_tok"),
+)
 
 
 def publish_weights(runs: Path, texts: Path, cards: Path) -> None:
@@ -76,18 +73,19 @@ def write_documents(texts: Path, out: Path) -> None:
 
 def publish_cards(results: Path, cards: Path) -> None:
     """Copy the results and write the cards."""
+    for name in RESULTS:
+        target = cards / "emo-tiny" / "results" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(results / name, target)
+    for name in MODELS:
+        write_text(cards / name / "README.md", card(name, cards))
+
+
+def card(name: str, cards: Path) -> str:
+    """A model's card, its numbers read from its config, its recipe and the results beside emo-tiny."""
+    folder, results = cards / name, cards / "emo-tiny" / "results"
     retention = Retention.read(results / "retention")
-    found = claims(retention, baseline=BASELINE)
-    for name, kind in MODELS.items():
-        folder = cards / name
-        if name != BASELINE:
-            for target, source in RESULTS.items():
-                shutil.copyfile(results / source, folder / target)
-        write_text(folder / "README.md", card(name, kind, folder, results, retention, found))
-
-
-def card(name: str, kind: str, folder: Path, results: Path, retention: Retention, found: dict) -> str:
-    """A model's card, its numbers read from its config, recipe and results."""
+    kind = MODELS[name]
     config = json.loads((folder / "config.json").read_text())
     recipe = Recipe.read(RECIPE)
     model = EmoForCausalLM.from_pretrained(folder)
@@ -97,12 +95,13 @@ def card(name: str, kind: str, folder: Path, results: Path, retention: Retention
     values = {
         "name": name,
         "kind": kind,
+        "results": "results" if name == "emo-tiny" else "../emo-tiny/results",
         "other": next(other for other in MODELS if other != name),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}",
         "megabytes": f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f}",
         "pools": (
-            f"pools of {config['document_pool_min']} to {config['document_pool_max']} routed experts, drawn for "
-            "every document and layer"
+            f"pools of {config['document_pool_min']} to {config['document_pool_max']} routed experts, drawn "
+            "for every document and layer"
             if config["document_pool_min"] < config["num_experts"] - config["num_shared_experts"]
             else "no pools (a document may use every expert)"
         ),
@@ -113,14 +112,10 @@ def card(name: str, kind: str, folder: Path, results: Path, retention: Retention
         "window": recipe.data.window,
         "warmup": recipe.training["warmup_steps"],
         "retention": mean_table,
-        "claims": claims_text(found),
+        "claims": claims_text(claims(retention, baseline=BASELINE)),
         "cosine": cosines[name]["mean"],
         "other_cosine": next(c["mean"] for other, c in cosines.items() if other in MODELS and other != name),
-        **{
-            key: config[key]
-            for key in ("hidden_size", "num_hidden_layers", "num_experts", "num_experts_per_tok")
-        },
-        **{key: config[key] for key in ("num_attention_heads", "intermediate_size", "vocab_size")},
+        **{key: config[key] for key in FROM_CONFIG},
     }
     sections = {
         part: (results / part / "README.md").read_text(encoding="utf-8").split("\n", 2)[2].strip()
