@@ -9,7 +9,15 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .registration import register
-from .subsets import CheckpointError, ExpertSubset, SubsetError, select_experts
+from .subsets import (
+    CheckpointError,
+    ExpertSubset,
+    SubsetError,
+    SubsetOverlap,
+    mix,
+    select_experts,
+    subset_overlap,
+)
 from .tokenization import EmoTokenizer
 from .version import __version__
 
@@ -25,7 +33,10 @@ __all__ = [
     "EmoTokenizer",
     "ExpertSubset",
     "SubsetError",
+    "SubsetOverlap",
+    "mix",
     "select_experts",
+    "subset_overlap",
 ]
 
 register()

@@ -1,14 +1,19 @@
 """Subsets of experts: what they are, and reading only their part of a checkpoint."""
 
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, TensorSpan, wanted_ranges
-from .expert_subset import (
-    ExpertSubset,
-    SubsetError,
-    local_experts,
-    present_experts,
-    root_experts,
-    subset_config,
+from .composition import (
+    SubsetOverlap,
+    difference,
+    intersection,
+    mix,
+    read_subsets,
+    subset_overlap,
+    union,
 )
+from .expert_subset import ExpertSubset, SubsetError
+from .library import find_subset, library_names
+from .model_experts import local_experts, present_experts, root_experts, subset_config
+from .pruning_metadata import pruning_metadata, save_pruning_metadata
 from .selection import select_experts
 
 __all__ = [
@@ -17,11 +22,22 @@ __all__ = [
     "ExpertSubset",
     "LazyTensor",
     "SubsetError",
+    "SubsetOverlap",
     "TensorSpan",
+    "difference",
+    "find_subset",
+    "intersection",
+    "library_names",
     "local_experts",
+    "mix",
     "present_experts",
+    "pruning_metadata",
+    "read_subsets",
     "root_experts",
+    "save_pruning_metadata",
     "select_experts",
     "subset_config",
+    "subset_overlap",
+    "union",
     "wanted_ranges",
 ]
