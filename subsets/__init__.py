@@ -11,6 +11,7 @@ from .composition import (
     union,
 )
 from .expert_subset import ExpertSubset, SubsetError
+from .extraction import extract_subset
 from .library import find_subset, library_names
 from .model_experts import local_experts, present_experts, root_experts, subset_config
 from .pruning_metadata import pruning_metadata, save_pruning_metadata
@@ -25,6 +26,7 @@ __all__ = [
     "SubsetOverlap",
     "TensorSpan",
     "difference",
+    "extract_subset",
     "find_subset",
     "intersection",
     "library_names",

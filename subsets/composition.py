@@ -281,8 +281,8 @@ def _check_comparable(subsets: Sequence[ExpertSubset]) -> None:
     sources = {os.path.basename(os.path.normpath(s.source)) for s in subsets if s.source}
     if len(sources) > 1:
         logger.warning(
-            f"The subsets were chosen on {sorted(sources)}: ids mean nothing in another model. Make sure that "
-            "these are the same, or subsets of one."
+            f"The subsets were chosen on {sorted(sources)}: ids mean nothing in another model. Make sure "
+            "that these are the same, or subsets of one."
         )
 
 
