@@ -14,10 +14,12 @@ from .subsets import (
     ExpertSubset,
     SubsetError,
     SubsetOverlap,
+    WriteBack,
     extract_subset,
     mix,
     select_experts,
     subset_overlap,
+    write_back,
 )
 from .tokenization import EmoTokenizer
 from .version import __version__
@@ -35,10 +37,12 @@ __all__ = [
     "ExpertSubset",
     "SubsetError",
     "SubsetOverlap",
+    "WriteBack",
     "extract_subset",
     "mix",
     "select_experts",
     "subset_overlap",
+    "write_back",
 ]
 
 register()

@@ -16,6 +16,7 @@ from .library import find_subset, library_names
 from .model_experts import local_experts, present_experts, root_experts, subset_config
 from .pruning_metadata import pruning_metadata, save_pruning_metadata
 from .selection import select_experts
+from .write_back import WriteBack, write_back
 
 __all__ = [
     "Checkpoint",
@@ -25,6 +26,7 @@ __all__ = [
     "SubsetError",
     "SubsetOverlap",
     "TensorSpan",
+    "WriteBack",
     "difference",
     "extract_subset",
     "find_subset",
@@ -42,4 +44,5 @@ __all__ = [
     "subset_overlap",
     "union",
     "wanted_ranges",
+    "write_back",
 ]
