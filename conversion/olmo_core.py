@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from ..configuration import EmoConfig
 from ..subsets import CheckpointError
+from ..subsets.model_folder import TOKENIZER_FILES
 from ..subsets.safetensors_files import size_in_bytes, write_json
 from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
 from .olmo_core_config import read_config
@@ -26,14 +27,6 @@ from .verification import verify_logits
 
 _PREFIX = "model."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 PROVENANCE = "conversion.json"
 
 
@@ -253,7 +246,7 @@ def _provenance(
 def _tokenizer_files(folder: str | os.PathLike | None) -> list[Path]:
     if folder is None:
         return []
-    files = [Path(folder) / name for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
     if not files:
         raise FileNotFoundError(
             f"There are no tokenizer files in {folder}: expected a folder with tokenizer.json."

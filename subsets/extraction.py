@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .model_folder import (
     check_space,
     copy_companions,
     new_folder,
+    optional_file,
 )
 from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
 
@@ -81,7 +83,8 @@ def extract_subset(
             "extract from the unquantised model."
         )
     folder = Path(model, hub_kwargs.get("subfolder") or "") if os.path.isdir(model) else None
-    chosen = ExpertSubset.of(subset, folder).for_model(config)
+    fetch = None if folder is not None else partial(optional_file, model, **hub_kwargs)
+    chosen = ExpertSubset.of(subset, folder, fetch).for_model(config)
     warn_if_chosen_elsewhere(chosen, model)
     checkpoint = open_checkpoint(model, **hub_kwargs)
     try:
@@ -91,10 +94,10 @@ def extract_subset(
         if small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
         check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
-        with new_folder(out) as partial:
-            _write(tensors, partial, shard_bytes, progress)
-            small.save_pretrained(partial)
-            copy_companions(model, (GENERATION_CONFIG, *TOKENIZER_FILES), partial, **hub_kwargs)
+        with new_folder(out) as work:
+            _write(tensors, work, shard_bytes, progress)
+            small.save_pretrained(work)
+            copy_companions(model, (GENERATION_CONFIG, *TOKENIZER_FILES), work, **hub_kwargs)
     finally:
         checkpoint.source.close()
     return small

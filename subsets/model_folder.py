@@ -112,6 +112,30 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
+def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
+    """A file that a model may have beside its weights.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        name (`str`): its path there.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `str`, *optional*: where it is on this machine, `None` if there is none.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.model_folder import optional_file
+    >>> optional_file("model_cards/toy-emo", "tokenizer.json")
+    'model_cards/toy-emo/tokenizer.json'
+    >>> optional_file("model_cards/toy-emo", "subsets/no-such-subset.json")
+
+    ```
+    """
+    return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
+
+
 def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path, **hub_kwargs: Any) -> None:
     """Copy files that a model has beside its weights; those that it has not are left out.
 
@@ -131,8 +155,7 @@ def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path
 
     ```
     """
-    optional = hub_kwargs | {"_raise_exceptions_for_missing_entries": False}
     for name in names:
-        found = cached_file(model, name, **optional)
+        found = optional_file(model, name, **hub_kwargs)
         if found is not None:
             shutil.copyfile(found, folder / name)

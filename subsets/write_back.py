@@ -140,8 +140,7 @@ def write_back(
     try:
         opened.append(_open(full, **hub_kwargs))
         shared_kwargs = {name: v for name, v in hub_kwargs.items() if name not in ("revision", "subfolder")}
-        for model in several:
-            opened.append(_open(model, **shared_kwargs))
+        opened += [_open(model, **shared_kwargs) for model in several]
         base, *others = opened
         assert base.checkpoint is not None
         sources = _sources(base, others, parts, check_root)
@@ -155,20 +154,18 @@ def write_back(
             _write_files(base, sources, weight, work, out, progress)
             _copy_rest(base, work, hub_kwargs)
     finally:
-        for model in opened:
-            if model.checkpoint is not None:
-                model.checkpoint.source.close()
+        for each in opened:
+            if each.checkpoint is not None:
+                each.checkpoint.source.close()
     return WriteBack(list(sources), [name for name, tensors in sources.items() if len(tensors) > 1])
 
 
 def _parts(what: str) -> set[Part]:
-    names = get_args(Part) if what == "all" else tuple(what.split("+"))
-    unknown = [name for name in names if name not in get_args(Part)]
-    if unknown:
-        raise ValueError(
-            f"`what` is {what!r}, expected some of {', '.join(get_args(Part))} joined by '+', or 'all'."
-        )
-    return set(names)
+    known: tuple[Part, ...] = get_args(Part)
+    names = known if what == "all" else what.split("+")
+    if not set(names) <= set(known):
+        raise ValueError(f"`what` is {what!r}, expected some of {', '.join(known)} joined by '+', or 'all'.")
+    return {part for part in known if part in names}
 
 
 def _open(model: str | os.PathLike | PreTrainedModel, **hub_kwargs: Any) -> _Model:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from hub_server import HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -135,9 +136,7 @@ def test_only_what_is_asked_for_is_written(make_checkpoint, tmp_path, what, part
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "stacked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("what", "weight"), [("routed", 1.0), ("all", 1.0), ("routed", 0.3), ("all", 0.5), ("all", 0.0)]
-)
+@pytest.mark.parametrize(("what", "weight"), [("routed", 1.0), ("all", 1.0), ("all", 0.3)])
 def test_without_training_every_file_is_the_same(make_checkpoint, tmp_path, layout, dtype, what, weight):
     full = make_checkpoint(shards=layout == "sharded")
     if layout == "stacked":
@@ -421,3 +420,21 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.1\.down_proj\.weight would hold"):
             write_back(full, model, out=tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists()
+
+
+def test_models_on_the_hub_are_taken_apart_and_put_together(make_checkpoint, tmp_path):
+    full = make_checkpoint(shards=True)
+    ExpertSubset(FIRST).save(full / "subsets" / "math.json")
+    extract_subset(full, FIRST, tmp_path / "local", progress=False)
+    code = f"""
+from pathlib import Path
+from transformers_emo import extract_subset, write_back
+work = Path({str(tmp_path)!r})
+extract_subset("user/emo", "math", work / "small", revision="main", progress=False)
+write_back("user/emo", work / "small", out=work / "out", revision="main", progress=False)
+"""
+    with HubServer() as hub:
+        hub.commit("user/emo", full)
+        hub.run(code)
+    assert same_files(tmp_path / "local", tmp_path / "small")
+    assert same_files(full, tmp_path / "out")
