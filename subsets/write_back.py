@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -58,15 +60,6 @@ class _Model:
     parts: dict[str, PartOfModel]
     checkpoint: Checkpoint | None  # None for a model in memory
     fingerprint: Any
-
-
-@dataclass(frozen=True)
-class _Patch:
-    """Bytes of a file that are replaced: a piece of `part`, `offset` bytes from its beginning."""
-
-    part: str
-    span: TensorSpan
-    offset: int
 
 
 def write_back(
@@ -332,12 +325,11 @@ def _write_files(
 ) -> None:
     checkpoint = base.checkpoint
     assert checkpoint is not None
-    patches: dict[str, list[_Patch]] = {}
+    # Of each file: where new bytes begin, and what they are of.
+    patches: dict[str, list[tuple[int, str]]] = {}
     for name in sources:
-        offset = 0
-        for span in base.parts[name].tensor.pieces:
-            patches.setdefault(span.file, []).append(_Patch(name, span, offset))
-            offset += span.end - span.start
+        (span,) = base.parts[name].tensor.pieces  # a matrix, or rows of one, lies in one piece
+        patches.setdefault(span.file, []).append((span.start, name))
     sizes = {file: checkpoint.source.size(file) for file in {s.file for s in checkpoint.tensors.values()}}
     left = {file: size for file, size in sorted(sizes.items()) if not (work / file).exists()}
     for partial in work.glob("*.partial"):
@@ -350,18 +342,26 @@ def _write_files(
         for file, size in left.items():
             partial = work / f"{file}.partial"
             partial.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as to:
-                position = 0
-                for patch in sorted(patches.get(file, []), key=lambda patch: patch.span.start):
-                    _copy(checkpoint, file, position, patch.span.start, to, bar)
-                    new = _merged(base.parts[patch.part].tensor, sources[patch.part], weight, patch.part)
-                    length = patch.span.end - patch.span.start
-                    to.write(new[patch.offset : patch.offset + length])
-                    bar.update(length)
-                    position = patch.span.end
-                _copy(checkpoint, file, position, size, to, bar)
-                to.flush()
-                os.fsync(to.fileno())  # a whole file is trusted later
+            try:
+                with open(partial, "wb") as to:
+                    position = 0
+                    for start, name in sorted(patches.get(file, [])):
+                        _copy(checkpoint, file, position, start, to, bar)
+                        position = start
+                        for new in _merged(base.parts[name].tensor, sources[name], weight, name):
+                            to.write(new)
+                            bar.update(len(new))
+                            position += len(new)
+                    _copy(checkpoint, file, position, size, to, bar)
+                    to.flush()
+                    os.fsync(to.fileno())  # a whole file is trusted later
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise OSError(
+                    f"The disk is full. {work} holds what was written: make room and call again with the "
+                    "same arguments to go on, or remove it."
+                ) from error
             partial.rename(work / file)
 
 
@@ -373,26 +373,30 @@ def _copy(checkpoint: Checkpoint, file: str, start: int, stop: int, to, bar) -> 
         bar.update(len(buffer))
 
 
-def _merged(old: LazyTensor, tuned: Sequence[LazyTensor], weight: float, name: str) -> memoryview:
-    """The bytes to write, in the dtype of the full model."""
-    if weight == 1 and len(tuned) == 1 and tuned[0].dtype == old.dtype:
-        merged = tuned[0][...]
-    else:
-        before = old[...]
-        exact = before.double()
-        total = torch.zeros_like(exact)
-        for tensor in tuned:
-            new = tensor[...]
-            # What only lost digits when the tuned model was saved was not trained.
-            total += torch.where(new == before.to(new.dtype), exact, new.double())
-        mean = total / len(tuned)
-        merged = (mean if weight == 1 else exact + weight * (mean - exact)).to(old.dtype)
-    if not merged.isfinite().all():
-        raise ValueError(
-            f"{name} would hold values that are not finite (NaN, infinity or beyond {old.dtype}): the tuned "
-            "model is damaged or its training diverged."
-        )
-    return memoryview(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
+def _merged(old: LazyTensor, tuned: Sequence[LazyTensor], weight: float, name: str) -> Iterator[memoryview]:
+    """The bytes to write, in the dtype of the full model, some rows at a time."""
+    row_bytes = max(math.prod(old.shape[1:]) * old.dtype.itemsize, 1)
+    step = max(_BUFFER_BYTES // row_bytes, 1)
+    for start in range(0, old.shape[0], step):
+        rows = slice(start, start + step)
+        if weight == 1 and len(tuned) == 1 and tuned[0].dtype == old.dtype:
+            merged = tuned[0][rows]
+        else:
+            before = old[rows]
+            exact = before.double()
+            total = torch.zeros_like(exact)
+            for tensor in tuned:
+                new = tensor[rows]
+                # What only lost digits when the tuned model was saved was not trained.
+                total += torch.where(new == before.to(new.dtype), exact, new.double())
+            mean = total / len(tuned)
+            merged = (mean if weight == 1 else exact + weight * (mean - exact)).to(old.dtype)
+        if not merged.isfinite().all():
+            raise ValueError(
+                f"{name} would hold values that are not finite (NaN, infinity or beyond {old.dtype}): the "
+                "tuned model is damaged or its training diverged."
+            )
+        yield memoryview(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _copy_rest(base: _Model, work: Path, hub_kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,12 @@
 """Fine-tuned subsets go back into the full model: only what is meant to changes, to the byte."""
 
+import errno
 import fcntl
 import hashlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,7 +165,9 @@ def test_an_extracted_subset_goes_back_to_where_it_came_from(make_checkpoint, tm
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), weight=st.sampled_from([0.25, 0.5, 1.0]))
-def test_overlaps_are_averaged_and_blended(make_checkpoint, tmp_path_factory, data, weight):
+def test_overlaps_are_averaged_and_blended(make_checkpoint, tmp_path_factory, monkeypatch, data, weight):
+    # Less than a matrix at a time.
+    monkeypatch.setattr(sys.modules[write_back.__module__], "_BUFFER_BYTES", 1000)
     full = make_checkpoint()
     folder = tmp_path_factory.mktemp("blend")
     routed = st.sets(st.integers(0, 10), min_size=1, max_size=5)
@@ -320,7 +326,51 @@ class TestInterruptions:
         write_back(full, tuned, out=tmp_path / "out", progress=False)
         assert same_files(tmp_path / "expected", tmp_path / "out")
 
-    def test_a_disk_that_fills_up_loses_nothing(self, models, tmp_path, monkeypatch):
+    def test_a_killed_process_leaves_what_the_next_one_goes_on_with(self, models, tmp_path):
+        full, tuned = models
+        code = f"""
+import os, signal
+from transformers_emo import write_back
+from transformers_emo.subsets import checkpoint
+original, count = checkpoint.LocalFiles.read_into, 0
+
+def counted(self, file, start, buffer):
+    global count
+    count += len(buffer)
+    if count > 300_000:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, file, start, buffer)
+
+checkpoint.LocalFiles.read_into = counted
+write_back({str(full)!r}, {str(tuned)!r}, out={str(tmp_path / "out")!r}, progress=False)
+"""
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300, check=False)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert not (tmp_path / "out").exists()
+        whole = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.partial").glob("*.safetensors")}
+        assert whole
+        write_back(full, tuned, out=tmp_path / "out", progress=False)
+        assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in whole.items())
+        assert same_files(tmp_path / "expected", tmp_path / "out")
+
+    def test_a_disk_that_fills_up_on_the_way_loses_nothing(self, models, tmp_path, monkeypatch):
+        full, tuned = models
+
+        def no_room(checkpoint, file, *args):
+            if "00003" in file:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            original(checkpoint, file, *args)
+
+        module = sys.modules[write_back.__module__]
+        original = module._copy
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full.*to go on"):
+            patch.setattr(module, "_copy", no_room)
+            write_back(full, tuned, out=tmp_path / "out", progress=False)
+        assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 2
+        write_back(full, tuned, out=tmp_path / "out", progress=False)
+        assert same_files(tmp_path / "expected", tmp_path / "out")
+
+    def test_a_disk_without_room_is_told_beforehand(self, models, tmp_path, monkeypatch):
         full, tuned = models
         with monkeypatch.context() as patch:
             usage = shutil.disk_usage(tmp_path)
