@@ -10,6 +10,7 @@ from .report import write_report
 from .retention import measure_retention, num_experts_at
 from .tables import markdown, write_csv
 from .topics import TopicCosine, mean_routing, topic_cosine
+from .training_curves import plot_training, read_training_log, write_training_csv
 
 __all__ = [
     "DocumentLosses",
@@ -33,9 +34,12 @@ __all__ = [
     "plot_overlap",
     "plot_retention",
     "plot_topics",
+    "plot_training",
     "prompt_pools",
     "read_domains",
+    "read_training_log",
     "topic_cosine",
     "write_csv",
     "write_report",
+    "write_training_csv",
 ]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart too; the random choice in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _RANDOM = "#7F7F7F"
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _DOTS_PER_INCH = 150
@@ -71,7 +71,7 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
 
     ```
     """
-    figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
+    figure, ((axes,),) = new_figure(1, 1, width=7.5, height=4.8)
     _draw_curves(axes, retention, bands=True)
     axes.set_ylabel("test loss (nats per token)")
     axes.set_xlabel("experts kept")
@@ -80,7 +80,7 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
     axes.set_title(
         f"Loss as experts are removed, mean over {domains} domain{'s' * (domains != 1)}", fontsize=11
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
@@ -97,7 +97,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
     """
     columns = min(4, len(retention.domains))
     rows = -(-len(retention.domains) // columns)
-    figure, grid = _figure(rows, columns, width=2.9 * columns + 0.4, height=2.3 * rows + 0.8)
+    figure, grid = new_figure(rows, columns, width=2.9 * columns + 0.4, height=2.3 * rows + 0.8)
     flat = list(grid.flat)
     for axes, domain in zip(flat, retention.domains, strict=False):
         _draw_curves(axes, Retention([m for m in retention.measurements if m.domain == domain]), bands=False)
@@ -109,7 +109,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel("experts kept", fontsize=10)
     figure.supylabel("test loss (nats per token)", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_topics(topics: Mapping[str, TopicCosine], path: str | os.PathLike) -> None:
@@ -168,18 +168,39 @@ def _heat_maps(
 ) -> None:
     """Square matrices of values from 0 to 1, under their titles; rows and columns bear the same names."""
     size = max(3.2, 0.32 * max(len(names) for names, _ in matrices.values()) + 1.2)
-    figure, grid = _figure(1, len(matrices), width=size * len(matrices) + 0.6, height=size + 0.3)
+    figure, grid = new_figure(1, len(matrices), width=size * len(matrices) + 0.6, height=size + 0.3)
     for axes, (title, (names, matrix)) in zip(grid.flat, matrices.items(), strict=True):
         image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_title(title, fontsize=11)
     figure.colorbar(image, ax=list(grid.flat), label=label, shrink=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own, apart from pyplot's state."""
+def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own, apart from pyplot's state.
+
+    Args:
+        rows, columns (`int`): of axes.
+        width, height (`float`): inches.
+
+    Returns:
+        `tuple`: the figure, and its axes, an array (rows, columns).
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.plots import new_figure, save_figure
+    >>> figure, ((axes,),) = new_figure(1, 1, width=4, height=3)
+    >>> _ = axes.plot([1, 2, 3])
+    >>> save_figure(figure, tmp_path / "line.png")
+
+    ```
+    """
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -187,7 +208,15 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Fi
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a picture, whole or not at all.
+
+    Args:
+        figure (`Figure`): from `new_figure`.
+        path (`str` or `os.PathLike`): the file; its ending says the format, its folder is made.
+
+    Example: see `new_figure`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -199,7 +228,7 @@ def _draw_curves(axes: Axes, retention: Retention, *, bands: bool) -> None:
     """Colour tells the model, line and mark the method."""
     named = [method for method in retention.methods if method != "random"]
     shares: Sequence[float] = ()
-    for model, colour in zip(retention.models, _COLOURS * len(retention.models), strict=False):
+    for model, colour in zip(retention.models, COLOURS * len(retention.models), strict=False):
         for method in retention.methods:
             points = [
                 (share, loss, retention.loss_error(model, method, share) or 0.0)

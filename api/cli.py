@@ -218,7 +218,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
-    from .training.runs import read_yaml
+    from .training.recipe_files import read_yaml
 
     try:
         return name, read_yaml(value)
