@@ -4,7 +4,7 @@ from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains
 from .evaluation import DocumentLosses, document_losses
 from .measurements import Journal, Measurement, Retention
-from .plots import plot_domains, plot_retention, plot_topics
+from .plots import plot_domains, plot_overlap, plot_retention, plot_topics
 from .prompt_pools import PromptPool, prompt_pools
 from .report import write_report
 from .retention import measure_retention, num_experts_at
@@ -31,6 +31,7 @@ __all__ = [
     "measure_retention",
     "num_experts_at",
     "plot_domains",
+    "plot_overlap",
     "plot_retention",
     "plot_topics",
     "plot_training",

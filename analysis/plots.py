@@ -1,4 +1,4 @@
-"""Pictures of the retention curve and of topics, with matplotlib (the extra `analysis`).
+"""Pictures of the retention curve, of topics and of subsets, with matplotlib (the extra `analysis`).
 
 They stand on white of their own, so that they can be read on light and on dark pages.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..subsets import SubsetOverlap
 from .measurements import Retention
 from .topics import TopicCosine
 
@@ -131,15 +132,49 @@ def plot_topics(topics: Mapping[str, TopicCosine], path: str | os.PathLike) -> N
 
     ```
     """
-    size = max(3.2, 0.32 * max(len(topic.domains) for topic in topics.values()) + 1.2)
-    figure, grid = new_figure(1, len(topics), width=size * len(topics) + 0.6, height=size + 0.3)
-    for axes, (name, topic) in zip(grid.flat, topics.items(), strict=True):
-        image = axes.imshow(topic.cosine_MM.cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
-        places = range(len(topic.domains))
-        axes.set_xticks(places, topic.domains, rotation=90, fontsize=8)
-        axes.set_yticks(places, topic.domains, fontsize=8)
-        axes.set_title(f"{name}: mean {topic.mean:.2f}", fontsize=11)
-    figure.colorbar(image, ax=list(grid.flat), label="cosine of mean routed probabilities", shrink=0.8)
+    matrices = {
+        f"{name}: mean {topic.mean:.2f}": (topic.domains, topic.cosine_MM.cpu().numpy())
+        for name, topic in topics.items()
+    }
+    _heat_maps(matrices, "cosine of mean routed probabilities", path)
+
+
+def plot_overlap(overlap: SubsetOverlap, path: str | os.PathLike) -> None:
+    """Draw how alike subsets are as a heat map.
+
+    Args:
+        overlap (`SubsetOverlap`): from `subset_overlap`.
+        path (`str` or `os.PathLike`): the picture's file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset, subset_overlap
+    >>> from transformers_emo.analysis import plot_overlap
+    >>> overlap = subset_overlap({"code": ExpertSubset([[0, 1]]), "math": ExpertSubset([[1, 2]])})
+    >>> plot_overlap(overlap, tmp_path / "overlap.png")
+
+    ```
+    """
+    matrices = {f"mean {overlap.mean:.2f}": (overlap.names, np.array(overlap.jaccard_NN))}
+    _heat_maps(matrices, "experts in both / in either", path)
+
+
+def _heat_maps(
+    matrices: Mapping[str, tuple[Sequence[str], np.ndarray]], label: str, path: str | os.PathLike
+) -> None:
+    """Square matrices of values from 0 to 1, under their titles; rows and columns bear the same names."""
+    size = max(3.2, 0.32 * max(len(names) for names, _ in matrices.values()) + 1.2)
+    figure, grid = new_figure(1, len(matrices), width=size * len(matrices) + 0.6, height=size + 0.3)
+    for axes, (title, (names, matrix)) in zip(grid.flat, matrices.items(), strict=True):
+        image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(title, fontsize=11)
+    figure.colorbar(image, ax=list(grid.flat), label=label, shrink=0.8)
     save_figure(figure, path)
 
 
