@@ -1,4 +1,5 @@
-"""What is pushed to the Hub of emo-tiny and std-tiny: weights in bf16, loss curves, documents, results, card.
+"""What is pushed to the Hub of emo-tiny and std-tiny: weights in bf16, loss curves, ready subsets, documents,
+results, card.
 
     python examples/emo_tiny/publish.py weights [--runs out] [--texts corpus] [--cards model_cards]
     python examples/emo_tiny/publish.py cards [--results out/results] ...
@@ -13,13 +14,17 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers_emo import EmoForCausalLM
+from transformers import AutoTokenizer
+from transformers_emo import EmoForCausalLM, select_experts
 from transformers_emo.analysis import (
     Retention,
     claims,
     claims_text,
+    draw,
+    encode_documents,
     markdown,
     plot_training,
+    read_domains,
     read_training_log,
     write_training_csv,
 )
@@ -33,6 +38,7 @@ RECIPE = Path(__file__).parent / "emo-tiny.yaml"
 # Documents whose licence allows passing them on alone, without the package they come from.
 LICENCES = ("BSD-3-Clause", "CC0-1.0", "PostgreSQL", "public domain", "MPL-2.0", "CECILL-B")
 DOCUMENTS = {"calibration": 8, "test": 8}
+KEPT = 16  # experts of the ready subsets
 CHARACTERS = 6000  # of a document; a window of the model is about a third of it
 RESULTS = [  # of the measuring, to the card's folder `results`
     *(f"retention/{name}" for name in ("measurements.jsonl", "retention.csv", "retention.md", "claims.json")),
@@ -57,6 +63,18 @@ def publish_weights(runs: Path, texts: Path, cards: Path) -> None:
         write_training_csv(logs[name], folder / "training.csv")
         plot_training(logs, folder / "training.png")
     write_documents(texts, cards / "emo-tiny" / "documents")
+    write_subsets(texts, cards / "emo-tiny")
+
+
+def write_subsets(texts: Path, folder: Path) -> None:
+    """A library of ready choices: `from_pretrained(..., expert_subset="python")` finds them by name."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for domain in read_domains(texts):
+        calibration = draw(domain.calibration, DOCUMENTS["calibration"], 0, domain.name)
+        ids = encode_documents(tokenizer, calibration, Recipe.read(RECIPE).data.window)
+        subset = select_experts(folder, input_ids=ids, num_experts=KEPT, dtype="float32", progress=False)
+        (folder / "subsets").mkdir(exist_ok=True)
+        subset.save(folder / "subsets" / f"{domain.name}.json")
 
 
 def write_documents(texts: Path, out: Path) -> None:
