@@ -34,8 +34,8 @@ class _PoolRequest:
             if frozen.sizes != self.sizes:
                 raise ValueError(
                     f"The cache has document pools of {list(frozen.sizes)} experts in its layers, and "
-                    f"`document_pool` asks for {list(self.sizes)}: pools are chosen once. Leave it out to go on "
-                    "with them, or begin with a new cache."
+                    f"`document_pool` asks for {list(self.sizes)}: pools are chosen once. Leave it out to go "
+                    "on with them, or begin with a new cache."
                 )
             return {}
         if cache is not None and cache.get_seq_length() > 0:
@@ -51,7 +51,7 @@ class _PoolRequest:
         return {"prompt_pool": PromptPool(self.sizes, prompt_BS, self.tokens_at_once)}
 
 
-# Of the `generate` in progress; every thread has its own, and every nested call (an assistant's) sets it anew.
+# Of the `generate` in progress: each thread has its own, and a nested call (an assistant's) sets it anew.
 _request: ContextVar[_PoolRequest | None] = ContextVar("pool_request", default=None)
 
 
@@ -111,8 +111,8 @@ class EmoGenerationMixin(GenerationMixin):
         >>> out = model.generate(
         ...     prompt, document_pool=8, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
         ... )
-        >>> more = torch.cat([out.sequences, torch.tensor([[8, 9]])], dim=1)
-        >>> model.generate(more, past_key_values=out.past_key_values, max_new_tokens=4).shape  # the same pools
+        >>> more = torch.cat([out.sequences, torch.tensor([[8, 9]])], dim=1)  # with the same pools:
+        >>> model.generate(more, past_key_values=out.past_key_values, max_new_tokens=4).shape
         torch.Size([1, 13])
 
         ```

@@ -300,7 +300,7 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
         picked, largest = layer.top_k - layer.num_shared, layer.num_routed if is_list else most
         if not isinstance(size, int) or isinstance(size, bool) or not picked <= size <= largest:
             raise ValueError(
-                f"`document_pool` is {size!r} in layer {index}, expected an integer from {picked}, the routed "
-                f"experts that a token picks, to {largest}, those there are."
+                f"`document_pool` is {size!r} in layer {index}, expected an integer from {picked}, the "
+                f"routed experts that a token picks, to {largest}, those there are."
             )
     return tuple(sizes)

@@ -1,4 +1,4 @@
-"""Serving with part of the experts: masks for a while, experts exchanged in place, one backbone for two tasks."""
+"""Serving with part of the experts: masked for a while, exchanged in place, or two sets on one backbone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

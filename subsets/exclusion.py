@@ -89,17 +89,15 @@ def excluded_experts(exclude_experts: Any, config: EmoConfig, folder: str | None
     if by_layer:
         wrong = [k for k in exclude_experts if not isinstance(k, int) or not 0 <= k < len(layers)]
         if wrong:
-            raise SubsetError(
-                f"There is no layer {wrong[0]!r}: expected numbers from 0 to {len(layers) - 1}."
-            )
+            raise SubsetError(f"There is no layer {wrong[0]!r}: expected 0 to {len(layers) - 1}.")
         exclude_experts = [exclude_experts.get(index) for index in range(len(layers))]
     # A subset is of a domain, whose shared experts are everybody's; ids that somebody wrote down are meant.
     is_subset = isinstance(exclude_experts, ExpertSubset | str | os.PathLike | Mapping)
     subset = ExpertSubset.of(exclude_experts, folder)
     if len(subset.experts) != len(layers):
         raise SubsetError(
-            f"The exclusion has {len(subset.experts)} layers, the model {len(layers)}: give one list of ids a "
-            "layer, or ids by layer."
+            f"The exclusion has {len(subset.experts)} layers, the model {len(layers)}: give one list of ids "
+            "a layer, or ids by layer."
         )
     if subset.local_ids:
         subset = subset.for_model(config)
@@ -114,8 +112,8 @@ def excluded_experts(exclude_experts: Any, config: EmoConfig, folder: str | None
         shared = sorted(protected & set(ids or ()))
         if shared and not is_subset:
             raise SubsetError(
-                f"Expert {shared[0]} of layer {index} cannot be excluded: every token uses it (shared or always "
-                "active)."
+                f"Expert {shared[0]} of layer {index} cannot be excluded: every token uses it (shared or "
+                "always active)."
             )
         excluded.append(set(ids or ()) - protected)
     return excluded

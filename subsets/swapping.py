@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,14 +240,14 @@ def _source_config(model: Any, source: str | os.PathLike, hub_kwargs: dict[str, 
     config = EmoConfig.from_pretrained(source, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
-            f"The weights of {os.fspath(source)} are quantised, and their experts cannot be taken apart: give the "
-            "unquantised model as `source`."
+            f"The weights of {os.fspath(source)} are quantised, and their experts cannot be taken apart: "
+            "give the unquantised model as `source`."
         )
     for name in _SHAPE_SETTINGS:
         ours, theirs = getattr(model.config, name), getattr(config, name)
         if ours != theirs:
             raise CheckpointError(
-                f"{os.fspath(source)} is another model: its `{name}` is {theirs!r}, and this model's {ours!r}."
+                f"{os.fspath(source)} is another model: its `{name}` is {theirs!r}, this model's {ours!r}."
             )
     if root_experts(config) != root_experts(model.config):
         raise CheckpointError(
