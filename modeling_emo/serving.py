@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-NEEDS_PACKAGE = "Choosing experts needs the transformers-emo package: `pip install transformers-emo`."
+NEEDS_PACKAGE = "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
 # Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, unlike locks.
 _mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
