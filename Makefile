@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev  ## measure what the README claims
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/document_pools.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -4,9 +4,9 @@
 
 Greedy decoding of a prompt with `document_pool` (a quarter of the routed experts) and plain alternate, in the
 trained model given and in a wider random one (512 wide, 64 experts). What is compared is the time from the
-first new token to the last: the prompt is read in both. Times are processor time of one thread, which other work on
-the machine does not stretch. Then experts of the model given are swapped for a
-subset that shares half of them, against loading that subset.
+first new token to the last: the prompt is read in both. Then experts of the model given are swapped for a
+subset that shares half of them, against loading that subset. Times are processor time of one thread, which
+other work on the machine stretches less than it does the clock.
 """
 
 import argparse
