@@ -1,8 +1,8 @@
 """Loading a model with only some of its experts: from a checkpoint to the parameters of the network.
 
-`modeling_emo` calls this module through one hook (`model_hooks.py`). Each stacked parameter is
-handed to Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its
-business, and every expert's bytes are read straight to the place where they stay.
+`modeling_emo` calls this module through one hook (`model_hooks.py`). Each stacked parameter is handed to
+Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its business, and
+every expert's bytes are read straight to the place where they stay.
 """
 
 from __future__ import annotations

@@ -156,7 +156,8 @@ def share_backbone(
     for layer in layers:
         for parameter in _parameters_of(model, layer.index).values():
             memo[id(parameter)] = nn.Parameter(parameter.new_empty(0), parameter.requires_grad)
-    for aside in (base.pool_generator, getattr(model, "_compiled_call", None)):
+    compiled = model.__dict__.get("_compiled_call")  # what `generate` compiled of this model
+    for aside in (base.pool_generator, compiled):
         if aside is not None:
             memo[id(aside)] = None
     masks, base.expert_masks = base.expert_masks, [None] * len(base.expert_masks)
@@ -164,6 +165,7 @@ def share_backbone(
         twin = copy.deepcopy(model, memo)
     finally:
         base.expert_masks = masks
+    twin.__dict__.pop("_compiled_call", None)
     for (index, name), tensor in own.items():
         _set_parameter(twin, index, name, tensor)
     _set_config(twin, config, layers, source)
