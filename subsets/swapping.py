@@ -149,7 +149,6 @@ def share_backbone(
         for layer in layers
         for name, parameter in _parameters_of(model, layer.index).items()
     }
-    base = model.base_model
     # A deep copy that takes what it finds in `memo` for copied: shared parameters as they are, and of experts
     # and the pools' random generator (which cannot be copied) nothing.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
@@ -157,14 +156,11 @@ def share_backbone(
         for parameter in _parameters_of(model, layer.index).values():
             memo[id(parameter)] = nn.Parameter(parameter.new_empty(0), parameter.requires_grad)
     compiled = model.__dict__.get("_compiled_call")  # what `generate` compiled of this model
-    for aside in (base.pool_generator, compiled):
+    for aside in (model.base_model.pool_generator, compiled):
         if aside is not None:
             memo[id(aside)] = None
-    masks, base.expert_masks = base.expert_masks, [None] * len(base.expert_masks)
-    try:
-        twin = copy.deepcopy(model, memo)
-    finally:
-        base.expert_masks = masks
+    twin = copy.deepcopy(model, memo)
+    twin.base_model.expert_masks = [None] * len(model.base_model.expert_masks)
     twin.__dict__.pop("_compiled_call", None)
     for (index, name), tensor in own.items():
         _set_parameter(twin, index, name, tensor)
