@@ -117,14 +117,15 @@ class EmoGenerationMixin(GenerationMixin):
 
         ```
         """
+        model: Any = self
         request = None
         if document_pool is not None:
             _refuse_paged_cache(kwargs)
-            sizes = None if document_pool is False else pool_sizes(self.config, document_pool)
+            sizes = None if document_pool is False else pool_sizes(model.config, document_pool)
             request = _PoolRequest(sizes, _prompt_length(args, kwargs))
         masked: Any = nullcontext()
         if expert_subset is not None or exclude_experts is not None:
-            masked = self.use_experts(expert_subset, exclude_experts=exclude_experts)
+            masked = model.use_experts(expert_subset, exclude_experts=exclude_experts)
         token = _request.set(request)
         try:
             with masked:
@@ -143,10 +144,12 @@ class EmoGenerationMixin(GenerationMixin):
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         request, chunk_size = _request.get(), generation_config.prefill_chunk_size
-        whole = request is not None and request.sizes is not None and chunk_size is not None
-        whole = whole and model_kwargs.get("past_key_values") is not None
-        if not whole or cached_pools(model_kwargs["past_key_values"]) is not None:
+        cache = model_kwargs.get("past_key_values")
+        if request is None or request.sizes is None or cached_pools(cache) is not None:
+            chunk_size = None  # nothing is to be chosen: chunks are what they always are
+        if chunk_size is None or cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        assert request is not None
         request.tokens_at_once, generation_config.prefill_chunk_size = chunk_size, None
         try:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)

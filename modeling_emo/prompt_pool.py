@@ -176,7 +176,7 @@ def cached_pools(cache: Any) -> FrozenPools | None:
 
     ```
     """
-    layers = cache.layers if isinstance(cache, Cache) else ()
+    layers: Sequence[Any] = cache.layers if isinstance(cache, Cache) else ()
     if len(layers) > 0 and isinstance(layers[-1], FrozenPools) and layers[-1].is_chosen:
         return layers[-1]
     return None

@@ -60,17 +60,16 @@ class ExpertServing:
 
         ```
         """
-        package, base = self._needed_package(), self.base_model
+        model: Any = self
+        package, base, device = self._needed_package(), model.base_model, model.device
         masks: list[torch.Tensor | None] = []
         for ids, layer in zip(
-            package.kept_experts(expert_subset, self.config, exclude_experts),
-            self.config.layer_experts,
+            package.kept_experts(expert_subset, model.config, exclude_experts),
+            model.config.layer_experts,
             strict=True,
         ):
-            mask = torch.zeros(layer.num_experts, dtype=torch.bool, device=self.device)
-            masks.append(
-                None if ids is None else mask.index_fill_(0, torch.tensor(ids, device=self.device), True)
-            )
+            mask = torch.zeros(layer.num_experts, dtype=torch.bool, device=device)
+            masks.append(None if ids is None else mask.index_fill_(0, torch.tensor(ids, device=device), True))
         with _mask_locks.setdefault(base, RLock()):
             previous, base.expert_masks = base.expert_masks, masks
             try:
