@@ -143,13 +143,11 @@ class EmoGenerationMixin(GenerationMixin):
         return inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        request, chunk_size = _request.get(), generation_config.prefill_chunk_size
-        cache = model_kwargs.get("past_key_values")
-        if request is None or request.sizes is None or cached_pools(cache) is not None:
-            chunk_size = None  # nothing is to be chosen: chunks are what they always are
-        if chunk_size is None or cache is None:
+        request, cache = _request.get(), model_kwargs.get("past_key_values")
+        chunk_size = generation_config.prefill_chunk_size
+        is_chosen = cache is None or cached_pools(cache) is not None
+        if request is None or request.sizes is None or chunk_size is None or is_chosen:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
-        assert request is not None
         request.tokens_at_once, generation_config.prefill_chunk_size = chunk_size, None
         try:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
