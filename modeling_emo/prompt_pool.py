@@ -134,6 +134,11 @@ class FrozenPool:
         outside_BR = self.pools.outside[self.index]
         if outside_BR is None:
             outside_BR = self.pools.outside[self.index] = self._choose(logits_TR)
+        batch, num_routed = outside_BR.shape
+        if num_routed != logits_TR.shape[1]:
+            raise _other_pools(f"{num_routed} routed experts", f"{logits_TR.shape[1]}")
+        if batch == len(logits_TR):
+            return logits_TR.masked_fill(outside_BR, float("-inf"))
         logits_BSR = logits_TR.unflatten(0, self.shape)
         return logits_BSR.masked_fill(outside_BR[:, None], float("-inf")).flatten(0, 1)
 
@@ -216,16 +221,19 @@ def frozen_pools(
         if prompt is None:
             return None
         pools = FrozenPools(prompt.sizes)
-    layers = config.layer_experts
-    for index, (layer, outside_BR) in enumerate(zip(layers, pools.outside, strict=True)):
-        expected = (shape[0], layer.num_routed)
-        if outside_BR is not None and outside_BR.shape != expected:
-            raise ValueError(
-                f"The cache has document pools of shape {tuple(outside_BR.shape)} in layer {index}, expected "
-                f"{expected} for these {shape[0]} sequences: it is the cache of other prompts or of another "
-                "model."
-            )
-    return [FrozenPool(pools, index, shape, prompt) for index in range(len(layers))]
+    # The config's layers cost as much to list as several layers' masks do to apply, and this runs for every
+    # token: the number of routed experts is looked at where it is there anyway.
+    batch = next((len(outside) for outside in pools.outside if outside is not None), shape[0])
+    if batch != shape[0] or len(pools.sizes) != config.num_hidden_layers:
+        raise _other_pools(f"{len(pools.sizes)} layers and {batch} sequences", f"{shape[0]} sequences")
+    return [FrozenPool(pools, index, shape, prompt) for index in range(len(pools.sizes))]
+
+
+def _other_pools(found: str, expected: str) -> ValueError:
+    return ValueError(
+        f"The cache has document pools of {found}, expected {expected}: it is the cache of other prompts or "
+        "of another model."
+    )
 
 
 def keep_pools(cache: Any, pools: Sequence[FrozenPool] | None) -> None:
