@@ -23,7 +23,7 @@ from ..configuration import EmoConfig
 from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LocalFiles, rows_of
 from .exclusion import remaining_subset
-from .expert_subset import SubsetError, local_experts, subset_config
+from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
 
 logger = logging.get_logger(__name__)
 
