@@ -137,7 +137,7 @@ def report(retention: Retention, cosines: dict[str, float], budget: dict[str, An
     for name, variant in VARIANTS.items():
         if name in found:
             rises = [found[name]["methods"]["layerwise"]["rise"][f"{share:g}"] for share in SHARES]
-            cells = [f"+{rise['value']:.3f} [{rise['low']:.3f}, {rise['high']:.3f}]" for rise in rises]
+            cells = [f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in rises]
             rows.append(
                 [name, variant.what, f"{found[name]['full_loss']:.3f}", *cells, f"{cosines[name]:.2f}"]
             )
