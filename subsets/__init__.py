@@ -1,6 +1,6 @@
 """Subsets of experts: what they are, and reading only their part of a checkpoint."""
 
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, TensorSpan, wanted_ranges
+from .checkpoint import Checkpoint, LazyTensor, wanted_ranges
 from .expert_subset import (
     ExpertSubset,
     SubsetError,
@@ -9,6 +9,7 @@ from .expert_subset import (
     root_experts,
     subset_config,
 )
+from .safetensors_header import CheckpointError, TensorSpan
 from .selection import select_experts
 
 __all__ = [

@@ -16,8 +16,9 @@ from torch import nn
 from ..configuration import EmoConfig, LayerExperts
 from ..modeling_emo import EmoModel, EmoPreTrainedModel
 from ..modeling_emo.modeling_emo import EmoRotaryEmbedding, EmoSparseMoeBlock
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor
+from .checkpoint import Checkpoint, LazyTensor
 from .loading import lazy_parameters
+from .safetensors_header import CheckpointError
 
 
 class Layers(Protocol):

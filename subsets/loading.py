@@ -21,8 +21,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LocalFiles, rows_of
+from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
 from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
+from .safetensors_header import CheckpointError
 
 logger = logging.get_logger(__name__)
 

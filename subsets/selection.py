@@ -31,12 +31,12 @@ from .calibration import (
     read_column,
     ready_batches,
 )
-from .checkpoint import CheckpointError
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
 from .hidden_states import HiddenStates
 from .layers import CheckpointLayers, Layers, LoadedLayers
 from .loading import HUB_KWARGS, open_checkpoint
 from .ranking import best_experts, jaccard
+from .safetensors_header import CheckpointError
 from .statistics import always_kept, new_score
 from .streaming import pass_full_model, pass_layerwise
 
