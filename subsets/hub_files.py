@@ -108,9 +108,7 @@ class HubFiles:
 
     def find(self, file: str) -> Path | None:
         """A small file, downloaded if need be; `None` if the repository has none of this name."""
-        path = cached_file(
-            self.repo_id, file, **self.hub_kwargs, _raise_exceptions_for_missing_entries=False
-        )
+        path = cached_file(self.repo_id, file, **self.hub_kwargs, _raise_exceptions_for_missing_entries=False)
         return None if path is None else Path(path)
 
     def exists(self, file: str) -> bool:
@@ -131,7 +129,10 @@ class HubFiles:
         """Whether the ordinary cache has the file as a whole."""
         if file not in self._whole:
             found = try_to_load_from_cache(
-                self.repo_id, self._path(file), cache_dir=self.hub_kwargs.get("cache_dir"), revision=self.commit
+                self.repo_id,
+                self._path(file),
+                cache_dir=self.hub_kwargs.get("cache_dir"),
+                revision=self.commit,
             )
             if not isinstance(found, str):
                 return False
@@ -189,8 +190,8 @@ class HubFiles:
         free = shutil.disk_usage(self.folder).free
         if free < missing + _FREE:
             raise CheckpointError(
-                f"{self.folder} has room for {free} bytes, expected {missing + _FREE}: `emo cache` shows what "
-                "can be cleared."
+                f"{self.folder} has room for {free} bytes, expected {missing + _FREE}: `emo cache` shows "
+                "what can be cleared."
             )
         try:
             fetch_ranges(fetches, progress=progress)
@@ -198,17 +199,20 @@ class HubFiles:
             self._fall_back(wanted, error)
 
     def _fall_back(self, files: Iterable[str], error: RangesIgnoredError) -> None:
-        logger.warning(f"{error} Downloading whole files instead.")
+        logger.warning_once(f"{error} Downloading whole files instead.")
         self.download(files)
 
     def _fetch_header(self, file: str) -> None:
         prefix = bytearray(8)
-        if self.is_whole(file) or self.size(file) < 8:
-            return
-        self.read_into(file, 0, memoryview(prefix))
-        end = 8 + int.from_bytes(prefix, "little")
-        if not self.is_whole(file) and end <= min(self.size(file), MAX_HEADER_BYTES):
-            self.fetch({file: [(8, end)]})
+        try:
+            if self.is_whole(file) or self.size(file) < 8:
+                return
+            self.read_into(file, 0, memoryview(prefix))
+            end = 8 + int.from_bytes(prefix, "little")
+            if not self.is_whole(file) and end <= min(self.size(file), MAX_HEADER_BYTES):
+                self.fetch({file: [(8, end)]})
+        except RangesIgnoredError as error:
+            self._fall_back([file], error)
 
     def _path(self, file: str) -> str:
         return f"{self.subfolder}/{file}" if self.subfolder else file

@@ -106,7 +106,7 @@ class RemoteFile:
                     raise CheckpointError(f"{self.file} of {self.repo_id} is shorter than expected.")
                 hf_raise_for_status(response)
                 self._check(response, start)
-                # As it comes: with a chunk size, what waits to fill a chunk is lost where the connection breaks.
+                # As it comes: with a chunk size, what waits to fill one is lost where the connection breaks.
                 yield from response.iter_raw()
                 return
 
@@ -118,8 +118,8 @@ class RemoteFile:
         size = self.metadata().size
         if match is None or int(match[1]) != start or match[3] not in ("*", str(size)):
             raise CheckpointError(
-                f"The server of {self.repo_id} sent {response.headers.get('Content-Range')!r} of {self.file}, "
-                f"expected bytes from {start} of {size}."
+                f"The server of {self.repo_id} sent {response.headers.get('Content-Range')!r} of "
+                f"{self.file}, expected bytes from {start} of {size}."
             )
 
 
@@ -224,7 +224,8 @@ def _fetch_piece(fetch: Fetch, start: int, end: int, bar: tqdm, stop: threading.
 def _failure(fetch: Fetch, position: int, end: int, reason: Exception | None) -> str:
     return (
         f"Bytes {position} to {end} of {fetch.remote.file} of {fetch.remote.repo_id} could not be fetched "
-        f"({reason or 'the connection closes without an answer'}). What has come is kept: the same call goes on."
+        f"({reason or 'the connection closes without an answer'}). What has come is kept: the same call goes "
+        "on."
     )
 
 

@@ -95,7 +95,7 @@ class PartialFile:
             raise CheckpointError(f"Writing to {self.folder} failed: {error.strerror or error}.") from error
 
     def record(self, start: int, end: int) -> None:
-        """Note that a range has been written, once the disk has it: the note is true after a power cut too."""
+        """Note that a range has been written, once the disk has it: true after a power cut too."""
         try:
             _sync(self._data)
             os.write(self._journal, b"%d %d\n" % (start, end))
