@@ -261,6 +261,32 @@ class ExpertSubset:
             "or a list with one list of ids a layer."
         )
 
+    def push_to_hub(self, repo_id: str, name: str, **kwargs: Any) -> Any:
+        """Put the subset into a model's repository, where `expert_subset=name` finds it.
+
+        Args:
+            repo_id (`str`): the repository, `user/name`; made if need be.
+            name (`str`): its name there; the file is `subsets/<name>.json`.
+            kwargs: `token`, `revision`, `private` and `commit_message`, as for models.
+
+        Returns:
+            `CommitInfo`: the commit.
+
+        Raises:
+            SubsetError: if the name cannot be one.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import ExpertSubset
+        >>> ExpertSubset([[0, 1, 31]]).push_to_hub("me/emo", "math", token="hf_...")  # doctest: +SKIP
+
+        ```
+        """
+        from .hub_push import push_subset  # which knows this class
+
+        return push_subset(self, repo_id, name, **kwargs)
+
     def for_model(self, config: EmoConfig) -> ExpertSubset:
         """The same subset in root numbering, once it is known to fit a model.
 

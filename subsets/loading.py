@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of, wanted_rang
 from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
 from .hub_files import HubFiles, is_hub_repo
 from .hub_loading import cache_view, named_subset, open_part
+from .hub_push import complete_card as complete_card
 from .safetensors_header import CheckpointError
 
 logger = logging.get_logger(__name__)
@@ -32,7 +33,7 @@ logger = logging.get_logger(__name__)
 # Said of the model being loaded, not of what its file says.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_EXPERT_TENSOR = re.compile(
+EXPERT_TENSOR = re.compile(
     r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
 )
 _STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_up|down)_proj|gate\.weight)")
@@ -176,7 +177,7 @@ def fetch_parameters(
     """
 
     def wants(name: str) -> bool:
-        match = _EXPERT_TENSOR.fullmatch(name)
+        match = EXPERT_TENSOR.fullmatch(name)
         if match is None or int(match["layer"]) >= len(kept):
             return True
         return int(match["expert"]) in (kept[int(match["layer"])] or ())
@@ -333,7 +334,7 @@ def lazy_parameters(
     block = ""  # what stands before `layers.` in the checkpoint's names
     lazies: dict[str, LazyTensor] = {}
     for name, span in checkpoint.tensors.items():
-        if match := _EXPERT_TENSOR.fullmatch(name):
+        if match := EXPERT_TENSOR.fullmatch(name):
             separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
             block = match["block"]
             expected = (hidden, width) if match["part"] == "down" else (width, hidden)
@@ -349,7 +350,7 @@ def lazy_parameters(
         else:
             lazies[name] = checkpoint.lazy([name])
     for name in checkpoint.elsewhere:
-        if match := _EXPERT_TENSOR.fullmatch(name):
+        if match := EXPERT_TENSOR.fullmatch(name):
             separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
     for layer, present in separate.items():
         _check_size(config, layer, len(present))
