@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .hub_files import HubFiles
 from .safetensors_header import DTYPE_NAMES, CheckpointError, read_index
 
+_MANY_FILES = 100
 # What `from_pretrained` reads beside the config and the weights.
 _SIDE_FILES = ("generation_config.json", "adapter_config.json", "adapter_model.safetensors")
 
@@ -61,6 +62,8 @@ def open_part(
     needed = [file for file, held in names.items() if wants is None or any(map(wants, held))]
     if wants is not None:
         files.download(file for file in needed if all(map(wants, names[file])))
+    elif len(needed) > _MANY_FILES:  # expert shards: a request for every header would take longer
+        files.download(needed)
     files.fetch_headers(needed)
     return Checkpoint.from_index(weight_map, needed, files)
 

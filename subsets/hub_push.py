@@ -119,8 +119,8 @@ def _text(config: EmoConfig, repo_id: str, base: str | None) -> str:
     return f"""
 # {repo_id.split("/")[-1]}
 
-An [EMO](https://arxiv.org/abs/2605.06663) model: a mixture of experts whose experts group by topic. It has {kept}, and
-{config.num_experts_per_tok} are active for a token.
+An [EMO](https://arxiv.org/abs/2605.06663) model: a mixture of experts whose experts group by topic.
+It has {kept}; {config.num_experts_per_tok} are active for a token.
 
 ```python
 import transformers_emo  # pip install transformers-emo

@@ -16,7 +16,8 @@ from torch import nn
 from ..configuration import EmoConfig, LayerExperts
 from ..modeling_emo import EmoModel, EmoPreTrainedModel
 from ..modeling_emo.modeling_emo import EmoRotaryEmbedding, EmoSparseMoeBlock
-from .checkpoint import Checkpoint, LazyTensor
+from .checkpoint import Checkpoint, LazyTensor, wanted_ranges
+from .hub_files import HubFiles
 from .loading import lazy_parameters
 from .safetensors_header import CheckpointError
 
@@ -140,6 +141,7 @@ class CheckpointLayers:
             self.config._experts_implementation = "eager"
         with torch.device("meta"):
             self.network = EmoModel(self.config).eval()
+        self.source = checkpoint.source
         self.tensors = _tensors_of(checkpoint, self.network, config)
         run_in: Any = dtype or config.dtype or self.tensors["embed_tokens.weight"].dtype
         for tensor in self.tensors.values():
@@ -197,6 +199,8 @@ class CheckpointLayers:
         tensors = given or {
             name: self.tensors[prefix + name] for name in module.state_dict() if ".experts." not in name
         }
+        if isinstance(self.source, HubFiles):  # all at once, and not one after the other
+            self.source.fetch(wanted_ranges(tensors.values()))
         state = {name: tensor[...].to(self.device) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=False, assign=True)
 

@@ -1,15 +1,17 @@
-"""A subset is loaded from the Hub: bytes are counted at the server, with the real client in its own process."""
+"""A subset is loaded from the Hub: the server counts bytes, the real client runs in its own process."""
 
 import hashlib
 import json
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import tiny_model
 from hub_server import HubServer
-from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo import EmoConfig, EmoForCausalLM, select_experts
+from transformers_emo.conversion import shard_experts
 from transformers_emo.subsets import Checkpoint, wanted_ranges
 from transformers_emo.subsets.loading import lazy_parameters
 
@@ -25,8 +27,17 @@ import transformers_emo
 
 def facts(model):
     tensors = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in model.state_dict().items()}
-    return {"tensors": tensors, "name": model.name_or_path, "dtype": str(model.dtype),
-            "eos": model.generation_config.eos_token_id, "kept": model.config.retained_experts}
+    return {"tensors": tensors, "name": model.name_or_path, "eos": model.generation_config.eos_token_id,
+            "kept": model.config.retained_experts}
+
+def load(repo, subset, **kwargs):
+    return facts(AutoModelForCausalLM.from_pretrained(repo, expert_subset=subset, **kwargs))
+
+def mark(name):
+    # Note in the server's list of requests how far we are.
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    get_session().get(constants.ENDPOINT + "/mark/" + name)
 """
 SUBSET = (
     "\nprint(json.dumps(facts(AutoModelForCausalLM.from_pretrained({repo!r}, expert_subset={subset}))))\n"
@@ -67,53 +78,79 @@ def local(folder, subset):
     return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
 
 
-def needed_bytes(folder, subset, but=None):
+def needed_bytes(folder, subset, headers=None):
     """Bytes of the kept tensors, and of the headers of all files."""
     config, checkpoint = EmoConfig.from_pretrained(folder), Checkpoint.from_folder(folder)
     kept = [sorted(ids) for ids in subset]
-    parts = wanted_ranges(lazy_parameters(checkpoint, config, kept).values())
-    tensors = {(file, start, end) for file, ranges in parts.items() for start, end in ranges}
-    headers = sum(
-        8 + int.from_bytes(path.open("rb").read(8), "little") for path in folder.glob("*.safetensors")
-    )
-    return sum(end - start for _, start, end in tensors) + headers
+    ranges = wanted_ranges(lazy_parameters(checkpoint, config, kept).values())
+    tensors = sum(end - start for parts in ranges.values() for start, end in parts)
+    if headers is None:
+        files = list(folder.glob("*.safetensors"))
+        headers = sum(8 + int.from_bytes(path.open("rb").read(8), "little") for path in files)
+    return tensors + headers
 
 
-def weight_bytes(hub, repo):
-    """Bytes of weights sent since the last `forget`."""
+def weight_bytes(hub, repo, requests=None):
+    """Bytes of weights sent."""
     return sum(
         request.body_bytes
-        for request in hub.requests
+        for request in (hub.requests if requests is None else requests)
         if (request.file or "").startswith(f"{repo}/") and request.file.endswith(".safetensors")
     )
 
 
-def test_only_the_bytes_of_the_subset_come(hub, released):
-    facts = load(hub, "user/released", FIRST)
-    assert facts["tensors"] == local(released, FIRST)
-    assert facts["name"] == "user/released" and facts["eos"] == 1
-    assert facts["kept"] == [sorted(ids) for ids in FIRST]
-    needed = needed_bytes(released, FIRST)
-    assert needed * 0.99 < weight_bytes(hub, "user/released") <= 1.03 * needed
+def load_several(hub, repo):
+    """What `SEVERAL` prints, and the requests of each of its steps."""
+    settings = f"REPO, FIRST, SECOND = {repo!r}, {FIRST}, {SECOND}\n"
+    out = json.loads(hub.run(LOAD + settings + SEVERAL).splitlines()[-1])
+    steps, step = {}, "first"
+    for request in hub.requests:
+        if request.path.startswith("/mark/"):
+            step = request.path.removeprefix("/mark/")
+        else:
+            steps.setdefault(step, []).append(request)
+    return out, steps
 
-    # The same again: from the cache alone, online and offline.
-    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
-        hub.forget()
-        assert load(hub, "user/released", FIRST, **env) == facts
-        assert weight_bytes(hub, "user/released") == 0
-        assert not env or hub.requests == []
 
-    # Offline, what is not there is an error that says so.
-    with pytest.raises(RuntimeError, match=r"bytes of user/released are not in the cache"):
-        load(hub, "user/released", SECOND, HF_HUB_OFFLINE="1")
-
-    # Of another subset only what is new comes.
-    hub.forget()
-    assert load(hub, "user/released", SECOND)["tensors"] == local(released, SECOND)
-    new = [sorted(set(second) - set(first)) for first, second in zip(FIRST, SECOND, strict=True)]
+def check_several(out, steps, folder, repo):
+    """Every load is right; each fetches only what is new, and offline nothing."""
+    assert out["first"]["tensors"] == local(folder, FIRST)
+    assert out["first"]["name"] == repo and out["first"]["eos"] == 1
+    assert out["first"]["kept"] == [sorted(ids) for ids in FIRST]
+    assert out["again"] == out["offline"] == out["first"]
+    assert out["second"]["tensors"] == local(folder, SECOND)
+    assert weight_bytes(None, repo, steps["again"]) == 0
+    assert "offline" not in steps
+    new = sum(len(set(second) - set(first)) for first, second in zip(FIRST, SECOND, strict=True))
     per_expert = 3 * 32 * 64 * 4
-    expected = sum(map(len, new)) * per_expert
-    assert expected <= weight_bytes(hub, "user/released") <= 1.05 * expected
+    assert new * per_expert <= weight_bytes(None, repo, steps["second"]) <= 1.05 * new * per_expert
+
+
+def test_only_the_bytes_of_the_subset_come(hub, released):
+    out, steps = load_several(hub, "user/released")
+    check_several(out, steps, released, "user/released")
+    assert "bytes of user/released are not in the cache" in out["error"]
+    needed = needed_bytes(released, FIRST)
+    assert needed * 0.99 < weight_bytes(hub, "user/released", steps["first"]) <= 1.03 * needed
+    assert any("range" in request.headers for request in steps["first"])
+
+
+def test_only_the_expert_shards_of_the_subset_come(hub, released, tmp_path):
+    shard_experts(released, tmp_path / "shards", progress=False)
+    hub.commit("user/shards", tmp_path / "shards")
+    out, steps = load_several(hub, "user/shards")
+    check_several(out, steps, released, "user/shards")
+    assert "files of user/shards are not in the cache" in out["error"]
+    files = {request.file for request in steps["first"] if (request.file or "").endswith(".safetensors")}
+    headers = sum(
+        8 + int.from_bytes((tmp_path / "shards" / Path(file).name).open("rb").read(8), "little")
+        for file in files
+    )
+    needed = needed_bytes(released, FIRST, headers)
+    assert needed * 0.99 < weight_bytes(hub, "user/shards", steps["first"]) <= 1.03 * needed
+    assert not any("range" in request.headers for request in hub.requests)
+    listed = hub.run("from transformers_emo.cli import main; main(['cache'])")
+    assert listed.startswith("0.0 MB")
 
 
 def test_a_private_repository_a_revision_and_a_subfolder(hub, released, make_checkpoint):
@@ -156,7 +193,7 @@ def test_connections_that_break_are_taken_up_where_they_broke(hub, released):
     assert weight_bytes(hub, "user/released") <= 1.1 * needed_bytes(released, FIRST)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_a_random_point_and_run_again_it_goes_on(hub, released, seed):
     needed = needed_bytes(released, FIRST)
     hub.inject("/cdn/*", delay=0.01, times=None)
@@ -182,10 +219,44 @@ def test_killed_at_a_random_point_and_run_again_it_goes_on(hub, released, seed):
     assert before < weight_bytes(hub, "user/released") <= 1.1 * needed
 
 
-def test_a_subset_is_found_by_its_name_in_the_repository(hub, released):
-    hub.run(
-        "from transformers_emo import ExpertSubset\n"
-        f"ExpertSubset({FIRST}).push_to_hub('user/released', 'math')"
+def test_a_subset_is_found_by_its_name_and_the_cache_is_listed_and_cleared(hub, released):
+    output = hub.run(
+        LOAD
+        + f"""
+from transformers_emo import ExpertSubset
+from transformers_emo.cli import main
+ExpertSubset({FIRST}).push_to_hub("user/released", "math")
+model = AutoModelForCausalLM.from_pretrained("user/released", expert_subset="math")
+print(json.dumps(facts(model)))
+model.push_to_hub("user/emo-math")
+main(["cache"])
+main(["cache", "clear", "user/other"])
+main(["cache", "clear"])
+main(["cache", "list"])
+"""
     )
-    facts = json.loads(hub.run(LOAD + SUBSET.format(repo="user/released", subset="'math'")).splitlines()[-1])
-    assert facts["tensors"] == local(released, FIRST)
+    facts, *listed = output.splitlines()
+    assert json.loads(facts)["tensors"] == local(released, FIRST)
+    needed = needed_bytes(released, FIRST) / 1e6
+    assert len(listed) == 11 + 4 and listed[0].startswith("user/released  model-00001-of-00011.safetensors  ")
+    total, kept, cleared, empty = (line.split() for line in listed[11:])
+    assert needed < float(total[0]) < 1.03 * needed + 0.1
+    assert kept[1] == "0.0" and cleared[1] == total[0] and empty[0] == "0.0"
+    card = hub.repos["user/emo-math"]
+    readme = hub.blob(card.commits[card.branches["main"]].files["README.md"].sha256).read_text()
+    assert "base_model: user/released" in readme and "- expert-subset" in readme
+    assert "16 of the 128 experts" in readme and 'from_pretrained("user/emo-math")' in readme
+
+
+def test_experts_are_chosen_from_the_hub_without_reading_the_others(hub, released):
+    code = """
+from transformers_emo import select_experts
+subset = select_experts("user/released", input_ids=[[5, 6, 7, 8]], num_experts=16, progress=False)
+print(subset.experts)
+"""
+    chosen = json.loads(hub.run(code).splitlines()[-1])
+    assert (
+        chosen
+        == select_experts(str(released), input_ids=[[5, 6, 7, 8]], num_experts=16, progress=False).experts
+    )
+    assert weight_bytes(hub, "user/released") <= 1.05 * needed_bytes(released, chosen)
