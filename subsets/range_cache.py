@@ -67,9 +67,9 @@ class PartialFile:
                 os.ftruncate(self._data, 0)
                 os.ftruncate(self._data, size)
             self._journal = os.open(folder / "ranges", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise CheckpointError(
-                f"Cannot keep a part of a file in {folder}: {error.strerror or error}."
+                f"Cannot keep a part of a file of {size} bytes in {folder}: {error}."
             ) from error
         self.ranges = self._read_journal()
 
@@ -239,7 +239,8 @@ def cached_parts(cache_dir: str | os.PathLike | None = None) -> list[CachedPart]
     ```
     """
     root = Path(cache_dir or constants.HF_HUB_CACHE)
-    return [part for folder in sorted(root.glob("models--*")) for part in _parts(folder)]
+    parts = [part for folder in root.glob("models--*") for part in _parts(folder)]
+    return sorted(parts, key=lambda part: (part.repo_id, part.file, part.folder))
 
 
 def clear_parts(repo_id: str | None = None, cache_dir: str | os.PathLike | None = None) -> int:
@@ -277,7 +278,7 @@ def _parts(repo_folder: Path) -> list[CachedPart]:
         if about is not None:
             file, commits, size = about
             present = 0
-            if (folder / "data").is_file():
+            if (folder / "data").is_file() and (folder / "data").stat().st_size == size:
                 with PartialFile(folder, size) as part:
                     present = total_length(part.ranges)
             found.append(CachedPart(repo_id, file, tuple(commits), size, present, folder))
@@ -292,4 +293,5 @@ def _read_about(folder: Path) -> tuple[str, list[str], int] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     fits = isinstance(file, str) and isinstance(commits, list) and type(size) is int and size >= 0
+    fits = fits and all(isinstance(commit, str) for commit in commits)
     return (file, commits, size) if fits else None

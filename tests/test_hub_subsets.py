@@ -39,9 +39,22 @@ def mark(name):
     from huggingface_hub.utils import get_session
     get_session().get(constants.ENDPOINT + "/mark/" + name)
 """
-SUBSET = (
-    "\nprint(json.dumps(facts(AutoModelForCausalLM.from_pretrained({repo!r}, expert_subset={subset}))))\n"
-)
+SUBSET = "\nprint(json.dumps(load({repo!r}, {subset})))\n"
+SEVERAL = """
+out = {}
+out["first"] = load(REPO, FIRST)
+mark("again")
+out["again"] = load(REPO, FIRST)
+mark("offline")
+out["offline"] = load(REPO, FIRST, local_files_only=True)
+try:
+    load(REPO, SECOND, local_files_only=True)
+except OSError as error:
+    out["error"] = str(error)
+mark("second")
+out["second"] = load(REPO, SECOND)
+print(json.dumps(out))
+"""
 
 
 @pytest.fixture(scope="module")
