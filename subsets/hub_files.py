@@ -57,7 +57,7 @@ class HubFiles:
 
     def __init__(self, repo_id: str, hub_kwargs: dict[str, Any] | None = None):
         self.repo_id = repo_id
-        self.hub_kwargs = {**(hub_kwargs or {})}
+        self.hub_kwargs = {name: value for name, value in (hub_kwargs or {}).items() if value is not None}
         force = self.hub_kwargs.pop("force_download", False)
         self.subfolder = self.hub_kwargs.get("subfolder") or ""
         self.offline = bool(self.hub_kwargs.get("local_files_only")) or is_offline_mode()
@@ -108,7 +108,14 @@ class HubFiles:
 
     def find(self, file: str) -> Path | None:
         """A small file, downloaded if need be; `None` if the repository has none of this name."""
-        path = cached_file(self.repo_id, file, **self.hub_kwargs, _raise_exceptions_for_missing_entries=False)
+        try:
+            path = cached_file(
+                self.repo_id, file, **self.hub_kwargs, _raise_exceptions_for_missing_entries=False
+            )
+        except OSError:
+            if self.offline:  # not in the cache, which may have been filled by other tools: so be it
+                return None
+            raise
         return None if path is None else Path(path)
 
     def exists(self, file: str) -> bool:

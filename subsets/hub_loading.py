@@ -53,7 +53,8 @@ def open_part(
     index = files.find(sharded)
     if index is None:
         raise CheckpointError(
-            f"There are no safetensors weights in {files.repo_id}: expected {single} or {sharded}."
+            f"There are no safetensors weights in {'the cache of ' if files.offline else ''}{files.repo_id}: "
+            f"expected {single} or {sharded}."
         )
     weight_map = read_index(index)
     names: dict[str, list[str]] = {}

@@ -17,9 +17,9 @@ from transformers_emo.subsets.range_cache import PartialFile, cached_parts, clea
 CASES = 700  # of each of three kinds
 # What strangers put in place of a value.
 VALUES = [
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1.5, float("nan"), [], [[]], {}, {"a": {}},
-    [2**62, 4], [-1, 2], "", "x", "..", "F32", "I4", "\0", "\ud800", "a" * 5000, "../outside.safetensors", "/etc/passwd",
-    "\0.safetensors", "\ud800.safetensors", "x/../../outside.safetensors",
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1.5, float("nan"), [], [[]], {},
+    {"a": {}}, [2**62, 4], [-1, 2], "", "x", "..", "F32", "I4", "\0", "\ud800", "a" * 5000,
+    "../outside.safetensors", "/etc/passwd", "\0.safetensors", "\ud800.safetensors", "x/../../outside.safetensors",
 ]  # fmt: skip
 
 
