@@ -158,7 +158,7 @@ class ExpertSubset:
             raise SubsetError(
                 f"Cannot read the expert subset {os.fspath(path)!r}: {error.strerror or error}."
             ) from error
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep
             raise SubsetError(
                 f"{os.fspath(path)!r} is not an expert subset: it does not hold JSON ({error})."
             ) from error
