@@ -4,7 +4,7 @@ The backbone (with the shared experts, which every subset keeps) is one file, ea
 another. The index is the standard one, so that plain Transformers and other tools load the whole as usual.
 
 Why a file an expert: a subset keeps other experts in each layer, and whatever shares a file with one of them
-comes along. For 16 random of 128 experts two in a file already cost 1.7 times the bytes, while the 2,033
+comes along. With two in a file, 16 random of 128 experts already cost 1.9 times their bytes, while the 2,033
 files of the 14B model are well below what the Hub advises (`benchmarks/expert_shards.py`).
 """
 
