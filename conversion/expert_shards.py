@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from ..configuration import EmoConfig
 from ..subsets import Checkpoint, CheckpointError, TensorSpan
 from ..subsets.hub_files import is_hub_repo
 from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
-from ..subsets.safetensors_header import DTYPE_NAMES
-from .safetensors_writer import write_json
+from ..subsets.safetensors_files import header_of, write_json
 
 BACKBONE = "model-backbone.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -192,20 +190,7 @@ def _begin(partial: Path, folder: Path, checkpoint: Checkpoint, files: dict[str,
 def _header(names: list[str], tensors: dict[str, TensorSpan]) -> bytes:
     """The header of a file with these tensors, those of the widest dtype first so that all are aligned."""
     names.sort(key=lambda name: -tensors[name].dtype.itemsize)
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name in names:
-        span = tensors[name]
-        end = position + span.end - span.start
-        entries[name] = {
-            "dtype": DTYPE_NAMES[span.dtype],
-            "shape": list(span.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_of({name: (tensors[name].dtype, tensors[name].shape) for name in names})
 
 
 def _write(path: Path, header: bytes, names: list[str], checkpoint: Checkpoint, bar: tqdm) -> None:

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_files, extract_commit_hash
 from .byte_ranges import Range, bridge_gaps, merge_ranges, total_length
 from .checkpoint import LocalFiles
 from .hub_ranges import WORKERS, Fetch, RangesIgnoredError, RemoteFile, fetch_ranges
+from .model_folder import optional_file
 from .range_cache import PartialFile, find_part, part_folder, write_about
 from .safetensors_header import MAX_HEADER_BYTES, CheckpointError
 
@@ -67,14 +68,15 @@ class HubFiles:
         if self.commit is None:
             raise CheckpointError(f"The cache does not say which commit {config} is of: download it again.")
         self.hub_kwargs["revision"] = self.commit
-        self.folder = Path(
+        self.cache = Path(
             self.hub_kwargs.get("cache_dir") or constants.HF_HUB_CACHE,
             repo_folder_name(repo_id=repo_id, repo_type="model"),
         )
         if force:
-            shutil.rmtree(self.folder / "emo-ranges", ignore_errors=True)
+            shutil.rmtree(self.cache / "emo-ranges", ignore_errors=True)
         self._force = force
-        self._local = LocalFiles(self.folder / "snapshots" / self.commit / self.subfolder)
+        self.folder = self.cache / "snapshots" / self.commit / self.subfolder  # of files that are whole
+        self._local = LocalFiles(self.folder)
         self._remotes: dict[str, RemoteFile] = {}
         self._parts: dict[str, PartialFile] = {}
         self._whole: set[str] = set()
@@ -108,19 +110,12 @@ class HubFiles:
 
     def find(self, file: str) -> Path | None:
         """A small file, downloaded if need be; `None` if the repository has none of this name."""
-        try:
-            path = cached_file(
-                self.repo_id, file, **self.hub_kwargs, _raise_exceptions_for_missing_entries=False
-            )
-        except OSError:
-            if self.offline:  # not in the cache, which may have been filled by other tools: so be it
-                return None
-            raise
+        path = optional_file(self.repo_id, file, **self.hub_kwargs)
         return None if path is None else Path(path)
 
     def exists(self, file: str) -> bool:
         """Whether the repository has a file, found without downloading it."""
-        if self.is_whole(file) or find_part(self.folder, self._path(file), self.commit) is not None:
+        if self.is_whole(file) or find_part(self.cache, self._path(file), self.commit) is not None:
             return True
         if self.offline:
             return False
@@ -194,10 +189,10 @@ class HubFiles:
                 f"{missing} bytes of {self.repo_id} are not in the cache, and nothing can be downloaded "
                 "offline: load this subset once while online."
             )
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.cache).free
         if free < missing + _FREE:
             raise CheckpointError(
-                f"{self.folder} has room for {free} bytes, expected {missing + _FREE}: `emo cache` shows "
+                f"{self.cache} has room for {free} bytes, expected {missing + _FREE}: `emo cache` shows "
                 "what can be cleared."
             )
         try:
@@ -235,7 +230,7 @@ class HubFiles:
         with self._lock:
             if file in self._parts:
                 return self._parts[file]
-        known = find_part(self.folder, self._path(file), self.commit)
+        known = find_part(self.cache, self._path(file), self.commit)
         if known is not None:
             folder, size = known.folder, known.size
         elif self.offline:
@@ -250,7 +245,7 @@ class HubFiles:
                 raise CheckpointError(f"Cannot look up {file} of {self.repo_id}: {error}") from error
             if metadata.size is None or metadata.etag is None:
                 raise RangesIgnoredError(f"The server of {self.repo_id} does not say how long {file} is.")
-            folder, size = part_folder(self.folder, metadata.etag), metadata.size
+            folder, size = part_folder(self.cache, metadata.etag), metadata.size
             write_about(folder, self._path(file), self.commit, size)
         part = PartialFile(folder, size)
         with self._lock:

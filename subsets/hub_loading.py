@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.file_download import repo_folder_name
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .checkpoint import Checkpoint
 from .hub_files import HubFiles
@@ -104,34 +103,3 @@ def cache_view(files: HubFiles, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
             "local_files_only": True,
             "force_download": False,
         }
-
-
-def named_subset(expert_subset: Any, repo_id: str, hub_kwargs: dict[str, Any]) -> Any:
-    """The file `subsets/<name>.json` of a repository, if that is what a name means.
-
-    Args:
-        expert_subset: what the user gave: a name, or anything else that `ExpertSubset.of` takes.
-        repo_id (`str`): the model's repository.
-        hub_kwargs (`dict[str, Any]`): `revision`, `token`, `cache_dir` and so on.
-
-    Returns:
-        The downloaded file's path; whatever was given if that is no name, or a file there is.
-
-    Raises:
-        OSError: if neither a file nor the repository has that name.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.hub_loading import named_subset
-    >>> named_subset([[0, 3]], "user/model", {})
-    [[0, 3]]
-
-    ```
-    """
-    is_name = isinstance(expert_subset, str) and re.fullmatch(r"[\w.-]+(?<!\.json)", expert_subset)
-    if not is_name or os.path.exists(expert_subset):
-        return expert_subset
-    file = f"subsets/{expert_subset}.json"
-    found = cached_file(repo_id, file, **hub_kwargs, _raise_exceptions_for_missing_entries=False)
-    return expert_subset if found is None else Path(found)

@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from ..configuration import EmoConfig
-from .expert_subset import ExpertSubset, SubsetError, root_experts
+from .expert_subset import ExpertSubset, SubsetError
+from .library import library_file
+from .model_experts import root_experts
 
 _GENERATED = "This model card has been automatically generated"  # by Transformers
 
@@ -31,7 +33,7 @@ def push_subset(
     Args:
         subset (`ExpertSubset`): the subset.
         repo_id (`str`): the repository, `user/name`; made if need be.
-        name (`str`): what to load it by: letters, digits, `.`, `-` and `_`.
+        name (`str`): what to load it by: letters, digits, `.`, `-`, `+` and `_`.
         token (`str` or `bool`, *optional*): as everywhere in huggingface_hub.
         revision (`str`, *optional*): the branch.
         private (`bool`, *optional*): make the repository private, if it is made.
@@ -45,15 +47,17 @@ def push_subset(
 
     Example: see `ExpertSubset.push_to_hub`.
     """
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name.endswith(".json"):
+    file = library_file(name)
+    if file is None:
         raise SubsetError(
-            f"{name!r} cannot be a subset's name: expected letters, digits, '.', '-' and '_', without .json."
+            f"{name!r} cannot be a subset's name: expected letters, digits, '.', '-', '+' and '_', the first "
+            "of them a letter, a digit or '_'."
         )
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     return api.upload_file(
         path_or_fileobj=(json.dumps(subset.to_dict()) + "\n").encode(),
-        path_in_repo=f"subsets/{name}.json",
+        path_in_repo=file,
         repo_id=repo_id,
         revision=revision,
         commit_message=commit_message or f"Add the expert subset {name}",

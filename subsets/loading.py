@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from transformers.utils import logging
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of, wanted_ranges
-from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
+from .expert_subset import ExpertSubset, SubsetError
 from .hub_files import HubFiles, is_hub_repo
-from .hub_loading import cache_view, named_subset, open_part
+from .hub_loading import cache_view, open_part
 from .hub_push import complete_card as complete_card
+from .model_experts import local_experts, subset_config
+from .model_folder import optional_file
 from .safetensors_header import CheckpointError
 
 logger = logging.get_logger(__name__)
@@ -72,13 +75,18 @@ def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None
 
     ```
     """
-    source = config.name_or_path or ""
-    if source and is_hub_repo(source):
-        expert_subset = named_subset(expert_subset, source, {})
-    subset = ExpertSubset.of(expert_subset, source if os.path.isdir(source) else None)
+    source = config.name_or_path
+    folder = source if source and os.path.isdir(source) else None
+    fetch = partial(_fetch_once, source) if source and is_hub_repo(source) else None
+    subset = ExpertSubset.of(expert_subset, folder, fetch)
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     return local_experts(subset.for_model(config), config)
+
+
+def _fetch_once(repo_id: str, file: str) -> str | None:
+    """A small file of a repository; if the cache has it, without asking the Hub at every `generate`."""
+    return optional_file(repo_id, file, local_files_only=True) or optional_file(repo_id, file)
 
 
 def from_pretrained(
@@ -123,19 +131,14 @@ def from_pretrained(
         )
     folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
     hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    if is_hub_repo(base):
-        expert_subset = named_subset(expert_subset, os.fspath(base), hub)
-    subset = ExpertSubset.of(expert_subset, None if folder is None else str(folder)).for_model(config)
+    fetch = partial(optional_file, base, **hub) if is_hub_repo(base) else None
+    subset = ExpertSubset.of(expert_subset, folder, fetch).for_model(config)
     kept = local_experts(subset, config)
     if folder is not None:  # see that the files are whole before the network is built
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
         checkpoint.source.close()
         lazy_parameters(checkpoint, config, kept)
-    if subset.source and _name(subset.source) != _name(base):
-        logger.warning(
-            f"The expert subset was chosen on {subset.source!r} and is loaded from {os.fspath(base)!r}: ids "
-            "mean nothing in another model. Make sure that both are the same."
-        )
+    warn_if_chosen_elsewhere(subset, base)
     small = subset_config(config, subset)
     if is_hub_repo(base):
         files = HubFiles(os.fspath(base), hub)
@@ -175,17 +178,18 @@ def fetch_parameters(
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-
-    def wants(name: str) -> bool:
-        match = EXPERT_TENSOR.fullmatch(name)
-        if match is None or int(match["layer"]) >= len(kept):
-            return True
-        return int(match["expert"]) in (kept[int(match["layer"])] or ())
-
-    checkpoint = open_part(files, wants, variant=variant)
+    checkpoint = open_part(files, partial(_is_kept, kept), variant=variant)
     tensors = lazy_parameters(checkpoint, config, kept)
     files.fetch(wanted_ranges(tensors.values()), progress="Fetching experts")
     return tensors
+
+
+def _is_kept(kept: list[list[int] | None], name: str) -> bool:
+    """Whether a tensor is of a kept expert, or of none."""
+    match = EXPERT_TENSOR.fullmatch(name)
+    if match is None or int(match["layer"]) >= len(kept):
+        return True
+    return int(match["expert"]) in (kept[int(match["layer"])] or ())
 
 
 def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs):
@@ -270,11 +274,16 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
     return result
 
 
-def open_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike, *, kept: list[list[int] | None] | None = None, **hub_kwargs: Any
+) -> Checkpoint:
     """The checkpoint of a folder or a Hub repository, known by its headers.
 
     Args:
         path (`str` or `os.PathLike`): the folder or repository.
+        kept (`list[list[int] | None]`, *optional*): for each layer the experts that will be read, as in
+            `lazy_parameters`. Files of a repository that hold nothing else are downloaded; without it none
+            are.
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
     Raises:
@@ -291,7 +300,8 @@ def open_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> Checkpoint:
     """
     if os.path.isdir(path):
         return Checkpoint.from_folder(Path(path, hub_kwargs.get("subfolder") or ""))
-    return open_part(HubFiles(os.fspath(path), hub_kwargs))
+    wants = None if kept is None else partial(_is_kept, kept)
+    return open_part(HubFiles(os.fspath(path), hub_kwargs), wants)
 
 
 def lazy_parameters(
@@ -385,6 +395,29 @@ def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
                     f"The checkpoint lacks layers.{index}.mlp.{parameter}: config.json and the weights "
                     "differ."
                 )
+
+
+def warn_if_chosen_elsewhere(subset: ExpertSubset, model: str | os.PathLike) -> None:
+    """Say so where a subset was chosen on a model of another name.
+
+    Args:
+        subset (`ExpertSubset`): the subset.
+        model (`str` or `os.PathLike`): folder or Hub repository of the model it is used on.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset
+    >>> from transformers_emo.subsets.loading import warn_if_chosen_elsewhere
+    >>> warn_if_chosen_elsewhere(ExpertSubset([[0, 1]], source="me/emo"), "/models/emo")
+
+    ```
+    """
+    if subset.source and _name(subset.source) != _name(model):
+        logger.warning(
+            f"The expert subset was chosen on {subset.source!r} and is used on {os.fspath(model)!r}: ids "
+            "mean nothing in another model. Make sure that both are the same."
+        )
 
 
 def _base_of_adapter(path: str | os.PathLike) -> str | os.PathLike:
