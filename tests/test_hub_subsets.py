@@ -116,13 +116,18 @@ def load_several(hub, repo):
     """What `SEVERAL` prints, and the requests of each of its steps."""
     settings = f"REPO, FIRST, SECOND = {repo!r}, {FIRST}, {SECOND}\n"
     out = json.loads(hub.run(LOAD + settings + SEVERAL).splitlines()[-1])
+    return out, steps_of(hub)
+
+
+def steps_of(hub):
+    """The requests after each `mark`."""
     steps, step = {}, "first"
     for request in hub.requests:
         if request.path.startswith("/mark/"):
             step = request.path.removeprefix("/mark/")
         else:
             steps.setdefault(step, []).append(request)
-    return out, steps
+    return steps
 
 
 def check_several(out, steps, folder, repo):
@@ -232,24 +237,45 @@ def test_killed_at_a_random_point_and_run_again_it_goes_on(hub, released, seed):
     assert before < weight_bytes(hub, "user/released") <= 1.1 * needed
 
 
-def test_a_subset_is_found_by_its_name_and_the_cache_is_listed_and_cleared(hub, released):
+def test_a_subset_is_found_by_its_name_extracted_and_written_back_and_the_cache_is_cleared(hub, released):
     output = hub.run(
         LOAD
         + f"""
-from transformers_emo import ExpertSubset
+from transformers_emo import ExpertSubset, SubsetError, extract_subset, write_back
 from transformers_emo.cli import main
 ExpertSubset({FIRST}).push_to_hub("user/released", "math")
 model = AutoModelForCausalLM.from_pretrained("user/released", expert_subset="math")
 print(json.dumps(facts(model)))
+mark("named")
+for _ in range(2):
+    with model.use_experts("math"):
+        pass
+extract_subset("user/released", "math", "extracted", progress=False, local_files_only=True)
+mark("pushed")
 model.push_to_hub("user/emo-math")
+try:
+    extract_subset("user/released", "maths", "none", progress=False)
+except SubsetError as error:
+    print(error)
 main(["cache"])
 main(["cache", "clear", "user/other"])
 main(["cache", "clear"])
 main(["cache", "list"])
+mark("extracted")
+extract_subset("user/released", "math", "again", progress=False)
+write_back("user/released", model, out="full", progress=False)
 """
     )
-    facts, *listed = output.splitlines()
+    facts, unknown, *listed = output.splitlines()
     assert json.loads(facts)["tensors"] == local(released, FIRST)
+    assert unknown.startswith("There is no expert subset 'maths'") and "repository" in unknown
+    steps, work = steps_of(hub), hub.root / "work"
+    assert "named" not in steps  # all of it was in the cache
+    for name in ("extracted", "again"):
+        assert local(work / name, None) == local(released, FIRST)
+    assert any("range" in request.headers for request in steps["extracted"])
+    for path in released.glob("*.safetensors"):
+        assert (work / "full" / path.name).read_bytes() == path.read_bytes()
     needed = needed_bytes(released, FIRST) / 1e6
     assert len(listed) == 11 + 4 and listed[0].startswith("user/released  model-00001-of-00011.safetensors  ")
     total, kept, cleared, empty = (line.split() for line in listed[11:])
