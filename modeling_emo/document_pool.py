@@ -294,6 +294,11 @@ class DocumentPools(NamedTuple):
     size_N: torch.Tensor
     token_mask_T: torch.Tensor | None
 
+    def restrict(self, logits_TR: torch.Tensor) -> torch.Tensor:
+        """(T, R) router logits, float32, to the same with minus infinity outside the pools."""
+        mask_TR = pool_mask(logits_TR, self.segment_T, self.size_N, self.token_mask_T)
+        return logits_TR.masked_fill(~mask_TR, float("-inf"))
+
 
 def count_segments(segment_T: torch.Tensor) -> int:
     """How many rows the table of pools needs: the number of segments, or T where asking would cost.

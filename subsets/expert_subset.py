@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from ..configuration import EmoConfig
-from .library import find_subset, known_subsets, library_file
+from .library import Fetch, find_subset, known_subsets, library_file
 from .model_experts import (
     local_experts,
     present_experts,
@@ -244,7 +244,7 @@ class ExpertSubset:
         cls,
         value: ExpertSubset | str | os.PathLike | dict | Sequence,
         folder: str | os.PathLike | None = None,
-        fetch: Callable[[str], str | os.PathLike | None] | None = None,
+        fetch: Fetch | None = None,
     ) -> ExpertSubset:
         """Make a subset of whatever names one.
 

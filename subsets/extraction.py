@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
-from .checkpoint import LazyTensor, wanted_ranges
+from .checkpoint import LazyTensor
 from .expert_subset import ExpertSubset
 from .expert_tensors import released_tensors
-from .hub_files import HubFiles
+from .hub_loading import fetch_ahead
+from .library import library_of
 from .loading import lazy_parameters, open_checkpoint, warn_if_chosen_elsewhere
 from .model_experts import local_experts, subset_config
 from .model_folder import (
@@ -24,7 +24,6 @@ from .model_folder import (
     check_space,
     copy_companions,
     new_folder,
-    optional_file,
 )
 from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
 from .safetensors_header import CheckpointError
@@ -84,9 +83,7 @@ def extract_subset(
             f"The weights of {os.fspath(model)} are quantised, and their experts cannot be taken apart: "
             "extract from the unquantised model."
         )
-    folder = Path(model, hub_kwargs.get("subfolder") or "") if os.path.isdir(model) else None
-    fetch = None if folder is not None else partial(optional_file, model, **hub_kwargs)
-    chosen = ExpertSubset.of(subset, folder, fetch).for_model(config)
+    chosen = ExpertSubset.of(subset, *library_of(model, **hub_kwargs)).for_model(config)
     warn_if_chosen_elsewhere(chosen, model)
     kept = local_experts(chosen, config)
     checkpoint = open_checkpoint(model, kept=kept, **hub_kwargs)
@@ -97,9 +94,7 @@ def extract_subset(
         if small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
         check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
-        if isinstance(checkpoint.source, HubFiles):
-            label = "Fetching experts" if progress else None
-            checkpoint.source.fetch(wanted_ranges(tensors.values()), progress=label)
+        fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from huggingface_hub.file_download import repo_folder_name
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, LazyTensor, wanted_ranges
 from .hub_files import HubFiles
-from .safetensors_header import DTYPE_NAMES, CheckpointError, read_index
+from .safetensors_header import DTYPE_NAMES, CheckpointError, Source, read_index
 
 _MANY_FILES = 100
 # What `from_pretrained` reads beside the config and the weights.
@@ -66,6 +66,23 @@ def open_part(
         files.download(needed)
     files.fetch_headers(needed)
     return Checkpoint.from_index(weight_map, needed, files)
+
+
+def fetch_ahead(source: Source, tensors: Iterable[LazyTensor], *, progress: bool = False) -> None:
+    """Have the bytes of tensors fetched all at once and in parallel, where they come from the Hub.
+
+    Args:
+        source (`Source`): the tensors' source; nothing happens if they are on this machine.
+        tensors (`Iterable[LazyTensor]`): what will be read.
+        progress (`bool`, defaults to `False`): show a progress bar in bytes.
+
+    Raises:
+        CheckpointError: if they are not there and cannot be had.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    if isinstance(source, HubFiles):
+        source.fetch(wanted_ranges(tensors), progress="Fetching experts" if progress else None)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import nn
 from ..configuration import EmoConfig, LayerExperts
 from ..modeling_emo import EmoModel, EmoPreTrainedModel
 from ..modeling_emo.modeling_emo import EmoRotaryEmbedding, EmoSparseMoeBlock
-from .checkpoint import Checkpoint, LazyTensor, wanted_ranges
-from .hub_files import HubFiles
+from .checkpoint import Checkpoint, LazyTensor
+from .hub_loading import fetch_ahead
 from .loading import lazy_parameters
 from .safetensors_header import CheckpointError
 
@@ -199,8 +199,7 @@ class CheckpointLayers:
         tensors = given or {
             name: self.tensors[prefix + name] for name in module.state_dict() if ".experts." not in name
         }
-        if isinstance(self.source, HubFiles):  # all at once, and not one after the other
-            self.source.fetch(wanted_ranges(tensors.values()))
+        fetch_ahead(self.source, tensors.values())
         state = {name: tensor[...].to(self.device) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=False, assign=True)
 

@@ -1,8 +1,8 @@
 """Loading a model with only some of its experts: from a checkpoint to the parameters of the network.
 
-`modeling_emo` calls this module through one hook (`EmoPreTrainedModel._package`). Each stacked parameter is
-handed to Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its
-business, and every expert's bytes are read straight to the place where they stay.
+`modeling_emo` calls this module through one hook (`model_hooks.py`). Each stacked parameter is handed to
+Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its business, and
+every expert's bytes are read straight to the place where they stay.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from transformers.utils import logging
 
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
-from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of, wanted_ranges
+from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
+from .exclusion import remaining_subset
 from .expert_subset import ExpertSubset, SubsetError
 from .hub_files import HubFiles, is_hub_repo
-from .hub_loading import cache_view, open_part
-from .hub_push import complete_card as complete_card
+from .hub_loading import cache_view, fetch_ahead, open_part
+from .library import library_of
 from .model_experts import local_experts, subset_config
-from .model_folder import optional_file
 from .safetensors_header import CheckpointError
 
 logger = logging.get_logger(__name__)
@@ -54,12 +54,15 @@ class _Request:
 _request: ContextVar[_Request | None] = ContextVar("request", default=None)  # from_pretrained to load_weights
 
 
-def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None]:
+def kept_experts(
+    expert_subset: Any, config: EmoConfig, exclude_experts: Any = None
+) -> list[list[int] | None]:
     """The experts a subset keeps, in the numbering of a model that will mask the others.
 
     Args:
-        expert_subset: whatever `ExpertSubset.of` takes.
+        expert_subset: whatever `ExpertSubset.of` takes; `None` for all experts.
         config (`EmoConfig`): the model's config.
+        exclude_experts: whatever `remaining_subset` takes; none by default.
 
     Raises:
         SubsetError: if it does not fit the model, or drops shared experts: their weights would still be
@@ -75,22 +78,20 @@ def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None
 
     ```
     """
-    source = config.name_or_path
-    folder = source if source and os.path.isdir(source) else None
-    fetch = partial(_fetch_once, source) if source and is_hub_repo(source) else None
-    subset = ExpertSubset.of(expert_subset, folder, fetch)
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(config.name_or_path))
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
-    return local_experts(subset.for_model(config), config)
-
-
-def _fetch_once(repo_id: str, file: str) -> str | None:
-    """A small file of a repository; if the cache has it, without asking the Hub at every `generate`."""
-    return optional_file(repo_id, file, local_files_only=True) or optional_file(repo_id, file)
+    return local_experts(subset, config)
 
 
 def from_pretrained(
-    load: Callable, cls: type, path: str | os.PathLike, *args, expert_subset: Any = None, **kwargs
+    load: Callable,
+    cls: type,
+    path: str | os.PathLike,
+    *args,
+    expert_subset: Any = None,
+    exclude_experts: Any = None,
+    **kwargs,
 ):
     """`cls.from_pretrained(path, expert_subset=...)`; see `EmoPreTrainedModel.from_pretrained`.
 
@@ -100,10 +101,11 @@ def from_pretrained(
         path (`str` or `os.PathLike`): a folder or a Hub repository.
         args, kwargs: passed on.
         expert_subset: whatever `ExpertSubset.of` takes, or `None` for the whole model.
+        exclude_experts: whatever `remaining_subset` takes, or `None` for none.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    if expert_subset is None:
+    if expert_subset is None and exclude_experts is None:
         return load(path, *args, **kwargs)
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
@@ -131,8 +133,7 @@ def from_pretrained(
         )
     folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
     hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    fetch = partial(optional_file, base, **hub) if is_hub_repo(base) else None
-    subset = ExpertSubset.of(expert_subset, folder, fetch).for_model(config)
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(base, **hub))
     kept = local_experts(subset, config)
     if folder is not None:  # see that the files are whole before the network is built
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
@@ -180,7 +181,7 @@ def fetch_parameters(
     """
     checkpoint = open_part(files, partial(_is_kept, kept), variant=variant)
     tensors = lazy_parameters(checkpoint, config, kept)
-    files.fetch(wanted_ranges(tensors.values()), progress="Fetching experts")
+    fetch_ahead(files, tensors.values(), progress=True)
     return tensors
 
 
@@ -283,7 +284,7 @@ def open_checkpoint(
         path (`str` or `os.PathLike`): the folder or repository.
         kept (`list[list[int] | None]`, *optional*): for each layer the experts that will be read, as in
             `lazy_parameters`. Files of a repository that hold nothing else are downloaded; without it none
-            are.
+            are, unless there are very many (expert shards).
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
     Raises:

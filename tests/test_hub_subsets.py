@@ -237,7 +237,7 @@ def test_killed_at_a_random_point_and_run_again_it_goes_on(hub, released, seed):
     assert before < weight_bytes(hub, "user/released") <= 1.1 * needed
 
 
-def test_a_subset_is_found_by_its_name_extracted_and_written_back_and_the_cache_is_cleared(hub, released):
+def test_a_named_subset_is_extracted_swapped_and_written_back_and_the_cache_is_cleared(hub, released):
     output = hub.run(
         LOAD
         + f"""
@@ -263,10 +263,13 @@ main(["cache", "clear"])
 main(["cache", "list"])
 mark("extracted")
 extract_subset("user/released", "math", "again", progress=False)
+mark("swapped")
+model.swap_experts({SECOND}, progress=False)
+print(json.dumps(facts(model)))
 write_back("user/released", model, out="full", progress=False)
 """
     )
-    facts, unknown, *listed = output.splitlines()
+    facts, unknown, *listed, swapped = output.splitlines()
     assert json.loads(facts)["tensors"] == local(released, FIRST)
     assert unknown.startswith("There is no expert subset 'maths'") and "repository" in unknown
     steps, work = steps_of(hub), hub.root / "work"
@@ -274,6 +277,7 @@ write_back("user/released", model, out="full", progress=False)
     for name in ("extracted", "again"):
         assert local(work / name, None) == local(released, FIRST)
     assert any("range" in request.headers for request in steps["extracted"])
+    assert json.loads(swapped)["tensors"] == local(released, SECOND)
     for path in released.glob("*.safetensors"):
         assert (work / "full" / path.name).read_bytes() == path.read_bytes()
     needed = needed_bytes(released, FIRST) / 1e6
