@@ -40,16 +40,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
-from .document_pool import (
-    DocumentPools,
-    PoolRequest,
-    document_pools,
-    find_segments,
-    flatten_segments,
-    lengths_from_segments,
-    mean_pool_size,
-    segments_from_positions,
-)
+from .document_pool import DocumentPools, PoolRequest, document_pools, find_segments, mean_pool_size
 from .generation import EmoGenerationMixin
 from .losses import (
     BalanceCounts,
@@ -60,6 +51,7 @@ from .losses import (
     load_balancing_loss,
 )
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools
+from .segments import flatten_segments, lengths_from_segments, segments_from_positions
 from .serving import NEEDS_PACKAGE, ExpertServing
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names

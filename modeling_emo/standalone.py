@@ -21,6 +21,7 @@ _FILES = [
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
     "modeling_emo/prompt_pool.py",
+    "modeling_emo/segments.py",
     "modeling_emo/serving.py",
     "modeling_emo/standalone.py",
     "modeling_emo/weight_names.py",
