@@ -64,10 +64,11 @@ class HubFiles:
         self.offline = bool(self.hub_kwargs.get("local_files_only")) or is_offline_mode()
         # From here on one commit, even if the repository changes meanwhile.
         config = cached_file(repo_id, "config.json", **self.hub_kwargs, force_download=force)
-        self.commit = extract_commit_hash(config, None)
-        if self.commit is None:
+        commit = extract_commit_hash(config, None)
+        if commit is None:
             raise CheckpointError(f"The cache does not say which commit {config} is of: download it again.")
-        self.hub_kwargs["revision"] = self.commit
+        self.commit: str = commit
+        self.hub_kwargs["revision"] = commit
         self.cache = Path(
             self.hub_kwargs.get("cache_dir") or constants.HF_HUB_CACHE,
             repo_folder_name(repo_id=repo_id, repo_type="model"),

@@ -102,7 +102,6 @@ def cache_view(files: HubFiles, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    assert files.commit is not None
     with tempfile.TemporaryDirectory(prefix="emo-view-") as cache_dir:
         name = repo_folder_name(repo_id=files.repo_id, repo_type="model")
         snapshot = Path(cache_dir, name, "snapshots", files.commit, files.subfolder)
