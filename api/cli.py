@@ -44,7 +44,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="emo", description="EMO for Hugging Face Transformers.")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_select, _add_extract, _add_write_back, _add_convert, _add_retention):
+    for add in (
+        _add_train,
+        _add_select,
+        _add_extract,
+        _add_write_back,
+        _add_convert,
+        _add_shard,
+        _add_cache,
+        _add_retention,
+    ):
         add(commands)
     return parser
 
@@ -204,6 +213,35 @@ def _add_convert(commands: Any) -> None:
     olmo_core.set_defaults(run=_convert_olmo_core)
 
 
+def _add_shard(commands: Any) -> None:
+    shard = commands.add_parser(
+        "shard",
+        help="cut a checkpoint by expert, so that a subset downloads only its own files",
+        description="Cut a checkpoint into a backbone and a file for each expert. Any tool loads the whole "
+        "as usual. The same command goes on after an interruption.",
+    )
+    shard.add_argument("model", help="folder or Hub repository")
+    shard.add_argument("out", metavar="OUT", help="the folder to make")
+    shard.add_argument(
+        "--experts-per-file", type=int, default=1, metavar="N", help="fewer files, more waste (default 1)"
+    )
+    shard.add_argument("--revision", help="of the Hub repository")
+    shard.set_defaults(run=_shard)
+
+
+def _add_cache(commands: Any) -> None:
+    cache = commands.add_parser(
+        "cache",
+        help="list or clear what has been fetched of weights in part",
+        description="List the files of the Hub of which parts are kept, or clear them. Whole files are in "
+        "the ordinary cache: `hf cache`.",
+    )
+    cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list", help="(default list)")
+    cache.add_argument("repo", nargs="?", help="only this repository")
+    cache.add_argument("--cache-dir", metavar="DIR", help="the cache; HF_HUB_CACHE by default")
+    cache.set_defaults(run=_cache)
+
+
 def _named(text: str) -> tuple[str, str]:
     """The name and the path of a model."""
     name, equals, path = text.partition("=")
@@ -243,6 +281,28 @@ def _convert_olmo_core(parsed: argparse.Namespace) -> None:
         tokenizer=parsed.tokenizer,
         verify=parsed.verify,
     )
+
+
+def _shard(parsed: argparse.Namespace) -> None:
+    from .conversion import shard_experts
+
+    revision = {} if parsed.revision is None else {"revision": parsed.revision}
+    files = shard_experts(parsed.model, parsed.out, experts_per_file=parsed.experts_per_file, **revision)
+    print(f"{parsed.out}: {len(files)} files of weights")
+
+
+def _cache(parsed: argparse.Namespace) -> None:
+    from .subsets.range_cache import cached_parts, clear_parts
+
+    if parsed.action == "clear":
+        print(f"cleared {clear_parts(parsed.repo, parsed.cache_dir) / 1e6:.1f} MB")
+        return
+    parts = [part for part in cached_parts(parsed.cache_dir) if parsed.repo in (None, part.repo_id)]
+    for part in parts:
+        commits = ", ".join(commit[:8] for commit in part.commits)
+        sizes = f"{part.present / 1e6:.1f} of {part.size / 1e6:.1f} MB"
+        print(f"{part.repo_id}  {part.file}  {sizes}  ({commits})")
+    print(f"{sum(part.present for part in parts) / 1e6:.1f} MB in parts of {len(parts)} files")
 
 
 def _retention(parsed: argparse.Namespace) -> None:

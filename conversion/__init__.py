@@ -1,6 +1,7 @@
-"""From training checkpoints to the released layout."""
+"""From training checkpoints to the released layout, and from that to expert shards."""
 
 from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
+from .expert_shards import shard_experts
 from .olmo_core import convert_olmo_core
 from .pickled_metadata import UnsafePickleError, read_metadata
 
@@ -10,4 +11,5 @@ __all__ = [
     "UnsafePickleError",
     "convert_olmo_core",
     "read_metadata",
+    "shard_experts",
 ]

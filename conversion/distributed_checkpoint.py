@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from ..subsets import CheckpointError
-from ..subsets.checkpoint import LocalFiles, Source
+from ..subsets.checkpoint import LocalFiles
+from ..subsets.safetensors_header import Source
 from .inert_pickle import Global, read_pickle
 from .pickled_metadata import ChunkLocation, TensorMetadata, read_metadata
 

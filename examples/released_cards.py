@@ -286,8 +286,8 @@ model.save_pretrained("{model.name}-math")  # loads without the subset
     head = f"| experts kept of {model.experts} | parameters | weights in bfloat16 |"
     yield "\n".join([head, "|---|---|---|", *rows])
     yield _text(
-        "The repository's files are float32, twice these bytes. From a local folder only the bytes of the "
-        "chosen experts are read; from the Hub, whole files are downloaded so far."
+        "The repository's files are float32, twice these bytes. Only the bytes of the chosen experts are "
+        "read from a folder, or downloaded from the Hub into the cache (`emo cache`)."
     )
     yield _text(
         "Older uploads say `flex_olmo_noqknorm_prenorm` and `FlexOlmoNoQKNormPrenormForCausalLM` where "

@@ -534,6 +534,8 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         # what the folder holds already: it would pass for old and be left out.
         if getattr(self.config, "auto_map", None):
             files_timestamps = {name: t for name, t in files_timestamps.items() if name not in CODE_FILES}
+        if self._package is not None:
+            self._package.complete_card(f"{working_dir}/README.md", self.config, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
 

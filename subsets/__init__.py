@@ -1,6 +1,6 @@
 """Subsets of experts: what they are, and reading only their part of a checkpoint."""
 
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, TensorSpan, wanted_ranges
+from .checkpoint import Checkpoint, LazyTensor, wanted_ranges
 from .composition import (
     SubsetOverlap,
     difference,
@@ -15,6 +15,7 @@ from .extraction import extract_subset
 from .library import find_subset, library_names
 from .model_experts import local_experts, present_experts, root_experts, subset_config
 from .pruning_metadata import pruning_metadata, save_pruning_metadata
+from .safetensors_header import CheckpointError, TensorSpan
 from .selection import select_experts
 from .write_back import WriteBack, write_back
 

@@ -11,87 +11,24 @@ The safetensors format: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import EllipsisType
-from typing import Protocol
 
 import torch
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+from .byte_ranges import merge_ranges
+from .safetensors_header import DTYPE_NAMES, CheckpointError, Source, TensorSpan, read_header, read_index
+
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
-
-
-class CheckpointError(OSError):
-    """A checkpoint is incomplete, damaged or of a kind that cannot be read in part.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets import Checkpoint, CheckpointError
-    >>> try:
-    ...     Checkpoint.from_folder("no-such-folder")
-    ... except CheckpointError as error:
-    ...     print(str(error)[:34])
-    There are no safetensors weights i
-
-    ```
-    """
-
-
-@dataclass(frozen=True)
-class TensorSpan:
-    """Where a tensor lies: bytes `start` to `end` of `file`, of this dtype and shape."""
-
-    file: str
-    start: int
-    end: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class Source(Protocol):
-    """Gives the bytes of a checkpoint's files."""
-
-    def size(self, file: str) -> int:
-        """Size of `file` in bytes. Raises `CheckpointError` if there is no such file."""
-
-    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `start`, or raise `CheckpointError`."""
-
-    def close(self) -> None:
-        """Let go of open files."""
 
 
 class LocalFiles:
@@ -282,6 +219,7 @@ class Checkpoint:
     Args:
         source (`Source`): gives the bytes.
         tensors (`dict[str, TensorSpan]`): where each tensor lies.
+        elsewhere (`frozenset[str]`, *optional*): names of further tensors, in files that are not at hand.
 
     Example:
 
@@ -294,9 +232,12 @@ class Checkpoint:
     ```
     """
 
-    def __init__(self, source: Source, tensors: dict[str, TensorSpan]):
+    def __init__(
+        self, source: Source, tensors: dict[str, TensorSpan], elsewhere: frozenset[str] = frozenset()
+    ):
         self.source = source
         self.tensors = tensors
+        self.elsewhere = elsewhere
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, *, variant: str | None = None) -> Checkpoint:
@@ -319,14 +260,8 @@ class Checkpoint:
         if (folder / weights).is_file():
             return cls.from_files(folder, [weights])
         if index.is_file():
-            weight_map = _read_index(index)
-            checkpoint = cls.from_files(folder, sorted(set(weight_map.values())))
-            for name, file in weight_map.items():
-                if name not in checkpoint.tensors or checkpoint.tensors[name].file != file:
-                    raise CheckpointError(
-                        f"{index} says that {name} is in {file}, but it is not: download the files again."
-                    )
-            return checkpoint
+            weight_map = read_index(index)
+            return cls.from_index(weight_map, set(weight_map.values()), LocalFiles(folder))
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
         if pickled:
             raise CheckpointError(
@@ -364,7 +299,7 @@ class Checkpoint:
         tensors: dict[str, TensorSpan] = {}
         try:
             for file in files:
-                for name, span in _read_header(source, file).items():
+                for name, span in read_header(source, file).items():
                     if name in tensors:
                         raise CheckpointError(
                             f"{name} is in {tensors[name].file} and again in {file}: expected it once."
@@ -374,6 +309,44 @@ class Checkpoint:
             source.close()
             raise
         return cls(source, tensors)
+
+    @classmethod
+    def from_index(cls, weight_map: dict[str, str], files: Iterable[str], source: Source) -> Checkpoint:
+        """Read the headers of some or all of the files that an index names.
+
+        Args:
+            weight_map (`dict[str, str]`): the index: tensor names and the files they are in.
+            files (`Iterable[str]`): the files to be used; the tensors of the others are known by name alone.
+            source (`Source`): gives their bytes.
+
+        Raises:
+            CheckpointError: if a file is missing, cut short or damaged, or holds other tensors than the
+                index says.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo.subsets.checkpoint import Checkpoint, LocalFiles
+        >>> files = LocalFiles("model_cards/toy-emo")
+        >>> whole = Checkpoint.from_files(files.folder, ["model.safetensors"], files)
+        >>> weight_map = {name: span.file for name, span in whole.tensors.items()}
+        >>> Checkpoint.from_index(weight_map | {"x": "x.safetensors"}, ["model.safetensors"], files).elsewhere
+        frozenset({'x'})
+
+        ```
+        """
+        wanted = sorted(set(files))
+        checkpoint = cls.from_files("", wanted, source)
+        elsewhere = set()
+        for name, file in weight_map.items():
+            if file not in wanted:
+                elsewhere.add(name)
+            elif name not in checkpoint.tensors or checkpoint.tensors[name].file != file:
+                source.close()
+                raise CheckpointError(
+                    f"The index says that {name} is in {file}, but it is not: download the files again."
+                )
+        return cls(source, checkpoint.tensors, frozenset(elsewhere))
 
     def lazy(self, names: Sequence[str], *, shape: Sequence[int] | None = None) -> LazyTensor:
         """The tensors named, one after the other, as one lazy tensor.
@@ -482,99 +455,9 @@ def wanted_ranges(tensors: Iterable[LazyTensor], *, gap: int = 0) -> dict[str, l
     for tensor in tensors:
         for piece in tensor.pieces:
             spans.setdefault(piece.file, []).append((piece.start, piece.end))
-    merged = {}
-    for file, ranges in spans.items():
-        out: list[tuple[int, int]] = []
-        for start, end in sorted(ranges):
-            if out and start <= out[-1][1] + gap:
-                out[-1] = (out[-1][0], max(out[-1][1], end))
-            else:
-                out.append((start, end))
-        merged[file] = out
-    return merged
+    return {file: merge_ranges(ranges, gap=gap) for file, ranges in spans.items()}
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, to be written to."""
     return memoryview(tensor.view(torch.uint8).numpy().data) if tensor.numel() else memoryview(bytearray())
-
-
-def _read_header(source: Source, file: str) -> dict[str, TensorSpan]:
-    """The tensors of one safetensors file, which its header must describe to the last byte."""
-    size = source.size(file)
-    if size < 8:
-        raise CheckpointError(
-            f"{file} is {size} bytes long, too short for a safetensors file: download it again."
-        )
-    prefix = bytearray(8)
-    source.read_into(file, 0, memoryview(prefix))
-    (length,) = struct.unpack("<Q", prefix)
-    if length > min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{file} is damaged or no safetensors file: its header would be {length} bytes long, and the "
-            f"file has {size}."
-        )
-    raw = bytearray(length)
-    source.read_into(file, 8, memoryview(raw))
-    try:
-        header = json.loads(raw.decode("utf-8"))
-        if not isinstance(header, dict):
-            raise ValueError(f"expected an object, got a {type(header).__name__}")
-        header.pop("__metadata__", None)
-        spans = {name: _span(file, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file} has a damaged safetensors header ({type(error).__name__}: {error})."
-        ) from error
-    position = 8 + length
-    for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
-        if span.start != position:
-            raise CheckpointError(
-                f"{file} has a damaged header: {name} should begin at byte {position}, not {span.start}."
-            )
-        position = span.end
-    if position != size:
-        raise CheckpointError(
-            f"{file} is {size} bytes long, expected {position}: it is cut short or damaged, download it "
-            "again."
-        )
-    return spans
-
-
-def _span(file: str, entry: dict, data_start: int) -> TensorSpan:
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(f"dtype {entry['dtype']!r} is not one of {', '.join(_DTYPES)}")
-    shape = tuple(entry["shape"])
-    start, end = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"shape {shape} and offsets {(start, end)} must be integers from 0")
-    if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"offsets {(start, end)} do not fit shape {shape} of {dtype}")
-    return TensorSpan(file, data_start + start, data_start + end, dtype, shape)
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The weight map of an index: tensor names and the files they are in, all in the index's own folder."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        pairs = weight_map.items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"The index {path} is damaged ({type(error).__name__}: {error}): download it again."
-        ) from error
-    folder = Path(os.path.abspath(path.parent))  # not resolved: the shards themselves may be links
-    for name, file in pairs:
-        if not isinstance(file, str) or not file or "\0" in file:
-            raise CheckpointError(
-                f"The index {path} names no file for {name}: expected a file name, got {file!r}."
-            )
-        inside = os.path.normpath(folder / file)
-        if os.path.isabs(file) or os.path.commonpath([folder, inside]) != str(folder):
-            raise CheckpointError(f"The index {path} names {file!r}, a file outside its folder: refused.")
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(
-                f"The index {path} names {file!r}, which is not a safetensors file: convert the weights to "
-                "safetensors."
-            )
-    return weight_map

@@ -8,10 +8,15 @@ from typing import Any
 
 from ..configuration import EmoConfig, LayerExperts
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+from .library import Fetch
 
 
 def remaining_subset(
-    expert_subset: Any, exclude_experts: Any, config: EmoConfig, folder: str | None = None
+    expert_subset: Any,
+    exclude_experts: Any,
+    config: EmoConfig,
+    folder: str | os.PathLike | None = None,
+    fetch: Fetch | None = None,
 ) -> ExpertSubset:
     """A subset without the experts never to use, known to fit a model.
 
@@ -21,7 +26,7 @@ def remaining_subset(
             none), ids by layer, or an `ExpertSubset`, its file or its JSON data, of which shared and
             always-active experts stay. `None` for none. Ids that the model does not hold change nothing.
         config (`EmoConfig`): the model's config.
-        folder (`str`, *optional*): the model's folder, for subsets that go by a name.
+        folder, fetch (*optional*): from `library_of` the model, for subsets that go by a name.
 
     Returns:
         `ExpertSubset`: in root numbering.
@@ -49,10 +54,10 @@ def remaining_subset(
         ]
         # The model as it is may lack shared experts already: nothing that it holds is dropped.
         expert_subset = ExpertSubset(present)
-    subset = ExpertSubset.of(expert_subset, folder).for_model(config)
+    subset = ExpertSubset.of(expert_subset, folder, fetch).for_model(config)
     if exclude_experts is None:
         return subset
-    excluded = excluded_experts(exclude_experts, config, folder)
+    excluded = excluded_experts(exclude_experts, config, folder, fetch)
     experts = [
         None if ids is None else [e for e in ids if e not in never]
         for ids, never in zip(subset.experts, excluded, strict=True)
@@ -64,11 +69,16 @@ def remaining_subset(
     return ExpertSubset(**fields | {"experts": experts}).for_model(config)
 
 
-def excluded_experts(exclude_experts: Any, config: EmoConfig, folder: str | None = None) -> list[set[int]]:
+def excluded_experts(
+    exclude_experts: Any,
+    config: EmoConfig,
+    folder: str | os.PathLike | None = None,
+    fetch: Fetch | None = None,
+) -> list[set[int]]:
     """The experts never to use, for each layer, in root numbering; see `remaining_subset`.
 
     Args:
-        exclude_experts, config, folder: as in `remaining_subset`.
+        exclude_experts, config, folder, fetch: as in `remaining_subset`.
 
     Raises:
         SubsetError: as there.
@@ -93,7 +103,7 @@ def excluded_experts(exclude_experts: Any, config: EmoConfig, folder: str | None
         exclude_experts = [exclude_experts.get(index) for index in range(len(layers))]
     # A subset is of a domain, whose shared experts are everybody's; ids that somebody wrote down are meant.
     is_subset = isinstance(exclude_experts, ExpertSubset | str | os.PathLike | Mapping)
-    subset = ExpertSubset.of(exclude_experts, folder)
+    subset = ExpertSubset.of(exclude_experts, folder, fetch)
     if len(subset.experts) != len(layers):
         raise SubsetError(
             f"The exclusion has {len(subset.experts)} layers, the model {len(layers)}: give one list of ids "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from ..configuration import EmoConfig
-from .library import find_subset, library_file, library_names
+from .library import Fetch, find_subset, known_subsets, library_file
 from .model_experts import (
     local_experts,
     present_experts,
@@ -176,7 +176,7 @@ class ExpertSubset:
             raise SubsetError(
                 f"Cannot read the expert subset {os.fspath(path)!r}: {error.strerror or error}."
             ) from error
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep
             raise SubsetError(
                 f"{os.fspath(path)!r} is not an expert subset: it does not hold JSON ({error})."
             ) from error
@@ -244,7 +244,7 @@ class ExpertSubset:
         cls,
         value: ExpertSubset | str | os.PathLike | dict | Sequence,
         folder: str | os.PathLike | None = None,
-        fetch: Callable[[str], str | os.PathLike | None] | None = None,
+        fetch: Fetch | None = None,
     ) -> ExpertSubset:
         """Make a subset of whatever names one.
 
@@ -273,11 +273,10 @@ class ExpertSubset:
             return cls.from_dict(value)
         if isinstance(value, str | os.PathLike):
             found = find_subset(value, folder, fetch)
-            names = [] if folder is None else library_names(folder)
-            if found is None and names and library_file(os.fspath(value)) is not None:
+            known = known_subsets(folder, fetch) if found is None else None
+            if known is not None and library_file(os.fspath(value)) is not None:
                 raise SubsetError(
-                    f"There is no expert subset {os.fspath(value)!r}: it is no file, and the library of "
-                    f"{folder} holds {', '.join(names)}."
+                    f"There is no expert subset {os.fspath(value)!r}: it is no file, and {known}."
                 )
             return cls.load(value if found is None else found)
         if isinstance(value, Sequence) or hasattr(value, "tolist"):
@@ -286,6 +285,32 @@ class ExpertSubset:
             f"Cannot read an expert subset from {type(value).__name__}: give an ExpertSubset, a path, a dict "
             "or a list with one list of ids a layer."
         )
+
+    def push_to_hub(self, repo_id: str, name: str, **kwargs: Any) -> Any:
+        """Put the subset into a model's repository, where `expert_subset=name` finds it.
+
+        Args:
+            repo_id (`str`): the repository, `user/name`; made if need be.
+            name (`str`): its name there; the file is `subsets/<name>.json`.
+            kwargs: `token`, `revision`, `private` and `commit_message`, as for models.
+
+        Returns:
+            `CommitInfo`: the commit.
+
+        Raises:
+            SubsetError: if the name cannot be one.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import ExpertSubset
+        >>> ExpertSubset([[0, 1, 31]]).push_to_hub("me/emo", "math", token="hf_...")  # doctest: +SKIP
+
+        ```
+        """
+        from .hub_push import push_subset  # which knows this class
+
+        return push_subset(self, repo_id, name, **kwargs)
 
     def for_model(self, config: EmoConfig) -> ExpertSubset:
         """The same subset in root numbering, once it is known to fit a model; it then knows which experts are

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
-from .checkpoint import CheckpointError, LazyTensor
+from .checkpoint import LazyTensor
 from .expert_subset import ExpertSubset
 from .expert_tensors import released_tensors
+from .hub_loading import fetch_ahead
+from .library import library_of
 from .loading import lazy_parameters, open_checkpoint, warn_if_chosen_elsewhere
 from .model_experts import local_experts, subset_config
 from .model_folder import (
@@ -23,9 +24,9 @@ from .model_folder import (
     check_space,
     copy_companions,
     new_folder,
-    optional_file,
 )
 from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
+from .safetensors_header import CheckpointError
 
 _BUFFER_BYTES = 1 << 24
 
@@ -82,18 +83,18 @@ def extract_subset(
             f"The weights of {os.fspath(model)} are quantised, and their experts cannot be taken apart: "
             "extract from the unquantised model."
         )
-    folder = Path(model, hub_kwargs.get("subfolder") or "") if os.path.isdir(model) else None
-    fetch = None if folder is not None else partial(optional_file, model, **hub_kwargs)
-    chosen = ExpertSubset.of(subset, folder, fetch).for_model(config)
+    chosen = ExpertSubset.of(subset, *library_of(model, **hub_kwargs)).for_model(config)
     warn_if_chosen_elsewhere(chosen, model)
-    checkpoint = open_checkpoint(model, **hub_kwargs)
+    kept = local_experts(chosen, config)
+    checkpoint = open_checkpoint(model, kept=kept, **hub_kwargs)
     try:
-        parameters = lazy_parameters(checkpoint, config, local_experts(chosen, config))
+        parameters = lazy_parameters(checkpoint, config, kept)
         tensors = released_tensors(parameters)
         small = subset_config(config, chosen)
         if small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
         check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
+        fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)

@@ -16,8 +16,10 @@ from torch import nn
 from ..configuration import EmoConfig, LayerExperts
 from ..modeling_emo import EmoModel, EmoPreTrainedModel
 from ..modeling_emo.modeling_emo import EmoRotaryEmbedding, EmoSparseMoeBlock
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor
+from .checkpoint import Checkpoint, LazyTensor
+from .hub_loading import fetch_ahead
 from .loading import lazy_parameters
+from .safetensors_header import CheckpointError
 
 
 class Layers(Protocol):
@@ -139,6 +141,7 @@ class CheckpointLayers:
             self.config._experts_implementation = "eager"
         with torch.device("meta"):
             self.network = EmoModel(self.config).eval()
+        self.source = checkpoint.source
         self.tensors = _tensors_of(checkpoint, self.network, config)
         run_in: Any = dtype or config.dtype or self.tensors["embed_tokens.weight"].dtype
         for tensor in self.tensors.values():
@@ -196,6 +199,7 @@ class CheckpointLayers:
         tensors = given or {
             name: self.tensors[prefix + name] for name in module.state_dict() if ".experts." not in name
         }
+        fetch_ahead(self.source, tensors.values())
         state = {name: tensor[...].to(self.device) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=False, assign=True)
 

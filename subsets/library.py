@@ -6,8 +6,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .model_folder import optional_file
 
 LIBRARY = "subsets"
+# From the path of a file in a repository to its path on this machine, `None` if the repository has none.
+Fetch = Callable[[str], str | os.PathLike | None]
 # A name is one part of a path: nothing outside the library can be named.
 _NAME = re.compile(r"\w[\w.+-]*")
 
@@ -54,10 +59,66 @@ def library_names(folder: str | os.PathLike) -> list[str]:
     return sorted(path.stem for path in Path(folder, LIBRARY).glob("*.json") if library_file(path.stem))
 
 
+def library_of(model: str | os.PathLike | None, **hub_kwargs: Any) -> tuple[Path | None, Fetch | None]:
+    """Where the library of a model is: the `folder` and the `fetch` that `find_subset` takes.
+
+    Args:
+        model (`str` or `os.PathLike`, *optional*): folder or Hub repository of the model.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Returns:
+        `tuple[Path | None, Callable | None]`: a folder, or what asks the Hub, or neither.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset
+    >>> from transformers_emo.subsets.library import find_subset, library_of
+    >>> ExpertSubset([[0, 31]]).save(tmp_path / "subsets" / "math.json")
+    >>> find_subset("math", *library_of(tmp_path)).name
+    'math.json'
+
+    ```
+    """
+    if not model or os.path.isfile(model):
+        return None, None
+    if os.path.isdir(model):
+        return Path(model, hub_kwargs.get("subfolder") or ""), None
+
+    def fetch(file: str) -> str | None:
+        # The cache first: it knows the newest commit since the model's config was asked for, and the Hub need
+        # not be asked again for every `generate`.
+        in_cache = hub_kwargs | {"local_files_only": True, "force_download": False}
+        return optional_file(model, file, **in_cache) or optional_file(model, file, **hub_kwargs)
+
+    return None, fetch
+
+
+def known_subsets(folder: str | os.PathLike | None = None, fetch: Fetch | None = None) -> str | None:
+    """What can be said of the library in which a name was not found, to end a sentence with.
+
+    Args:
+        folder, fetch: as for `find_subset`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.library import known_subsets
+    >>> known_subsets(fetch=lambda file: None)
+    "the model's repository, or offline its cache, has no subset of this name"
+
+    ```
+    """
+    names = [] if folder is None else library_names(folder)
+    if names:
+        return f"the library of {folder} holds {', '.join(names)}"
+    if fetch is not None:
+        return "the model's repository, or offline its cache, has no subset of this name"
+    return None
+
+
 def find_subset(
-    name: str | os.PathLike,
-    folder: str | os.PathLike | None = None,
-    fetch: Callable[[str], str | os.PathLike | None] | None = None,
+    name: str | os.PathLike, folder: str | os.PathLike | None = None, fetch: Fetch | None = None
 ) -> Path | None:
     """The file that a user means by a path, or by a name in a model's library.
 

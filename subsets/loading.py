@@ -12,31 +12,46 @@ import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.core_model_loading import WeightConverter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import logging
 
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LocalFiles, rows_of
+from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
 from .exclusion import remaining_subset
-from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
+from .expert_subset import ExpertSubset, SubsetError
+from .hub_files import HubFiles, is_hub_repo
+from .hub_loading import cache_view, fetch_ahead, open_part
+from .library import library_of
+from .model_experts import local_experts, subset_config
+from .safetensors_header import CheckpointError
 
 logger = logging.get_logger(__name__)
 
 # Said of the model being loaded, not of what its file says.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_EXPERT_TENSOR = re.compile(
+EXPERT_TENSOR = re.compile(
     r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
 )
 _STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_up|down)_proj|gate\.weight)")
 
-# What the load in progress keeps, and of which model: set by `from_pretrained`, taken by `load_weights`.
-_request: ContextVar[tuple[EmoConfig, list[list[int] | None]] | None] = ContextVar("request", default=None)
+
+@dataclass
+class _Request:
+    """What the load in progress keeps, and of which model; where they have been fetched, its weights."""
+
+    config: EmoConfig
+    kept: list[list[int] | None] | None
+    tensors: dict[str, LazyTensor] | None = None
+
+
+_request: ContextVar[_Request | None] = ContextVar("request", default=None)  # from_pretrained to load_weights
 
 
 def kept_experts(
@@ -63,8 +78,7 @@ def kept_experts(
 
     ```
     """
-    folder = config.name_or_path if os.path.isdir(config.name_or_path or "") else None
-    subset = remaining_subset(expert_subset, exclude_experts, config, folder)
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(config.name_or_path))
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     return local_experts(subset, config)
@@ -118,18 +132,65 @@ def from_pretrained(
             "of the unquantised model; `quantization_config` quantises it while loading."
         )
     folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
-    subset = remaining_subset(expert_subset, exclude_experts, config, None if folder is None else str(folder))
+    hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(base, **hub))
     kept = local_experts(subset, config)
     if folder is not None:  # see that the files are whole before the network is built
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
         checkpoint.source.close()
         lazy_parameters(checkpoint, config, kept)
     warn_if_chosen_elsewhere(subset, base)
-    token = _request.set((config, kept))
+    small = subset_config(config, subset)
+    if is_hub_repo(base):
+        files = HubFiles(os.fspath(base), hub)
+        try:
+            tensors = fetch_parameters(files, config, kept, variant=kwargs.pop("variant", None))
+            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
+            with cache_view(files, dtype) as view:
+                return _load(
+                    load, path, _Request(config, kept, tensors), *args, config=small, **kwargs | view
+                )
+        finally:
+            files.close()
+    return _load(load, path, _Request(config, kept), *args, config=small, **kwargs)
+
+
+def _load(load: Callable, path: str | os.PathLike, request: _Request, *args, **kwargs):
+    token = _request.set(request)
     try:
-        return load(path, *args, config=subset_config(config, subset), **kwargs)
+        return load(path, *args, **kwargs)
     finally:
         _request.reset(token)
+
+
+def fetch_parameters(
+    files: HubFiles, config: EmoConfig, kept: list[list[int] | None], *, variant: str | None = None
+) -> dict[str, LazyTensor]:
+    """The parameters of the network, once the bytes of the kept experts have come from the Hub.
+
+    Args:
+        files (`HubFiles`): the repository's.
+        config (`EmoConfig`): the config of the checkpoint.
+        kept (`list[list[int] | None]`): for each layer the experts to keep, as in `lazy_parameters`.
+        variant (`str`, *optional*): as in `from_pretrained`.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or its bytes cannot be had.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    checkpoint = open_part(files, partial(_is_kept, kept), variant=variant)
+    tensors = lazy_parameters(checkpoint, config, kept)
+    fetch_ahead(files, tensors.values(), progress=True)
+    return tensors
+
+
+def _is_kept(kept: list[list[int] | None], name: str) -> bool:
+    """Whether a tensor is of a kept expert, or of none."""
+    match = EXPERT_TENSOR.fullmatch(name)
+    if match is None or int(match["layer"]) >= len(kept):
+        return True
+    return int(match["expert"]) in (kept[int(match["layer"])] or ())
 
 
 def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs):
@@ -172,7 +233,8 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    config, kept = _request.get() or (model.config, None)
+    request = _request.get() or _Request(model.config, None)
+    config, kept = request.config, request.kept
     _request.set(None)  # an adapter that this load may go on to read is not part of the checkpoint
     on_disk = "disk" in (load_config.device_map or {}).values()
     if kept is None:
@@ -182,24 +244,28 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         left_alone = left_alone or not all(file.endswith(".safetensors") for file in checkpoint_files)
         if left_alone or not _has_our_mapping(load_config):
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-    folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in checkpoint_files]))
-    files = [os.path.relpath(os.path.abspath(file), folder) for file in checkpoint_files]
-    source = LocalFiles(folder)
+    source = None
+    tensors = request.tensors
     try:
-        try:
-            tensors = lazy_parameters(Checkpoint.from_files(folder, files, source), config, kept)
-        except CheckpointError:
-            if kept is not None:
-                raise
-            # Not a checkpoint of this very network: Transformers reports what is missing or does not match.
-            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if tensors is None:
+            folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in checkpoint_files]))
+            files = [os.path.relpath(os.path.abspath(file), folder) for file in checkpoint_files]
+            source = LocalFiles(folder)
+            try:
+                tensors = lazy_parameters(Checkpoint.from_files(folder, files, source), config, kept)
+            except CheckpointError:
+                if kept is not None:
+                    raise
+                # Not a checkpoint of this very network: Transformers reports what is missing or different.
+                return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if load_config.hf_quantizer is None:
             _cast_while_reading(tensors, model)
         # Transformers would look up offloaded parameters in the files by name, and find the whole router.
         files_for_offload = None if on_disk else checkpoint_files
         result = load(model, tensors, files_for_offload, load_config, *args, **kwargs)
     finally:
-        source.close()
+        if source is not None:
+            source.close()
     # The tensors came in under the network's own names; saving must still take the experts apart again.
     model._weight_conversions = [
         transform
@@ -209,11 +275,16 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
     return result
 
 
-def open_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike, *, kept: list[list[int] | None] | None = None, **hub_kwargs: Any
+) -> Checkpoint:
     """The checkpoint of a folder or a Hub repository, known by its headers.
 
     Args:
         path (`str` or `os.PathLike`): the folder or repository.
+        kept (`list[list[int] | None]`, *optional*): for each layer the experts that will be read, as in
+            `lazy_parameters`. Files of a repository that hold nothing else are downloaded; without it none
+            are, unless there are very many (expert shards).
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
     Raises:
@@ -230,15 +301,8 @@ def open_checkpoint(path: str | os.PathLike, **hub_kwargs: Any) -> Checkpoint:
     """
     if os.path.isdir(path):
         return Checkpoint.from_folder(Path(path, hub_kwargs.get("subfolder") or ""))
-    optional = hub_kwargs | {"_raise_exceptions_for_missing_entries": False}
-    file = cached_file(path, SAFE_WEIGHTS_NAME, **optional)
-    if file is None:
-        file = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **optional)
-        if file is None:
-            raise CheckpointError(f"There are no safetensors weights in {os.fspath(path)}.")
-        shards, _ = get_checkpoint_shard_files(path, file, **hub_kwargs)
-        file = shards[0]
-    return Checkpoint.from_folder(Path(file).parent)
+    wants = None if kept is None else partial(_is_kept, kept)
+    return open_part(HubFiles(os.fspath(path), hub_kwargs), wants)
 
 
 def lazy_parameters(
@@ -281,7 +345,7 @@ def lazy_parameters(
     block = ""  # what stands before `layers.` in the checkpoint's names
     lazies: dict[str, LazyTensor] = {}
     for name, span in checkpoint.tensors.items():
-        if match := _EXPERT_TENSOR.fullmatch(name):
+        if match := EXPERT_TENSOR.fullmatch(name):
             separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
             block = match["block"]
             expected = (hidden, width) if match["part"] == "down" else (width, hidden)
@@ -296,6 +360,9 @@ def lazy_parameters(
             lazies[name] = checkpoint.from_pieces(rows_of(span, ids), (len(ids), *span.shape[1:]))
         else:
             lazies[name] = checkpoint.lazy([name])
+    for name in checkpoint.elsewhere:
+        if match := EXPERT_TENSOR.fullmatch(name):
+            separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
     for layer, present in separate.items():
         _check_size(config, layer, len(present))
         experts, ids = f"{block}layers.{layer}.mlp.experts", kept_ids[layer]

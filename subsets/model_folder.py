@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from transformers.utils import cached_file
 
 TOKENIZER_FILES = (
@@ -133,7 +134,14 @@ def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str
 
     ```
     """
-    return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
+    try:
+        return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
+    except OSError:
+        # Offline, a file that the cache does not know of is taken as not there: other tools, which did not
+        # ask for it, may have filled the cache.
+        if hub_kwargs.get("local_files_only") or is_offline_mode():
+            return None
+        raise
 
 
 def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path, **hub_kwargs: Any) -> None:

@@ -31,13 +31,14 @@ from .calibration import (
     read_column,
     ready_batches,
 )
-from .checkpoint import CheckpointError
 from .exclusion import excluded_experts
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
 from .hidden_states import HiddenStates
 from .layers import CheckpointLayers, Layers, LoadedLayers
+from .library import library_of
 from .loading import HUB_KWARGS, open_checkpoint
 from .ranking import best_experts, jaccard
+from .safetensors_header import CheckpointError
 from .statistics import always_kept, new_score
 from .streaming import pass_full_model, pass_layerwise
 
@@ -198,7 +199,7 @@ def select_experts(
     excluded = (
         [set()] * config.num_hidden_layers
         if exclude_experts is None
-        else excluded_experts(exclude_experts, config, source if source and os.path.isdir(source) else None)
+        else excluded_experts(exclude_experts, config, *library_of(source, **hub_kwargs))
     )
     choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
     _check_sizes(config, sizes, choice.excluded)

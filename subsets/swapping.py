@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig, LayerExperts
-from .checkpoint import CheckpointError, LazyTensor
+from .checkpoint import LazyTensor
 from .exclusion import remaining_subset
 from .expert_subset import (
     ExpertSubset,
@@ -28,7 +28,10 @@ from .expert_subset import (
     root_experts,
     subset_config,
 )
+from .hub_loading import fetch_ahead
+from .library import library_of
 from .loading import HUB_KWARGS, lazy_parameters, open_checkpoint
+from .safetensors_header import CheckpointError
 
 _PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 # What a config says about experts, and what two models must agree on for experts of one to fit the other.
@@ -187,7 +190,7 @@ def _prepare(
     here = None
     if source is None:
         source = model.config.name_or_path or None
-        here = _subset_of(expert_subset, exclude_experts, model.config, source)
+        here = _subset_of(expert_subset, exclude_experts, model.config, source, hub_kwargs)
         commit = getattr(model.config, "_commit_hash", None)
         if commit is not None and "revision" not in hub_kwargs:
             hub_kwargs = hub_kwargs | {"revision": commit}
@@ -200,9 +203,9 @@ def _prepare(
             "read them from."
         )
     source_config = _source_config(model, source, hub_kwargs)
-    folder = os.fspath(source) if os.path.isdir(source) else None
+    library = library_of(source, **hub_kwargs)
     try:
-        subset = remaining_subset(expert_subset, exclude_experts, source_config, folder)
+        subset = remaining_subset(expert_subset, exclude_experts, source_config, *library)
     except SubsetError as error:
         raise SubsetError(
             f"{error} (Read from {os.fspath(source)!r}: `source` names another place.)"
@@ -216,13 +219,19 @@ def _prepare(
 
 
 def _subset_of(
-    expert_subset: Any, exclude_experts: Any, config: EmoConfig, source: str | None
+    expert_subset: Any,
+    exclude_experts: Any,
+    config: EmoConfig,
+    source: str | None,
+    hub_kwargs: dict[str, Any],
 ) -> ExpertSubset | None:
     """The subset, if it is one of the experts that the model holds."""
+    library = library_of(source, **hub_kwargs)
     if expert_subset is None:
         # All experts of the root: the model holds them only if it is no subset itself.
-        return remaining_subset(None, exclude_experts, config) if config.retained_experts is None else None
-    subset = ExpertSubset.of(expert_subset, source if source and os.path.isdir(source) else None)
+        whole = config.retained_experts is None
+        return remaining_subset(None, exclude_experts, config, *library) if whole else None
+    subset = ExpertSubset.of(expert_subset, *library)
     if subset.local_ids:  # of the checkpoint
         return None
     held = present_experts(config)
@@ -230,7 +239,7 @@ def _subset_of(
         not set(ids or ()) <= set(there) for ids, there in zip(subset.experts, held, strict=True)
     ):
         return None
-    return remaining_subset(subset, exclude_experts, config)
+    return remaining_subset(subset, exclude_experts, config, *library)
 
 
 def _source_config(model: Any, source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> EmoConfig:
@@ -285,7 +294,7 @@ def _read(
         None if ids is None else [ids[row] for row in rows[index]] or ids[:1]
         for index, ids in enumerate(local)
     ]
-    checkpoint = open_checkpoint(source, **hub_kwargs)
+    checkpoint = open_checkpoint(source, kept=wanted, **hub_kwargs)
     try:
         lazies: dict[str, LazyTensor] = {
             name[name.index("layers.") :]: lazy
@@ -293,6 +302,8 @@ def _read(
             if "layers." in name
         }
         new = [layer for layer in layers if layer.new_rows]
+        names = [f"layers.{layer.index}.mlp.{name}" for layer in new for name in _PARAMETERS]
+        fetch_ahead(checkpoint.source, [lazies[name] for name in names], progress=progress)
         for layer in tqdm(new, desc="Reading experts", unit="layer", delay=2, disable=not progress):
             for name, parameter in _parameters_of(model, layer.index).items():
                 lazy = lazies[f"layers.{layer.index}.mlp.{name}"]

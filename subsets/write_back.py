@@ -21,13 +21,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration import EmoConfig
 from .adapter_record import held_experts
-from .checkpoint import Checkpoint, CheckpointError, LazyTensor, TensorSpan
+from .checkpoint import Checkpoint, LazyTensor
 from .expert_subset import SubsetError
 from .expert_tensors import Part, PartOfModel, parts_of_model
+from .hub_files import HubFiles
 from .library import LIBRARY, library_names
 from .loading import lazy_parameters, open_checkpoint
 from .model_folder import GENERATION_CONFIG, TOKENIZER_FILES, check_new, check_space, copy_companions
 from .safetensors_files import write_json
+from .safetensors_header import CheckpointError, TensorSpan
 
 _BUFFER_BYTES = 1 << 24
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -166,6 +168,8 @@ def _open(model: str | os.PathLike | PreTrainedModel, **hub_kwargs: Any) -> _Mod
         config = EmoConfig.from_pretrained(model, **hub_kwargs)
         _check_plain(os.fspath(model), config)
         checkpoint = open_checkpoint(model, **hub_kwargs)
+        if isinstance(checkpoint.source, HubFiles):  # all of it will be read
+            checkpoint.source.download(span.file for span in checkpoint.tensors.values())
         parts = parts_of_model(lazy_parameters(checkpoint, config, None), config)
         return _Model(os.fspath(model), config, parts, checkpoint, _fingerprint(checkpoint))
     if not isinstance(model, PreTrainedModel) or not isinstance(model.config, EmoConfig):

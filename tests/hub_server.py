@@ -349,7 +349,14 @@ class HubServer:
             self.requests = []
             self.faults = []
 
-    def run(self, code: str, *, timeout: float = 300, **env: str | None) -> str:
+    def run(
+        self,
+        code: str,
+        *,
+        timeout: float = 300,
+        meanwhile: Callable[[subprocess.Popen], None] | None = None,
+        **env: str | None,
+    ) -> str:
         """Run Python code in a fresh process whose Hub is this server and whose token is that of `user`.
 
         Runs share one cache, `HF_HOME`, unless given another.
@@ -357,6 +364,7 @@ class HubServer:
         Args:
             code (`str`): the code.
             timeout (`float`, defaults to 300): seconds.
+            meanwhile (`Callable`, *optional*): called with the running process, as to kill it.
             env (`str`, *optional*): environment variables; `None` takes one away, as in `HF_TOKEN=None`.
 
         Returns:
@@ -379,18 +387,25 @@ class HubServer:
             variables.pop(name, None)
             if value is not None:
                 variables[name] = value
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-c", code],
             env=variables,
             cwd=self.root / "work",
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
-            check=False,
         )
-        if done.returncode != 0:
-            raise RuntimeError(f"The process failed with exit code {done.returncode}.\n{done.stderr}")
-        return done.stdout
+        with process:
+            try:
+                if meanwhile is not None:
+                    meanwhile(process)
+                output, errors = process.communicate(timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode != 0:
+            raise RuntimeError(f"The process failed with exit code {process.returncode}.\n{errors}")
+        return output
 
     # What the handler needs
 

@@ -1,0 +1,229 @@
+"""A checkpoint cut so that a subset of its experts needs only the files of those experts.
+
+The backbone (with the shared experts, which every subset keeps) is one file, each routed expert of each layer
+another. The index is the standard one, so that plain Transformers and other tools load the whole as usual.
+
+Why a file an expert: a subset keeps other experts in each layer, and whatever shares a file with one of them
+comes along. With two in a file, 16 random of 128 experts already cost 1.9 times their bytes, while the 2,033
+files of the 14B model are well below what the Hub advises (`benchmarks/expert_shards.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
+
+from ..configuration import EmoConfig
+from ..subsets import Checkpoint, CheckpointError, TensorSpan
+from ..subsets.hub_files import is_hub_repo
+from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
+from ..subsets.safetensors_files import header_of, write_json
+
+BACKBONE = "model-backbone.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PLAN = ".plan.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_BUFFER = 16 << 20
+_FREE = 64 << 20  # bytes of the disk that are left alone
+
+
+def shard_experts(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    experts_per_file: int = 1,
+    progress: bool = True,
+    **hub_kwargs: Any,
+) -> dict[str, list[str]]:
+    """Cut a checkpoint into a backbone and experts, for downloads of only the chosen experts.
+
+    Bytes are copied as they are, a few megabytes at a time. The folder appears under its name when it is
+    whole; a run that is killed leaves `.<name>.partial` beside it, and the same call goes on from there.
+
+    Args:
+        source (`str` or `os.PathLike`): folder or Hub repository of an EMO model.
+        out (`str` or `os.PathLike`): the folder to make; it must not exist.
+        experts_per_file (`int`, defaults to 1): neighbouring routed experts of a layer in one file.
+        progress (`bool`, defaults to `True`): show a progress bar in bytes.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on for a repository, which is downloaded first.
+
+    Returns:
+        `dict[str, list[str]]`: the files of weights, with the names of their tensors.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, does not fit its config or has stacked experts.
+        FileExistsError: if `out` exists.
+        ValueError: if `experts_per_file` is not at least 1.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.conversion import shard_experts
+    >>> files = shard_experts("model_cards/toy-emo", tmp_path / "sharded", progress=False)
+    >>> len(files), files["model-layer00-expert007.safetensors"][0]
+    (125, 'model.layers.0.mlp.experts.7.down_proj.weight')
+    >>> model = EmoForCausalLM.from_pretrained(tmp_path / "sharded")
+
+    ```
+    """
+    out = Path(out)
+    if type(experts_per_file) is not int or experts_per_file < 1:
+        raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected a number from 1.")
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} exists already: name a folder that does not.")
+    if is_hub_repo(source):
+        source = snapshot_download(
+            os.fspath(source), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.md"], **hub_kwargs
+        )
+    folder = Path(source)
+    config = EmoConfig.from_pretrained(folder)
+    checkpoint = Checkpoint.from_folder(folder)
+    try:
+        lazy_parameters(checkpoint, config, None)  # nothing is missing or of another shape
+        files = plan_expert_files(checkpoint.tensors, config, experts_per_file)
+        partial = out.parent / f".{out.name}.partial"
+        _begin(partial, folder, checkpoint, files)
+        headers = {file: _header(names, checkpoint.tensors) for file, names in files.items()}
+        total = sum(len(header) for header in headers.values()) + _size(checkpoint.tensors)
+        free = shutil.disk_usage(partial).free
+        there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+        if free < total - there + _FREE:
+            raise CheckpointError(
+                f"{out.parent} has room for {free} bytes, expected {total - there + _FREE}."
+            )
+        with tqdm(total=total, desc="Sharding", unit="B", unit_scale=True, disable=not progress) as bar:
+            for file, names in files.items():
+                _write(partial / file, headers[file], names, checkpoint, bar)
+    finally:
+        checkpoint.source.close()
+    _finish(partial, folder, files, _size(checkpoint.tensors))
+    os.rename(partial, out)
+    return files
+
+
+def plan_expert_files(
+    names: Iterable[str], config: EmoConfig, experts_per_file: int = 1
+) -> dict[str, list[str]]:
+    """Which tensors go into which file.
+
+    Args:
+        names (`Iterable[str]`): the tensors of a checkpoint.
+        config (`EmoConfig`): its config.
+        experts_per_file (`int`, defaults to 1): neighbouring routed experts of a layer in one file.
+
+    Returns:
+        `dict[str, list[str]]`: the tensors of each file, sorted by name; the backbone first.
+
+    Raises:
+        CheckpointError: if experts are stacked in one tensor.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.conversion.expert_shards import plan_expert_files
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=4)
+    >>> names = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(8)]
+    >>> list(plan_expert_files(names, config, 4))
+    ['model-backbone.safetensors', 'model-layer00-expert000-003.safetensors',
+     'model-layer00-expert004-006.safetensors']
+
+    ```
+    """
+    files: dict[str, list[str]] = {BACKBONE: []}
+    for name in sorted(names, key=_by_numbers):
+        if ".mlp.experts.gate_up_proj" in name or ".mlp.experts.down_proj" in name:
+            raise CheckpointError(
+                f"{name} holds all experts of a layer: load the model and save it with `save_pretrained`, "
+                "which takes them apart."
+            )
+        file = BACKBONE
+        if match := EXPERT_TENSOR.fullmatch(name):
+            number, expert = int(match["layer"]), int(match["expert"])
+            layer = config.layer_experts[number]
+            if expert < layer.num_routed and expert not in layer.always_active:
+                first = expert - expert % experts_per_file
+                last = min(first + experts_per_file, layer.num_routed) - 1
+                span = f"{first:03d}" if experts_per_file == 1 else f"{first:03d}-{last:03d}"
+                file = f"model-layer{number:02d}-expert{span}.safetensors"
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def _by_numbers(name: str) -> tuple:
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
+
+
+def _size(tensors: dict[str, TensorSpan]) -> int:
+    return sum(span.end - span.start for span in tensors.values())
+
+
+def _begin(partial: Path, folder: Path, checkpoint: Checkpoint, files: dict[str, list[str]]) -> None:
+    """Make the folder, or keep one that an earlier run of the same work has left."""
+    sources = {span.file for span in checkpoint.tensors.values()}
+    stats = {file: os.stat(folder / file) for file in sorted(sources)}
+    plan = {
+        "folder": str(folder.resolve()),
+        "sources": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
+        "files": files,
+    }
+    try:
+        known = json.loads((partial / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if known != plan:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_json(partial / _PLAN, plan)
+    for left in partial.glob("*.partial"):
+        left.unlink()
+
+
+def _header(names: list[str], tensors: dict[str, TensorSpan]) -> bytes:
+    """The header of a file with these tensors, those of the widest dtype first so that all are aligned."""
+    names.sort(key=lambda name: -tensors[name].dtype.itemsize)
+    return header_of({name: (tensors[name].dtype, tensors[name].shape) for name in names})
+
+
+def _write(path: Path, header: bytes, names: list[str], checkpoint: Checkpoint, bar: tqdm) -> None:
+    """Write a file under a passing name; one that is there already is whole."""
+    spans = [checkpoint.tensors[name] for name in names]
+    size = len(header) + sum(span.end - span.start for span in spans)
+    if path.exists():
+        bar.update(size)
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    buffer = memoryview(bytearray(_BUFFER))
+    with open(partial, "wb") as out:
+        out.write(header)
+        bar.update(len(header))
+        for span in spans:
+            for start in range(span.start, span.end, _BUFFER):
+                part = buffer[: min(_BUFFER, span.end - start)]
+                checkpoint.source.read_into(span.file, start, part)
+                out.write(part)
+                bar.update(len(part))
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(path)
+
+
+def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int) -> None:
+    """Everything but the weights."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        is_weights = path.name.endswith(_WEIGHTS) or path.name == _INDEX
+        if path.is_file() and not is_weights and not any(part.startswith(".") for part in name.parts):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / name)
+    weight_map = {name: file for file, names in files.items() for name in names}
+    write_json(partial / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    (partial / _PLAN).unlink()

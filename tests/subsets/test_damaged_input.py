@@ -1,0 +1,210 @@
+"""Damaged and hostile headers, indexes and subset files: our own errors only, and nothing written elsewhere.
+
+The damage is drawn from a seed, so that a failure can be had again: its number is in the message.
+"""
+
+import json
+import random
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers_emo import CheckpointError, EmoConfig, ExpertSubset, SubsetError
+from transformers_emo.subsets import Checkpoint
+from transformers_emo.subsets.range_cache import PartialFile, cached_parts, clear_parts, part_folder
+
+# How many cases of each kind.
+some_cases = pytest.mark.parametrize("cases", [80, pytest.param(700, marks=pytest.mark.slow)])
+# What strangers put in place of a value.
+VALUES = [
+    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1.5, float("nan"), [], [[]], {},
+    {"a": {}}, [2**62, 4], [-1, 2], "", "x", "..", "F32", "I4", "\0", "\ud800", "a" * 5000,
+    "../outside.safetensors", "/etc/passwd", "\0.safetensors", "\ud800.safetensors",
+    "x/../../outside.safetensors",
+]  # fmt: skip
+
+
+def snapshot(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
+
+
+def mutate_json(value, rng):
+    """The same with something replaced, removed, doubled or nested, somewhere inside."""
+    if rng.random() < 0.25 or not isinstance(value, dict | list) or not value:
+        return rng.choice(VALUES)
+    if isinstance(value, list):
+        at = rng.randrange(len(value))
+        changed = rng.choice([[], [value[at]] * 2, [mutate_json(value[at], rng)]])
+        return value[:at] + changed + value[at + 1 :]
+    key = rng.choice(list(value))
+    changed = dict(value)
+    kept = changed.pop(key)
+    if rng.random() < 0.7:
+        name = rng.choice([key, key, key, *(v for v in VALUES if isinstance(v, str))])
+        changed[name] = mutate_json(kept, rng)
+    return changed
+
+
+def mutate_bytes(data, rng):
+    """The same with some bytes changed, removed or put in."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(4):
+            case 0:
+                data[at : at + rng.randint(1, 20)] = b""
+            case 1:
+                data[at:at] = rng.randbytes(rng.randint(1, 20))
+            case 2:
+                data[at : at + 1] = bytes([rng.randrange(256)])
+            case _:
+                data = data[:at] or bytearray(1)
+    return bytes(data)
+
+
+def mutate(value, rng):
+    """JSON text, damaged in its structure or in its bytes."""
+    text = json.dumps(value).encode()
+    if rng.random() < 0.3:
+        return mutate_bytes(text, rng)
+    if rng.random() < 0.02:
+        return b"[" * 100_000
+    return json.dumps(mutate_json(value, rng)).encode()
+
+
+def read_everything(folder):
+    checkpoint = Checkpoint.from_folder(folder)
+    try:
+        for name in checkpoint.tensors:
+            checkpoint.lazy([name])[...]
+    finally:
+        checkpoint.source.close()
+
+
+@pytest.fixture
+def parent(tmp_path):
+    """A folder with a neighbour that must stay as it is."""
+    (tmp_path / "outside.safetensors").write_bytes(b"not yours")
+    (tmp_path / "model").mkdir()
+    return tmp_path
+
+
+@some_cases
+def test_mutated_headers(parent, cases):
+    path = parent / "model" / "model.safetensors"
+    save_file({"a": torch.ones(3, 4), "b": torch.ones(2).bfloat16(), "s": torch.tensor(1)}, path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    refused = 0
+    for case in range(cases):
+        rng = random.Random(case)
+        if rng.random() < 0.3:
+            damaged = mutate_bytes(whole, rng)
+        else:
+            text = mutate(header, rng)
+            claimed = rng.choice([len(text)] * 8 + [0, 2**40, 2**64 - 1])
+            damaged = struct.pack("<Q", claimed) + text + data
+        path.write_bytes(damaged)
+        before = snapshot(parent)
+        try:
+            read_everything(path.parent)
+        except CheckpointError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {case}: {damaged[:300]!r}") from error
+        assert snapshot(parent) == before
+    assert refused > cases // 2
+
+
+@some_cases
+def test_mutated_indexes(parent, cases):
+    folder = parent / "model"
+    save_file({"a": torch.ones(3)}, folder / "one.safetensors")
+    save_file({"b": torch.ones(3)}, folder / "two.safetensors")
+    index = {
+        "metadata": {"total_size": 24},
+        "weight_map": {"a": "one.safetensors", "b": "two.safetensors"},
+    }
+    path = folder / "model.safetensors.index.json"
+    refused = 0
+    for case in range(cases):
+        damaged = mutate(index, random.Random(case))
+        path.write_bytes(damaged)
+        before = snapshot(parent)
+        try:
+            read_everything(folder)
+        except CheckpointError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {case}: {damaged[:300]!r}") from error
+        assert snapshot(parent) == before
+    assert refused > cases // 2
+
+
+@some_cases
+def test_mutated_subset_files(parent, cases):
+    config = EmoConfig(num_hidden_layers=2, num_experts=8, num_experts_per_tok=4)
+    subset = ExpertSubset(
+        [[0, 1, 7], [2, 3, 7]],
+        scores=[[0.1] * 7 + [None]] * 2,
+        always_kept=[[7], [7]],
+        root_experts_per_layer=[8, 8],
+        method="global",
+        num_tokens=5,
+        settling=[{"num_texts": 1, "num_tokens": 2, "jaccard": 0.5}],
+        source="user/model",
+    ).to_dict()
+    theirs = {"experts_kept_per_layer": [[0, 7], [1, 7]], "pruning_method": "x", "original_model": "y"}
+    path = parent / "model" / "math.json"
+    refused = 0
+    for case in range(cases):
+        rng = random.Random(case)
+        damaged = mutate(rng.choice([subset, theirs]), rng)
+        path.write_bytes(damaged)
+        before = snapshot(parent)
+        try:
+            ExpertSubset.load(path).for_model(config)
+        except SubsetError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {case}: {damaged[:300]!r}") from error
+        assert snapshot(parent) == before
+    assert refused > cases // 4
+
+
+@pytest.mark.parametrize("etag", ["../../../up", "/etc", "a/b", "", "..", "\0", "é" * 300, "0" * 64])
+def test_whatever_the_server_calls_a_file_its_parts_stay_in_the_cache(parent, etag):
+    folder = part_folder(parent / "models--user--model", etag)
+    assert folder.parent == parent / "models--user--model" / "emo-ranges" and len(folder.name) <= 64
+    PartialFile(folder, 10).close()
+
+
+@some_cases
+def test_mutated_records_of_what_is_there_are_not_believed(tmp_path, cases):
+    folder = part_folder(tmp_path / "models--user--model", "0" * 64)
+    for case in range(cases):
+        rng = random.Random(case)
+        shutil.rmtree(folder, ignore_errors=True)
+        with PartialFile(folder, 100) as part:
+            part.write(20, bytes(range(60)))
+            part.record(20, 50)
+            part.record(50, 80)
+        about = {"file": "model.safetensors", "commits": ["c" * 40], "size": 100}
+        (folder / "about.json").write_bytes(mutate(about, rng) if case % 2 else json.dumps(about).encode())
+        text = (folder / "ranges").read_bytes()
+        # A process that is killed leaves half a line, and the next one adds whole ones.
+        (folder / "ranges").write_bytes(text[: rng.randrange(len(text) + 1)])
+        with PartialFile(folder, 100) as part:
+            assert all(20 <= start < end <= 80 for start, end in part.ranges), case
+            part.record(0, 5)
+        with PartialFile(folder, 100) as part:
+            assert part.ranges[0] == (0, 5), case
+            assert all(start == 0 or 20 <= start < end <= 80 for start, end in part.ranges), case
+        listed = cached_parts(tmp_path)
+        assert len(listed) <= 1 and all(part.size >= 0 for part in listed)
+        clear_parts(cache_dir=tmp_path)
