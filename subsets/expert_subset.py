@@ -468,8 +468,8 @@ def _check_scores(scores: list, experts: list, always_kept: list) -> None:
         last = max((e for ids in kept for e in ids or ()), default=-1)
         if last >= len(layer):
             raise SubsetError(
-                f"Layer {index} has scores of {len(layer)} experts and keeps expert {last}: expected a score, "
-                "or None, for every expert of the root model."
+                f"Layer {index} has scores of {len(layer)} experts and keeps expert {last}: expected a "
+                "score, or None, for every expert of the root model."
             )
 
 
