@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -359,6 +360,11 @@ def _select(parsed: argparse.Namespace) -> None:
         raise ValueError(
             f"{parsed.out!r} is one file for {len(parsed.experts)} subsets: put {{}} in its name."
         )
+    paths = [parsed.out.replace("{}", str(size)) for size in parsed.experts]
+    for path in paths:  # told before the model is run, not after
+        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"Cannot write {path!r}: name a JSON file in a folder that can be written to.")
     subsets = select_experts(
         parsed.model,
         parsed.text,
@@ -373,8 +379,7 @@ def _select(parsed: argparse.Namespace) -> None:
         dtype=parsed.dtype,
         **({} if parsed.revision is None else {"revision": parsed.revision}),
     )
-    for size, subset in zip(parsed.experts, subsets, strict=True):
-        path = parsed.out.replace("{}", str(size))
+    for path, size, subset in zip(paths, parsed.experts, subsets, strict=True):
         subset.save(path)
         print(f"{path}: {size} experts a layer, from {subset.num_tokens or 0} tokens")
 

@@ -130,9 +130,10 @@ class ExpertServing:
         """A second model with experts of its own on this model's backbone, for two tasks in one process.
 
         Embeddings, attention, norms, dense layers and heads are the same parameters in both: training them in
-        one changes the other. Experts and router rows are the second model's own: copied where this one holds
-        them, read where not. Each generates, masks, swaps and saves like a model loaded by itself, also in
-        threads of their own.
+        one changes the other. Move or cast (`to`, `half`) before, not after: it takes the backbone of both
+        along and leaves the other model's experts behind. Experts and router rows are the second model's own:
+        copied where this one holds them, read where not. Each generates, masks, swaps and saves like a model
+        loaded by itself, also in threads of their own.
 
         Args:
             expert_subset, exclude_experts, source, progress, hub_kwargs: as in `swap_experts`.

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 from transformers.utils import logging
@@ -176,7 +177,7 @@ def mix(
     subsets = list(subsets)
     _check_comparable(subsets)
     weights = [1.0] * len(subsets) if weights is None else list(weights)
-    good = all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    good = all(isinstance(weight, Real) and math.isfinite(weight) and weight >= 0 for weight in weights)
     if len(weights) != len(subsets) or not good or not sum(weights):
         raise SubsetError(
             f"The weights are {weights}, expected {len(subsets)} finite numbers from 0, not all of them 0."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class ExpertSubset:
             applied to, and not of the root (the authors' `pruning_metadata.json`).
 
     Raises:
-        SubsetError: if ids are negative, not integers or named twice.
+        SubsetError: if ids are negative, not integers or named twice, or scores are not finite numbers or do
+            not reach to every expert kept.
 
     Example:
 
@@ -132,6 +134,10 @@ class ExpertSubset:
             value = getattr(self, name)
             if value is not None and not fits(value):
                 raise SubsetError(f"`{name}` is {value!r}, expected {expected}.")
+        if self.always_kept is not None:
+            object.__setattr__(self, "always_kept", _checked_ids(self.always_kept))
+        if self.scores is not None:
+            _check_scores(self.scores, self.experts, self.always_kept or [None] * len(self.experts))
         for name in ("drop_shared", "local_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise SubsetError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
@@ -390,6 +396,8 @@ class ExpertSubset:
         """
         if self.scores is None or self.always_kept is None:
             raise SubsetError("The subset has no scores to choose by: choose with `select_experts`.")
+        if not _is_id(num_experts):
+            raise SubsetError(f"`num_experts` is {num_experts!r}, expected an integer.")
         if budget not in ("uniform", "mass"):
             raise SubsetError(f"Unknown budget {budget!r}, expected 'uniform' or 'mass'.")
         for index, (scores, always) in enumerate(zip(self.scores, self.always_kept, strict=True)):
@@ -466,6 +474,28 @@ class ExpertSubset:
 def _is_id(value: Any) -> bool:
     # bool is an int to Python, and true and false are no ids.
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _check_scores(scores: list, experts: list, always_kept: list) -> None:
+    """See that experts can be ranked: one score that is not a number would spoil the order of all."""
+    for index, (layer, *kept) in enumerate(zip(scores, experts, always_kept, strict=True)):
+        if layer is None:
+            continue
+        if not isinstance(layer, list | tuple):
+            raise SubsetError(f"The scores of layer {index} are {layer!r}, expected a list.")
+        for expert, score in enumerate(layer):
+            is_number = isinstance(score, Real) and not isinstance(score, bool) and math.isfinite(score)
+            if score is not None and not is_number:
+                raise SubsetError(
+                    f"The score of expert {expert} in layer {index} is {score!r}, expected a finite number, "
+                    "or None for an expert that was not scored."
+                )
+        last = max((e for ids in kept for e in ids or ()), default=-1)
+        if last >= len(layer):
+            raise SubsetError(
+                f"Layer {index} has scores of {len(layer)} experts and keeps expert {last}: expected a "
+                "score, or None, for every expert of the root model."
+            )
 
 
 def _as_layers(value: Any) -> list:

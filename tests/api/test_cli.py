@@ -109,6 +109,13 @@ def test_select_writes_subsets_from_a_file_of_texts(tmp_path, capsys):
     assert f"c-8.json: 8 experts a layer, from {expected.num_tokens} tokens" in capsys.readouterr().out
 
 
+def test_select_says_before_it_begins_that_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "c.json"):
+        assert cli.main(["select", "no-such-model", str(out), "--text", "a"]) == 1
+        assert f"Cannot write '{out}'" in capsys.readouterr().err
+
+
 def test_select_refuses_one_file_for_two_subsets_before_it_begins(tmp_path, capsys):
     words = ["select", "no-such-model", str(tmp_path / "c.json"), "--text", "a", "--experts", "4", "8"]
     assert cli.main(words) == 1

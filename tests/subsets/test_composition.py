@@ -137,7 +137,7 @@ def test_other_things_are_no_operands():
         assert getattr(ExpertSubset([[0]]), operation)([[0]]) is NotImplemented
 
 
-@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, math.nan], [1, math.inf]])
+@pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [1, math.nan], [1, math.inf], [1, "1"]])
 def test_weights_that_do_not_fit_are_refused(weights):
     scored = ExpertSubset([[0, 1]], scores=[[0.5, 1.0]], always_kept=[[1]])
     with pytest.raises(SubsetError, match="expected 2 finite numbers"):

@@ -1,6 +1,7 @@
 """`ExpertSubset` as data: what it accepts, what it refuses, and how subsets of subsets compose."""
 
 import json
+import math
 import os
 import re
 
@@ -60,6 +61,32 @@ def test_ids_are_sorted_and_plain_integers():
 def test_malformed_ids_are_refused(experts, message):
     with pytest.raises(SubsetError, match=re.escape(message)):
         ExpertSubset(experts)
+
+
+@pytest.mark.parametrize(
+    ("scores", "always_kept", "message"),
+    [
+        ([0.1, math.nan, 0.2, 1.0], [3], "The score of expert 1 in layer 0 is nan"),
+        ([0.1, math.inf, 0.2, 1.0], [3], "The score of expert 1 in layer 0 is inf"),
+        ([0.1, "a", 0.2, 1.0], [3], "The score of expert 1 in layer 0 is 'a'"),
+        ([0.1, True, 0.2, 1.0], [3], "The score of expert 1 in layer 0 is True"),
+        ([0.1, 0.2], [3], "has scores of 2 experts and keeps expert 3"),
+        ([0.1, 0.2, 0.3, 1.0], [9], "has scores of 4 experts and keeps expert 9"),
+        (0.3, [3], "The scores of layer 0 are 0.3"),
+        ([0.1, 0.2, 0.3, 1.0], ["3"], "names expert '3'"),
+        ([0.1, 0.2, 0.3, 1.0], [3, 3], "names expert 3 twice"),
+    ],
+)
+def test_scores_that_cannot_be_ranked_are_refused(scores, always_kept, message):
+    with pytest.raises(SubsetError, match=re.escape(message)):
+        ExpertSubset([[0, 3]], scores=[scores], always_kept=[always_kept])
+
+
+@pytest.mark.parametrize("size", [2.0, "2", True, None])
+def test_a_choice_by_score_takes_an_integer(size):
+    scored = ExpertSubset([[0, 3]], scores=[[0.1, 0.2, None, 1.0]], always_kept=[[3]])
+    with pytest.raises(SubsetError, match="expected an integer"):
+        scored.top(size)
 
 
 @pytest.mark.parametrize(
