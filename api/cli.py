@@ -141,7 +141,7 @@ def _add_select(commands: Any) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    convert = commands.add_parser("convert", help="convert a checkpoint to the released layout")
+    convert = commands.add_parser("convert", help="convert checkpoints from one layout to another")
     kinds = convert.add_subparsers(dest="kind", required=True)
     olmo_core = kinds.add_parser(
         "olmo-core-to-hf",
@@ -162,6 +162,29 @@ def _add_convert(commands: Any) -> None:
         "--verify", action="store_true", help="compare logits with those of the training checkpoint"
     )
     olmo_core.set_defaults(run=_convert_olmo_core)
+    back = kinds.add_parser(
+        "hf-to-olmo-core",
+        help="a model, to go on training it with OLMo-core",
+        description="Convert a model folder to a step folder of OLMo-core, tensor by tensor: parameters in "
+        "float32 and config.json, no state of an optimiser.",
+    )
+    back.add_argument("model", metavar="MODEL", help="folder with config.json and safetensors weights")
+    back.add_argument("out", metavar="OUT", help="the folder to make, such as step0")
+    back.add_argument(
+        "--original",
+        metavar="STEP",
+        help="a step of the run it comes from, for padded vocabulary rows (zeros otherwise), data, optimiser",
+    )
+    back.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_setting,
+        help="a setting of training, such as document_pool_min=8; may be repeated",
+    )
+    back.add_argument("--verify", action="store_true", help="read everything back and compare it")
+    back.set_defaults(run=_convert_to_olmo_core)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -201,6 +224,18 @@ def _convert_olmo_core(parsed: argparse.Namespace) -> None:
         dtype=parsed.dtype,
         max_shard_size=parsed.max_shard_size,
         tokenizer=parsed.tokenizer,
+        verify=parsed.verify,
+    )
+
+
+def _convert_to_olmo_core(parsed: argparse.Namespace) -> None:
+    from .conversion import convert_to_olmo_core
+
+    convert_to_olmo_core(
+        parsed.model,
+        parsed.out,
+        original=parsed.original,
+        settings=dict(parsed.set),
         verify=parsed.verify,
     )
 

@@ -1,13 +1,15 @@
-"""From training checkpoints to the released layout."""
+"""From training checkpoints to the released layout, and back."""
 
 from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
 from .olmo_core import convert_olmo_core
 from .pickled_metadata import UnsafePickleError, read_metadata
+from .to_olmo_core import convert_to_olmo_core
 
 __all__ = [
     "DistributedCheckpoint",
     "StoredTensor",
     "UnsafePickleError",
     "convert_olmo_core",
+    "convert_to_olmo_core",
     "read_metadata",
 ]
