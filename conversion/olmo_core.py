@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from .distributed_checkpoint import DistributedCheckpoint
 from .new_folder import check_is_new, new_folder
 from .olmo_core_config import read_config
 from .olmo_core_layout import PREFIX, TensorPart, training_layout
+from .part_writer import PartWriter
 from .safetensors_writer import PlannedTensor, plan_shards, write_checkpoint, write_json
 from .verification import verify_logits
 
@@ -49,8 +49,9 @@ def convert_olmo_core(
 ) -> EmoConfig:
     """Convert a training checkpoint to the released layout, for `from_pretrained`.
 
-    Tensors are read, converted and written one after the other. The folder appears under its name when it is
-    whole; a run that is killed leaves at most a folder `.<name>.partial` beside it, which the next removes.
+    Tensors are read, converted and written a few at a time, in several threads. The folder appears under its
+    name when it is whole; a run that is killed leaves at most `.<name>.partial` beside it, which the next one
+    removes.
 
     Args:
         step_folder (`str` or `os.PathLike`): a `step<N>` folder: `config.json` and `model_and_optim/`,
@@ -96,7 +97,7 @@ def convert_olmo_core(
         parts = _plan(config, checkpoint, progress)
         shards = plan_shards([PlannedTensor(part.name, part.shape) for part in parts], wanted, size)
         with new_folder(out) as folder:
-            hashes = write_checkpoint(folder, shards, wanted, _tensors(parts, checkpoint, progress))
+            hashes = _write(folder, shards, wanted, parts, checkpoint, progress)
             config.dtype = wanted
             config.save_pretrained(folder)
             generation_config(config).save_pretrained(folder)
@@ -142,13 +143,27 @@ def _check(
         tensor.check()
 
 
-def _tensors(
-    parts: list[TensorPart], checkpoint: DistributedCheckpoint, progress: bool
-) -> Iterator[torch.Tensor]:
-    with tqdm(total=len(parts), desc="Converting", unit="tensor", disable=not progress) as bar:
-        for part in parts:
-            yield part.read(checkpoint[part.source])
-            bar.update()
+def _write(
+    folder: Path,
+    shards: dict[str, list[PlannedTensor]],
+    dtype: torch.dtype,
+    parts: list[TensorPart],
+    checkpoint: DistributedCheckpoint,
+    progress: bool,
+) -> dict[str, str]:
+    by_name = {part.name: part for part in parts}
+    writer = PartWriter(checkpoint, dtype)
+    try:
+        with tqdm(total=len(parts), desc="Converting", unit="tensor", disable=not progress) as bar:
+            return write_checkpoint(
+                folder,
+                shards,
+                dtype,
+                lambda name, descriptor, offset: writer.write(by_name[name], descriptor, offset),
+                done=bar.update,
+            )
+    finally:
+        writer.close()
 
 
 def generation_config(config: EmoConfig) -> GenerationConfig:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..configuration import EmoConfig
-from .distributed_checkpoint import StoredTensor
 
 PREFIX = "model."  # of parameters in a training checkpoint
 EMBEDDINGS, HEAD = f"{PREFIX}embeddings.weight", f"{PREFIX}lm_head.w_out.weight"
@@ -35,11 +32,6 @@ class TensorPart:
     start: int
     stop: int
     transposed: bool = False
-
-    def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """The tensor of the released layout, from the training checkpoint's."""
-        rows = tensor.rows(self.start, self.stop)
-        return rows.T if self.transposed else rows.reshape(self.shape)
 
 
 def training_layout(config: EmoConfig) -> tuple[list[TensorPart], dict[str, Shape]]:
