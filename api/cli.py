@@ -185,6 +185,25 @@ def _add_convert(commands: Any) -> None:
     )
     back.add_argument("--verify", action="store_true", help="read everything back and compare it")
     back.set_defaults(run=_convert_to_olmo_core)
+    upgrade = kinds.add_parser(
+        "upgrade",
+        help="an older EMO repository, or a standard mixture of experts, as a clean folder",
+        description="Make a clean Transformers 5 folder of a repository with legacy names or remote code, or "
+        "of a standard mixture of experts that an EMO computes exactly. Weights are copied byte for byte.",
+    )
+    upgrade.add_argument("repo", metavar="REPO", help="folder or Hub repository")
+    upgrade.add_argument("out", metavar="OUT", help="the folder to make")
+    upgrade.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_setting,
+        help="a setting of training, such as document_pool_min=8; may be repeated",
+    )
+    upgrade.add_argument("--link", action="store_true", help="hard links to the weights instead of copies")
+    upgrade.add_argument("--revision", help="of the Hub repository")
+    upgrade.set_defaults(run=_upgrade)
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -237,6 +256,14 @@ def _convert_to_olmo_core(parsed: argparse.Namespace) -> None:
         original=parsed.original,
         settings=dict(parsed.set),
         verify=parsed.verify,
+    )
+
+
+def _upgrade(parsed: argparse.Namespace) -> None:
+    from .conversion import upgrade_checkpoint
+
+    upgrade_checkpoint(
+        parsed.repo, parsed.out, settings=dict(parsed.set), link=parsed.link, revision=parsed.revision
     )
 
 

@@ -4,6 +4,7 @@ from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
 from .olmo_core import convert_olmo_core
 from .pickled_metadata import UnsafePickleError, read_metadata
 from .to_olmo_core import convert_to_olmo_core
+from .upgrade import upgrade_checkpoint
 
 __all__ = [
     "DistributedCheckpoint",
@@ -12,4 +13,5 @@ __all__ = [
     "convert_olmo_core",
     "convert_to_olmo_core",
     "read_metadata",
+    "upgrade_checkpoint",
 ]

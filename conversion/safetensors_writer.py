@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterable
@@ -173,6 +174,34 @@ def _hash_behind(descriptor: int, ends: list[tuple[int, Future]]) -> str:
     return digest.hexdigest()
 
 
+def rename_tensors(source: Path, target: Path, names: dict[str, str]) -> None:
+    """Copy a safetensors file under other names; the tensors' bytes are copied as they are.
+
+    Args:
+        source (`Path`): the file.
+        target (`Path`): the new one.
+        names (`dict[str, str]`): the new name of each tensor.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from safetensors.torch import load_file, save_file
+    >>> from transformers_emo.conversion.safetensors_writer import rename_tensors
+    >>> save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    >>> rename_tensors(tmp_path / "a.safetensors", tmp_path / "b.safetensors", {"a": "b"})
+    >>> load_file(tmp_path / "b.safetensors")
+    {'b': tensor([1., 1.])}
+
+    ```
+    """
+    with open(source, "rb") as old, open(target, "xb") as new:
+        (length,) = struct.unpack("<Q", old.read(8))
+        header = json.loads(old.read(length))
+        new.write(_encoded({names.get(name, name): entry for name, entry in header.items()}))
+        shutil.copyfileobj(old, new, 16 << 20)
+
+
 def write_json(path: str | os.PathLike, content: dict) -> None:
     """Write a JSON file as Transformers does.
 
@@ -204,6 +233,10 @@ def _header(planned: list[PlannedTensor], dtype: torch.dtype) -> bytes:
             "data_offsets": [position, end],
         }
         position = end
+    return _encoded(entries)
+
+
+def _encoded(entries: dict[str, dict]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
