@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
-from ..configuration import EmoConfig
+from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..subsets import Checkpoint, CheckpointError
 from .distributed_checkpoint import DistributedCheckpoint
 from .distributed_writer import row_ranges, write_distributed_checkpoint
+from .model_config import TRAINING_SETTINGS, emo_config, read_model_config
 from .new_folder import check_is_new, new_folder
 from .olmo_core import PROVENANCE
 from .olmo_core_config import read_config
@@ -32,15 +32,6 @@ logger = logging.getLogger(__name__)
 _MAX_CHUNK_BYTES = 256 << 20
 _OLMO_CORE_VERSION = "2.5.0"  # whose names and config.json these are
 _PADDED_TO = 128  # OLMo-core pads the vocabulary to a multiple of it
-TRAINING_SETTINGS = (
-    "document_pool_min",
-    "document_pool_max",
-    "document_pool_eval",
-    "attention_within_documents",
-    "balance_loss_coef",
-    "router_z_loss_coef",
-    "lm_z_loss_coef",
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,12 @@ def convert_to_olmo_core(
     with ExitStack() as stack:
         weights = Checkpoint.from_folder(folder)
         stack.callback(weights.source.close)
-        config = EmoConfig.from_pretrained(folder)
+        found = read_model_config(folder)
+        if found["model_type"] not in (EmoConfig.model_type, LEGACY_MODEL_TYPE):
+            raise ValueError(
+                f"The model is of type {found['model_type']!r}, expected 'emo': see `upgrade_checkpoint`."
+            )
+        config = emo_config(found, {})
         padding = None
         base: dict[str, Any] = {}
         if original is not None:
@@ -127,7 +123,7 @@ def convert_to_olmo_core(
             stack.callback(padding.close)
             _check_original(config, trained, padding)
             _take_training_settings(config, trained)
-        config = _with_settings(config, settings or {})
+        config = emo_config(config.to_dict(), settings or {})
         rows = padding[EMBEDDINGS].shape[0] if padding else _PADDED_TO * -(-config.vocab_size // _PADDED_TO)
         content = training_config(config, rows, base)
         if config.document_pool_min is None and not config.layer_experts[0].is_dense:
@@ -183,18 +179,6 @@ def _take_training_settings(config: EmoConfig, trained: EmoConfig) -> None:
         is_said = has_pools if name.startswith("document_pool") else False
         if not is_said and getattr(config, name) == getattr(default, name):
             setattr(config, name, getattr(trained, name))
-
-
-def _with_settings(config: EmoConfig, settings: Mapping[str, Any]) -> EmoConfig:
-    unknown = sorted(settings.keys() - set(TRAINING_SETTINGS))
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} is no setting of training: expected one of {', '.join(TRAINING_SETTINGS)}."
-        )
-    try:
-        return EmoConfig.from_dict(config.to_dict() | dict(settings))
-    except StrictDataclassError as error:
-        raise ValueError(f"The settings do not fit the model: {error}") from error
 
 
 def _check_weights(weights: Checkpoint, parts: list[TensorPart]) -> None:

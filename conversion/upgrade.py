@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..subsets import Checkpoint, CheckpointError
+from .model_config import emo_config, read_model_config
 from .new_folder import check_is_new, new_folder
 from .olmo_core import PROVENANCE, generation_config
 from .olmo_core_layout import training_layout
 from .other_families import emo_name, emo_settings
 from .safetensors_writer import rename_tensors, write_json
-from .to_olmo_core import TRAINING_SETTINGS
 
 # Beside these and what is written anew everything is kept.
 _CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -89,11 +88,11 @@ def upgrade_checkpoint(
     if not folder.is_dir():
         ignored = [f"*{suffix}" for suffix in sorted(_CODE_AND_PICKLES)]
         folder = Path(snapshot_download(str(repo), revision=revision, ignore_patterns=ignored))
-    content = _read_config(folder)
+    content = read_model_config(folder)
     weights = Checkpoint.from_folder(folder)
     weights.source.close()
     is_emo = content.get("model_type") in (EmoConfig.model_type, LEGACY_MODEL_TYPE)
-    config = _config(content if is_emo else emo_settings(content, weights.tensors), settings or {})
+    config = emo_config(content if is_emo else emo_settings(content, weights.tensors), settings or {})
     names = {name: name if is_emo else emo_name(content["model_type"], name) for name in weights.tensors}
     _check_weights({names[name]: span.shape for name, span in weights.tensors.items()}, config)
     files = sorted({span.file for span in weights.tensors.values()})
@@ -115,31 +114,6 @@ def upgrade_checkpoint(
         left = sorted(path.name for path in folder.iterdir() if path.suffix in _CODE_AND_PICKLES)
         provenance = {"converted_from": content.get("model_type"), "tensors": len(names), "left_out": left}
         write_json(partial / PROVENANCE, provenance)
-    return config
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"Cannot read {path}: {error}. Expected the config of a model.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise CheckpointError(f"{path} has no `model_type`: expected the config of a model.")
-    return content
-
-
-def _config(content: dict[str, Any], settings: Mapping[str, Any]) -> EmoConfig:
-    unknown = sorted(settings.keys() - set(TRAINING_SETTINGS))
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} is no setting of training: expected one of {', '.join(TRAINING_SETTINGS)}."
-        )
-    try:
-        config = EmoConfig.from_dict({**content, **settings, "output_router_logits": False})
-    except (StrictDataclassError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"The config and the settings do not fit: {error}") from error
-    config.architectures = config.architectures or ["EmoForCausalLM"]
     return config
 
 

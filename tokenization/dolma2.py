@@ -118,8 +118,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != _RANKS_SHA256:
         raise ValueError(
-            f"{path} is not the {_RANKS_FILE} that tiktoken reads (its SHA-256 is another): ids would differ. "
-            "Download it again, or give the ranks themselves."
+            f"{path} is not the {_RANKS_FILE} that tiktoken reads (its SHA-256 is another): ids would "
+            "differ. Download it again, or give the ranks themselves."
         )
     try:
         lines = (line.split() for line in data.splitlines() if line)
