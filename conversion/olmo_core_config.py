@@ -112,7 +112,8 @@ class _Settings:
 def _config(root: _Settings) -> EmoConfig:
     model = root.at("model")
     block = model.at("block")
-    attention = block.at("sequence_mixer", block.values.get("attention"))
+    is_older = block.values.get("sequence_mixer") is None and block.values.get("attention") is not None
+    attention = block.at("attention" if is_older else "sequence_mixer")
     rope, norm, head = attention.at("rope"), block.at("layer_norm"), model.at("lm_head")
     tokenizer = root.at("dataset").at("tokenizer")
     model.only(block_overrides=({},), block_pattern=([],), embed_scale=(1, 1.0), embedding_norm=())

@@ -217,6 +217,7 @@ SETTINGS = {
     "model.d_model": (None, 0, "64", True, 65),
     "model.n_layers": (10**9, 3.0),
     "model.block.name": ("reordered_norm", "normalized", None),
+    "model.block.sequence_mixer": (None, "attention"),
     "model.block.sequence_mixer.qk_norm": ({"name": "rms"},),
     "model.block.sequence_mixer.bias": (True,),
     "model.block.sequence_mixer.rope.scaling": ({"factor": 8},),
