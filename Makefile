@@ -6,7 +6,7 @@ ROOMS := analysis configuration conversion modeling_emo subsets tokenization tra
 CODE := api $(ROOMS) benchmarks examples tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow lint typecheck bench clean
+.PHONY: help demo test test-oldest test-slow lint typecheck bench emo-tiny clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ help:  ## list the targets
 # The stamps are made last, so that an interrupted installation is begun again.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[analysis]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -55,6 +55,28 @@ bench: $(VENV)/.installed-dev  ## measure what the README claims
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/document_pools.py
+
+# Hours on two cores. Interrupted, it goes on where it was; the corpus needs Debian's package lists and PyPI.
+TINY := examples/emo_tiny
+STANDARD := --set model.config.document_pool_min=63
+CARDS := emo-tiny=model_cards/emo-tiny std-tiny=model_cards/std-tiny
+MEASURE := --baseline std-tiny --texts corpus --test 16 --dtype float32 --out out/results/retention
+emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure them, write their cards
+	test -e corpus/manifest.json || $(BIN)/python $(TINY)/corpus.py build corpus
+	test -e corpus/tokenizer-4096 || $(BIN)/python $(TINY)/corpus.py tokenizer corpus --vocab-size 4096
+	$(BIN)/emo train $(TINY)/emo-tiny.yaml --resume
+	$(BIN)/emo train $(TINY)/emo-tiny.yaml --resume --set output_dir=out/std-tiny $(STANDARD)
+# The standard model's last steps once more, with pools: what annealing gives.
+	test -d out/std-annealed || ( mkdir -p out/std-annealed.partial && \
+	  cp -r out/std-tiny/checkpoint-2500 out/std-annealed.partial/ && mv out/std-annealed.partial out/std-annealed )
+	$(BIN)/emo train $(TINY)/emo-tiny.yaml --resume --set output_dir=out/std-annealed
+	$(BIN)/python $(TINY)/publish.py weights
+	$(BIN)/emo retention $(CARDS) $(MEASURE) --seeds 3
+	$(BIN)/emo retention $(CARDS) std-annealed=out/std-annealed $(MEASURE) --methods layerwise --seeds 3
+	$(BIN)/python $(TINY)/prompts.py model_cards/emo-tiny --out out/results/prompts
+	$(BIN)/python $(TINY)/fine_tuned.py $(CARDS) --out out/results/fine-tuned
+	$(BIN)/python $(TINY)/ablations.py out/results/ablations
+	$(BIN)/python $(TINY)/publish.py cards
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

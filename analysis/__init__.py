@@ -4,12 +4,13 @@ from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains
 from .evaluation import DocumentLosses, document_losses
 from .measurements import Journal, Measurement, Retention
-from .plots import plot_domains, plot_retention, plot_topics
+from .plots import plot_domains, plot_overlap, plot_retention, plot_topics
 from .prompt_pools import PromptPool, prompt_pools
 from .report import write_report
 from .retention import measure_retention, num_experts_at
 from .tables import markdown, write_csv
 from .topics import TopicCosine, mean_routing, topic_cosine
+from .training_curves import plot_training, read_training_log, write_training_csv
 
 __all__ = [
     "DocumentLosses",
@@ -30,11 +31,15 @@ __all__ = [
     "measure_retention",
     "num_experts_at",
     "plot_domains",
+    "plot_overlap",
     "plot_retention",
     "plot_topics",
+    "plot_training",
     "prompt_pools",
     "read_domains",
+    "read_training_log",
     "topic_cosine",
     "write_csv",
     "write_report",
+    "write_training_csv",
 ]

@@ -34,6 +34,7 @@ class Measurement:
         correct (`list[int]`): its tokens that the model held the likeliest.
         tokens (`list[int]`): its tokens that were predicted.
         num_experts_per_tok (`int`, defaults to 1): experts that a token takes in the full model.
+        min_experts (`int`, defaults to 1): experts that a subset of the model keeps at the least.
 
     Example: see `Retention`.
     """
@@ -48,6 +49,7 @@ class Measurement:
     correct: list[int]
     tokens: list[int]
     num_experts_per_tok: int = 1
+    min_experts: int = 1
 
     @property
     def mean_loss(self) -> float:
@@ -134,10 +136,10 @@ class Retention:
         """Experts kept in each layer at a share, `None` where it was not measured."""
         return next((m.num_experts for m in self.measurements if (m.model, m.share) == (model, share)), None)
 
-    def layer_size(self, model: str) -> tuple[int, int]:
-        """Experts of a layer in the full model, and how many of them a token takes."""
+    def layer_size(self, model: str) -> tuple[int, int, int]:
+        """Experts of a layer in the full model, how few a subset may keep, and how many a token takes."""
         most = max((m for m in self.measurements if m.model == model), key=lambda m: m.num_experts)
-        return most.num_experts, most.num_experts_per_tok
+        return most.num_experts, most.min_experts, most.num_experts_per_tok
 
     def loss(self, model: str, method: str, share: float) -> float | None:
         """Mean over seeds and domains of the loss per token, in nats; `None` where it was not measured."""
@@ -197,28 +199,28 @@ class Retention:
         return (m for ms in self.choices(model, method, share).values() for m in ms.values())
 
 
-def experts_at(share: float, available: int, taken: int) -> int | None:
+def experts_at(share: float, available: int, least: int) -> int | None:
     """How many experts a share of them is: the nearest number, or the next above if only that is enough.
 
     Args:
         share (`float`): above 0, at most 1.
         available (`int`): experts of a layer, shared ones included.
-        taken (`int`): how many of them a token takes.
+        least (`int`): how many of them a subset keeps at the least.
 
     Returns:
-        `int`, *optional*: the number; `None` if a token takes more.
+        `int`, *optional*: the number; `None` if a subset cannot be so small.
 
     Example:
 
     ```python
     >>> from transformers_emo.analysis.measurements import experts_at
-    >>> experts_at(0.0625, 128, 8), experts_at(0.03, 128, 8)
-    (8, None)
+    >>> experts_at(0.03125, 128, 2), experts_at(0.001, 128, 2)
+    (4, None)
 
     ```
     """
     exact = share * available
-    return next((k for k in (math.floor(exact + 0.5), math.ceil(exact)) if k >= taken), None)
+    return next((k for k in (math.floor(exact + 0.5), math.ceil(exact)) if k >= least), None)
 
 
 def _mean(values: Iterable[float]) -> float | None:

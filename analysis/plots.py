@@ -1,4 +1,4 @@
-"""Pictures of the retention curve and of topics, with matplotlib (the extra `analysis`).
+"""Pictures of the retention curve, of topics and of subsets, with matplotlib (the extra `analysis`).
 
 They stand on white of their own, so that they can be read on light and on dark pages.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..subsets import SubsetOverlap
 from .measurements import Retention
 from .topics import TopicCosine
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart too; the random choice in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _RANDOM = "#7F7F7F"
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _DOTS_PER_INCH = 150
@@ -70,7 +71,7 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
 
     ```
     """
-    figure, ((axes,),) = _figure(1, 1, width=7.5, height=4.8)
+    figure, ((axes,),) = new_figure(1, 1, width=7.5, height=4.8)
     _draw_curves(axes, retention, bands=True)
     axes.set_ylabel("test loss (nats per token)")
     axes.set_xlabel("experts kept")
@@ -79,7 +80,7 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
     axes.set_title(
         f"Loss as experts are removed, mean over {domains} domain{'s' * (domains != 1)}", fontsize=11
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
@@ -96,7 +97,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
     """
     columns = min(4, len(retention.domains))
     rows = -(-len(retention.domains) // columns)
-    figure, grid = _figure(rows, columns, width=2.9 * columns + 0.4, height=2.3 * rows + 0.8)
+    figure, grid = new_figure(rows, columns, width=2.9 * columns + 0.4, height=2.3 * rows + 0.8)
     flat = list(grid.flat)
     for axes, domain in zip(flat, retention.domains, strict=False):
         _draw_curves(axes, Retention([m for m in retention.measurements if m.domain == domain]), bands=False)
@@ -108,7 +109,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel("experts kept", fontsize=10)
     figure.supylabel("test loss (nats per token)", fontsize=10)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_topics(topics: Mapping[str, TopicCosine], path: str | os.PathLike) -> None:
@@ -131,20 +132,75 @@ def plot_topics(topics: Mapping[str, TopicCosine], path: str | os.PathLike) -> N
 
     ```
     """
-    size = max(3.2, 0.32 * max(len(topic.domains) for topic in topics.values()) + 1.2)
-    figure, grid = _figure(1, len(topics), width=size * len(topics) + 0.6, height=size + 0.3)
-    for axes, (name, topic) in zip(grid.flat, topics.items(), strict=True):
-        image = axes.imshow(topic.cosine_MM.cpu().numpy(), vmin=0, vmax=1, cmap="viridis")
-        places = range(len(topic.domains))
-        axes.set_xticks(places, topic.domains, rotation=90, fontsize=8)
-        axes.set_yticks(places, topic.domains, fontsize=8)
-        axes.set_title(f"{name}: mean {topic.mean:.2f}", fontsize=11)
-    figure.colorbar(image, ax=list(grid.flat), label="cosine of mean routed probabilities", shrink=0.8)
-    _save(figure, path)
+    matrices = {
+        f"{name}: mean {topic.mean:.2f}": (topic.domains, topic.cosine_MM.cpu().numpy())
+        for name, topic in topics.items()
+    }
+    _heat_maps(matrices, "cosine of mean routed probabilities", path)
 
 
-def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own, apart from pyplot's state."""
+def plot_overlap(overlap: SubsetOverlap, path: str | os.PathLike) -> None:
+    """Draw how alike subsets are as a heat map.
+
+    Args:
+        overlap (`SubsetOverlap`): from `subset_overlap`.
+        path (`str` or `os.PathLike`): the picture's file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset, subset_overlap
+    >>> from transformers_emo.analysis import plot_overlap
+    >>> overlap = subset_overlap({"code": ExpertSubset([[0, 1]]), "math": ExpertSubset([[1, 2]])})
+    >>> plot_overlap(overlap, tmp_path / "overlap.png")
+
+    ```
+    """
+    matrices = {f"mean {overlap.mean:.2f}": (overlap.names, np.array(overlap.jaccard_NN))}
+    _heat_maps(matrices, "experts in both / in either", path)
+
+
+def _heat_maps(
+    matrices: Mapping[str, tuple[Sequence[str], np.ndarray]], label: str, path: str | os.PathLike
+) -> None:
+    """Square matrices of values from 0 to 1, under their titles; rows and columns bear the same names."""
+    size = max(3.2, 0.32 * max(len(names) for names, _ in matrices.values()) + 1.2)
+    figure, grid = new_figure(1, len(matrices), width=size * len(matrices) + 0.6, height=size + 0.3)
+    for axes, (title, (names, matrix)) in zip(grid.flat, matrices.items(), strict=True):
+        image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_title(title, fontsize=11)
+    figure.colorbar(image, ax=list(grid.flat), label=label, shrink=0.8)
+    save_figure(figure, path)
+
+
+def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of its own, apart from pyplot's state.
+
+    Args:
+        rows, columns (`int`): of axes.
+        width, height (`float`): inches.
+
+    Returns:
+        `tuple`: the figure, and its axes, an array (rows, columns).
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.plots import new_figure, save_figure
+    >>> figure, ((axes,),) = new_figure(1, 1, width=4, height=3)
+    >>> _ = axes.plot([1, 2, 3])
+    >>> save_figure(figure, tmp_path / "line.png")
+
+    ```
+    """
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -152,7 +208,15 @@ def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Fi
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a picture, whole or not at all.
+
+    Args:
+        figure (`Figure`): from `new_figure`.
+        path (`str` or `os.PathLike`): the file; its ending says the format, its folder is made.
+
+    Example: see `new_figure`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -164,7 +228,7 @@ def _draw_curves(axes: Axes, retention: Retention, *, bands: bool) -> None:
     """Colour tells the model, line and mark the method."""
     named = [method for method in retention.methods if method != "random"]
     shares: Sequence[float] = ()
-    for model, colour in zip(retention.models, _COLOURS * len(retention.models), strict=False):
+    for model, colour in zip(retention.models, COLOURS * len(retention.models), strict=False):
         for method in retention.methods:
             points = [
                 (share, loss, retention.loss_error(model, method, share) or 0.0)

@@ -29,14 +29,15 @@ SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 def num_experts_at(config: EmoConfig, share: float) -> int | None:
     """How many experts of each layer a share of them is, shared ones included.
 
-    The nearest number, or the next above if only that holds the experts that one token takes.
+    The nearest number, or the next above if only that leaves a routed expert. Where it is less than what a
+    token takes of the full model, a token takes all that are kept.
 
     Args:
         config (`EmoConfig`): the model's.
         share (`float`): above 0, at most 1.
 
     Returns:
-        `int`, *optional*: the number; `None` if the share is impossible, because a token takes more.
+        `int`, *optional*: the number; `None` if the share is impossible, because no routed expert is left.
 
     Raises:
         ValueError: if the share is out of range, or the model's layers differ in their number of experts.
@@ -47,14 +48,15 @@ def num_experts_at(config: EmoConfig, share: float) -> int | None:
     >>> from transformers_emo import EmoConfig
     >>> from transformers_emo.analysis import num_experts_at
     >>> config = EmoConfig(num_experts=128, num_experts_per_tok=8)
-    >>> [num_experts_at(config, share) for share in (1, 0.5, 0.0625, 0.03)]
-    [128, 64, 8, None]
+    >>> [num_experts_at(config, share) for share in (1, 0.5, 0.0625, 0.03125, 0.001)]
+    [128, 64, 8, 4, None]
 
     ```
     """
     if not 0 < share <= 1:
         raise ValueError(f"The share of experts is {share!r}, expected more than 0 and at most 1.")
-    return experts_at(share, *_layer_size(config))
+    available, least, _ = _layer_size(config)
+    return experts_at(share, available, least)
 
 
 def measure_retention(
@@ -166,7 +168,7 @@ def measure_retention(
 
 def _measure_model(network, name, plan, encoded, journal, num_calibration, batch_tokens, bar) -> None:
     """Measure what is missing, one share after the other."""
-    _, taken = _layer_size(network.config)
+    _, least, taken = _layer_size(network.config)
     measured: dict[tuple[str, str], DocumentLosses] = {}
     for domain, method, seed, missing in plan:
         calibration, test = encoded[domain.name]
@@ -192,6 +194,7 @@ def _measure_model(network, name, plan, encoded, journal, num_calibration, batch
                     correct=losses.correct_N.tolist(),
                     tokens=losses.tokens_N.tolist(),
                     num_experts_per_tok=taken,
+                    min_experts=least,
                 )
             )
 
@@ -219,15 +222,17 @@ def _config(model: EmoForCausalLM | str | os.PathLike) -> EmoConfig:
     return model.config if isinstance(model, EmoForCausalLM) else EmoConfig.from_pretrained(model)
 
 
-def _layer_size(config: EmoConfig) -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token takes."""
-    layers = {layer.num_experts: layer.top_k for layer in config.layer_experts if not layer.is_dense}
-    if len(layers) != 1:
+def _layer_size(config: EmoConfig) -> tuple[int, int, int]:
+    """Experts of a layer, how many of them a subset keeps at the least, and how many a token takes."""
+    layers = [layer for layer in config.layer_experts if not layer.is_dense]
+    sizes = sorted({layer.num_experts for layer in layers})
+    if len(sizes) != 1:
         raise ValueError(
-            f"The model's layers have {sorted(layers)} experts: a share is a number of experts only where "
+            f"The model's layers have {sizes} experts: a share is a number of experts only where "
             "all expert layers have the same."
         )
-    return layers.popitem()
+    least = max(layer.num_shared + len(layer.always_active) for layer in layers) + 1
+    return sizes[0], min(least, sizes[0]), layers[0].top_k
 
 
 def _sizes(config: EmoConfig, shares: Sequence[float]) -> dict[float, int]:

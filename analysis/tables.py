@@ -67,7 +67,7 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
     Args:
         retention (`Retention`): what was measured.
         shares (`Sequence[float]`, *optional*): the columns; the measured shares by default. A note says
-            which a model cannot have, because one token takes more experts.
+            which a model cannot have, and at which one token takes fewer experts than in the full model.
 
     Returns:
         `str`: markdown.
@@ -99,7 +99,7 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
         f"{sum(tokens.values()):,} tokens. In brackets the rise over all experts. {error}",
         "",
         *table(["model", "chosen by", *head], _loss_rows(retention, columns)),
-        *_impossible(retention, columns),
+        *_small_shares(retention, columns),
         "",
         "## Next-token accuracy",
         "",
@@ -137,15 +137,21 @@ def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]
     return rows
 
 
-def _impossible(retention: Retention, columns: Sequence[float]) -> list[str]:
-    """Which columns a model cannot have."""
+def _small_shares(retention: Retention, columns: Sequence[float]) -> list[str]:
+    """Which columns a model cannot have, and at which a token takes fewer experts."""
     said = []
     for model in retention.models:
-        available, taken = retention.layer_size(model)
-        shares = [s for s in columns if experts_at(s, available, taken) is None]
-        if shares:
-            named = ", ".join(f"{100 * share:g} %" for share in shares)
-            said.append(f"{model} has no {named} of its {available} experts: a token takes {taken}.")
+        available, least, taken = retention.layer_size(model)
+        numbers = {f"{100 * share:g} %": experts_at(share, available, least) for share in columns}
+        impossible = [share for share, number in numbers.items() if number is None]
+        if impossible:
+            named = ", ".join(impossible)
+            said.append(
+                f"{model} has no {named} of its {available} experts: a subset keeps at least {least}."
+            )
+        fewer = [share for share, number in numbers.items() if number is not None and number < taken]
+        if fewer:
+            said.append(f"At {', '.join(fewer)} a token of {model} takes all that are kept, not {taken}.")
     return ["", *said] if said else []
 
 

@@ -9,7 +9,18 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .registration import register
-from .subsets import CheckpointError, ExpertSubset, SubsetError, select_experts
+from .subsets import (
+    CheckpointError,
+    ExpertSubset,
+    SubsetError,
+    SubsetOverlap,
+    WriteBack,
+    extract_subset,
+    mix,
+    select_experts,
+    subset_overlap,
+    write_back,
+)
 from .tokenization import EmoTokenizer
 from .version import __version__
 
@@ -25,7 +36,13 @@ __all__ = [
     "EmoTokenizer",
     "ExpertSubset",
     "SubsetError",
+    "SubsetOverlap",
+    "WriteBack",
+    "extract_subset",
+    "mix",
     "select_experts",
+    "subset_overlap",
+    "write_back",
 ]
 
 register()

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="emo", description="EMO for Hugging Face Transformers.")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_train, _add_select, _add_convert, _add_retention):
+    for add in (_add_train, _add_select, _add_extract, _add_write_back, _add_convert, _add_retention):
         add(commands)
     return parser
 
@@ -140,6 +140,46 @@ def _add_select(commands: Any) -> None:
     select.set_defaults(run=_select)
 
 
+def _add_extract(commands: Any) -> None:
+    extract = commands.add_parser(
+        "extract",
+        help="write a subset of experts as a model of its own",
+        description="Write a subset of a model's experts as a stand-alone model, which loads without the "
+        "subset. Bytes are copied from file to file: no model is built.",
+    )
+    extract.add_argument("model", help="folder or Hub repository")
+    extract.add_argument("subset", help="JSON file, or the name of one in the model's subsets/")
+    extract.add_argument("out", help="the folder to make")
+    extract.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
+    extract.add_argument("--revision", help="of the Hub repository")
+    extract.set_defaults(run=_extract)
+
+
+def _add_write_back(commands: Any) -> None:
+    write_back = commands.add_parser(
+        "write-back",
+        help="put fine-tuned subsets back into the full model",
+        description="Write the full model anew with the experts of fine-tuned subsets in their old places, "
+        "file by file. What several hold is averaged. The same command goes on after an interruption.",
+    )
+    write_back.add_argument("full", help="folder or Hub repository of the model the subsets come from")
+    write_back.add_argument("tuned", nargs="+", help="folder or Hub repository of a fine-tuned subset")
+    write_back.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    write_back.add_argument(
+        "--what",
+        default="routed",
+        help="routed (default), shared, router, backbone, several joined by +, or all",
+    )
+    write_back.add_argument(
+        "--weight", type=float, default=1.0, help="of the tuned values: 1 replaces (default), 0.5 is the mean"
+    )
+    write_back.add_argument(
+        "--no-root-check", action="store_true", help="do not compare routers to tell strangers"
+    )
+    write_back.add_argument("--revision", help="of the full model's Hub repository")
+    write_back.set_defaults(run=_write_back)
+
+
 def _add_convert(commands: Any) -> None:
     convert = commands.add_parser("convert", help="convert checkpoints from one layout to another")
     kinds = convert.add_subparsers(dest="kind", required=True)
@@ -220,7 +260,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
-    from .training.runs import read_yaml
+    from .training.recipe_files import read_yaml
 
     try:
         return name, read_yaml(value)
@@ -339,3 +379,35 @@ def _select(parsed: argparse.Namespace) -> None:
         path = parsed.out.replace("{}", str(size))
         subset.save(path)
         print(f"{path}: {size} experts a layer, from {subset.num_tokens or 0} tokens")
+
+
+def _extract(parsed: argparse.Namespace) -> None:
+    from .subsets import extract_subset
+
+    revision = {} if parsed.revision is None else {"revision": parsed.revision}
+    config = extract_subset(
+        parsed.model, parsed.subset, parsed.out, max_shard_size=parsed.max_shard_size, **revision
+    )
+    print(f"{parsed.out}: {_experts(config.layer_experts)} experts a layer")
+
+
+def _write_back(parsed: argparse.Namespace) -> None:
+    from .subsets import write_back
+
+    result = write_back(
+        parsed.full,
+        parsed.tuned,
+        out=parsed.out,
+        what=parsed.what,
+        weight=parsed.weight,
+        check_root=not parsed.no_root_check,
+        **({} if parsed.revision is None else {"revision": parsed.revision}),
+    )
+    averaged = f", {len(result.averaged)} of them averaged" if result.averaged else ""
+    print(f"{parsed.out}: {len(result.written)} tensors and router rows written{averaged}")
+
+
+def _experts(layers: Sequence[Any]) -> str:
+    """The numbers of experts, from the smallest to the largest where layers differ."""
+    sizes = sorted({layer.num_experts for layer in layers if not layer.is_dense})
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

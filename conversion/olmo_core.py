@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,16 @@ from transformers import GenerationConfig
 
 from ..configuration import EmoConfig
 from ..subsets import CheckpointError
+from ..subsets.model_folder import TOKENIZER_FILES, check_new, new_folder
+from ..subsets.safetensors_files import size_in_bytes, write_json
 from .distributed_checkpoint import DistributedCheckpoint
-from .new_folder import check_is_new, new_folder
 from .olmo_core_config import read_config
 from .olmo_core_layout import PREFIX, TensorPart, training_layout
 from .part_writer import PartWriter
-from .safetensors_writer import PlannedTensor, plan_shards, write_checkpoint, write_json
+from .safetensors_writer import PlannedTensor, plan_shards, write_checkpoint
 from .verification import verify_logits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 PROVENANCE = "conversion.json"
 
 
@@ -88,8 +79,8 @@ def convert_olmo_core(
     """
     step_folder, out = Path(step_folder), Path(out)
     wanted = _dtype(dtype)
-    size = _bytes(max_shard_size)
-    check_is_new(out)
+    size = size_in_bytes(max_shard_size)
+    check_new(out)
     tokenizer_files = _tokenizer_files(tokenizer)
     config = read_config(step_folder / "config.json")
     checkpoint = DistributedCheckpoint(step_folder / "model_and_optim")
@@ -220,7 +211,7 @@ def _provenance(
 def _tokenizer_files(folder: str | os.PathLike | None) -> list[Path]:
     if folder is None:
         return []
-    files = [Path(folder) / name for name in _TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
     if not files:
         raise FileNotFoundError(
             f"There are no tokenizer files in {folder}: expected a folder with tokenizer.json."
@@ -233,14 +224,3 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if found is None:
         raise ValueError(f"dtype is {dtype}, expected one of {', '.join(_DTYPES)}.")
     return found
-
-
-def _bytes(size: int | str) -> int:
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]I?B)\s*", str(size).upper())
-    try:
-        number = int(float(match[1]) * _UNITS[match[2]]) if match else int(size)
-    except ValueError:
-        number = 0
-    if number <= 0:
-        raise ValueError(f"max_shard_size is {size!r}, expected bytes, or a string such as '5GB'.")
-    return number

@@ -1,7 +1,4 @@
-"""Writes a safetensors checkpoint tensor by tensor: each file's header first, from shapes alone.
-
-The format: https://huggingface.co/docs/safetensors/index#format
-"""
+"""Writes a safetensors checkpoint tensor by tensor: each file's header first, from shapes alone."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from ..subsets.safetensors_files import divide, encode_header, header_of, write_index
+
 _HASH_BYTES = 1 << 20  # stays in the processor's cache
 
 
@@ -55,21 +53,10 @@ def plan_shards(
 
     ```
     """
-    shards: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        length = math.prod(tensor.shape) * dtype.itemsize
-        if shards[-1] and size + length > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += length
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
-        for number, shard in enumerate(shards, start=1)
-    }
+    planned = {tensor.name: tensor for tensor in tensors}
+    lengths = ((name, math.prod(tensor.shape) * dtype.itemsize) for name, tensor in planned.items())
+    shards = divide(lengths, max_shard_size)
+    return {file: [planned[name] for name in names] for file, names in shards.items()}
 
 
 def write_checkpoint(
@@ -131,7 +118,8 @@ def write_checkpoint(
             for file, planned in shards.items():
                 descriptor = os.open(folder / file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
                 files.callback(os.close, descriptor)
-                position = os.pwrite(descriptor, _header(planned, dtype), 0)
+                header = header_of({tensor.name: (dtype, tensor.shape) for tensor in planned})
+                position = os.pwrite(descriptor, header, 0)
                 ends = []
                 for tensor in planned:
                     job = writers.submit(guarded, tensor.name, descriptor, position)
@@ -147,13 +135,8 @@ def write_checkpoint(
         except BaseException:
             stopped.set()  # what is under way ends, what waits does nothing
             raise
-    if len(shards) > 1:
-        numel = sum(math.prod(tensor.shape) for planned in shards.values() for tensor in planned)
-        index = {
-            "metadata": {"total_parameters": numel, "total_size": numel * dtype.itemsize},
-            "weight_map": {tensor.name: file for file, planned in shards.items() for tensor in planned},
-        }
-        write_json(folder / "model.safetensors.index.json", index)
+    layouts = {tensor.name: (dtype, tensor.shape) for planned in shards.values() for tensor in planned}
+    write_index(folder, {file: [t.name for t in planned] for file, planned in shards.items()}, layouts)
     return hashes
 
 
@@ -198,45 +181,5 @@ def rename_tensors(source: Path, target: Path, names: dict[str, str]) -> None:
     with open(source, "rb") as old, open(target, "xb") as new:
         (length,) = struct.unpack("<Q", old.read(8))
         header = json.loads(old.read(length))
-        new.write(_encoded({names.get(name, name): entry for name, entry in header.items()}))
+        new.write(encode_header({names.get(name, name): entry for name, entry in header.items()}))
         shutil.copyfileobj(old, new, 16 << 20)
-
-
-def write_json(path: str | os.PathLike, content: dict) -> None:
-    """Write a JSON file as Transformers does.
-
-    Args:
-        path (`str` or `os.PathLike`): the file.
-        content (`dict`): what it holds.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.conversion.safetensors_writer import write_json
-    >>> write_json(tmp_path / "a.json", {"a": 1})
-    >>> (tmp_path / "a.json").read_text()
-    '{\\n  "a": 1\\n}\\n'
-
-    ```
-    """
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _header(planned: list[PlannedTensor], dtype: torch.dtype) -> bytes:
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in planned:
-        end = position + math.prod(tensor.shape) * dtype.itemsize
-        entries[tensor.name] = {
-            "dtype": _DTYPE_NAMES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    return _encoded(entries)
-
-
-def _encoded(entries: dict[str, dict]) -> bytes:
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

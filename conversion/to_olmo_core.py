@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..subsets import Checkpoint, CheckpointError
+from ..subsets.model_folder import check_new, new_folder
+from ..subsets.safetensors_files import write_json
 from .distributed_checkpoint import DistributedCheckpoint
 from .distributed_writer import row_ranges, write_distributed_checkpoint
 from .model_config import TRAINING_SETTINGS, emo_config, read_model_config
-from .new_folder import check_is_new, new_folder
 from .olmo_core import PROVENANCE
 from .olmo_core_config import read_config
 from .olmo_core_config_writer import training_config
 from .olmo_core_layout import EMBEDDINGS, HEAD, TensorPart, training_layout
-from .safetensors_writer import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def convert_to_olmo_core(
     ```
     """
     folder, out = Path(model_folder), Path(out)
-    check_is_new(out)
+    check_new(out)
     with ExitStack() as stack:
         weights = Checkpoint.from_folder(folder)
         stack.callback(weights.source.close)

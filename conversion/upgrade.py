@@ -19,12 +19,13 @@ from transformers import GenerationConfig
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..subsets import Checkpoint, CheckpointError
+from ..subsets.model_folder import check_new, new_folder
+from ..subsets.safetensors_files import write_json
 from .model_config import emo_config, read_model_config
-from .new_folder import check_is_new, new_folder
 from .olmo_core import PROVENANCE, generation_config
 from .olmo_core_layout import training_layout
 from .other_families import emo_name, emo_settings
-from .safetensors_writer import rename_tensors, write_json
+from .safetensors_writer import rename_tensors
 
 # Beside these and what is written anew everything is kept.
 _CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -83,7 +84,7 @@ def upgrade_checkpoint(
     ```
     """
     out = Path(out)
-    check_is_new(out)
+    check_new(out)
     folder = Path(repo)
     if not folder.is_dir():
         ignored = [f"*{suffix}" for suffix in sorted(_CODE_AND_PICKLES)]

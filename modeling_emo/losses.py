@@ -295,3 +295,68 @@ def lm_z_loss(
     )  # sliced last: a slice of the logits is a copy
     total = (squares * counted).sum()
     return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def cross_entropy_and_z_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of the next token and `lm_z_loss`, from one pass over the logits and one back.
+
+    Apart, the two need twice the passes, which for a small model with a large vocabulary is much of a
+    training step.
+
+    Args:
+        logits (`torch.Tensor`): (B, S, vocabulary).
+        labels (`torch.Tensor`): (B, S), shifted inside, -100 where a token does not count.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divide the sums by this number, not by that
+            of the labels that count.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: float32 scalars with gradient, the z-loss without coefficient.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.losses import cross_entropy_and_z_loss
+    >>> cross_entropy, z = cross_entropy_and_z_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
+    >>> round(cross_entropy.item(), 3), round(z.item(), 3)  # log(8) and its square
+    (2.079, 4.324)
+
+    ```
+    """
+    labels_T = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)
+    cross_entropy, z = _NextTokenSums.apply(logits.reshape(-1, logits.shape[-1]), labels_T)
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels_T != -100).sum()  # without a label NaN, as the mean over nothing is
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return cross_entropy / num_items_in_batch, z / num_items_in_batch
+
+
+class _NextTokenSums(torch.autograd.Function):
+    """Cross entropy and squared logsumexp, summed over the tokens with a label; V: vocabulary."""
+
+    @staticmethod
+    def forward(ctx, logits_TV, labels_T):
+        counted_T = labels_T != -100
+        labels_T1 = labels_T.clamp(min=0).unsqueeze(1)
+        log_prob_TV = F.log_softmax(logits_TV, dim=-1, dtype=torch.float32)
+        log_prob_T = log_prob_TV.gather(1, labels_T1).squeeze(1)
+        lse_T = logits_TV.gather(1, labels_T1).squeeze(1).float() - log_prob_T
+        ctx.save_for_backward(log_prob_TV, lse_T, labels_T1, counted_T)
+        ctx.dtype = logits_TV.dtype
+        zero = lse_T.new_zeros(())
+        return -torch.where(counted_T, log_prob_T, zero).sum(), torch.where(
+            counted_T, lse_T.square(), zero
+        ).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_cross_entropy, grad_z):
+        log_prob_TV, lse_T, labels_T1, counted_T = ctx.saved_tensors
+        # d lse / d logits is the softmax; the logit of the label itself enters the cross entropy once more.
+        grad_lse_T = (grad_cross_entropy + 2 * grad_z * lse_T) * counted_T
+        grad_TV = log_prob_TV.exp().mul_(grad_lse_T.unsqueeze(1))
+        grad_TV.scatter_add_(1, labels_T1, -(grad_cross_entropy * counted_T).unsqueeze(1))
+        return grad_TV.to(ctx.dtype), None

@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -54,7 +55,14 @@ from .document_pool import (
     pool_mask,
     segments_from_positions,
 )
-from .losses import BalanceCounts, RouterStatistics, document_pool_losses, lm_z_loss, load_balancing_loss
+from .losses import (
+    BalanceCounts,
+    RouterStatistics,
+    cross_entropy_and_z_loss,
+    document_pool_losses,
+    lm_z_loss,
+    load_balancing_loss,
+)
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
@@ -871,7 +879,13 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
         num_items = kwargs.get("num_items_in_batch")
         expert_layers = [layer for layer in self.config.layer_experts if not layer.is_dense]
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            standard = self.loss_function is ForCausalLMLoss and not {"shift_labels", "ignore_index"} & set(
+                kwargs
+            )
+            if outputs.router_statistics is not None and standard:
+                loss, lm_z = cross_entropy_and_z_loss(logits, labels, num_items)
+            else:
+                loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
             ce_loss = loss.detach().clone()  # the Trainer scales the loss in place
         if outputs.router_statistics is not None:
             aux_loss, router_z_loss = document_pool_losses(
@@ -881,7 +895,8 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
                 balance_counts=self.balance_counts,
             )
             if loss is not None:
-                lm_z = lm_z_loss(logits, labels, num_items)
+                if lm_z is None:
+                    lm_z = lm_z_loss(logits, labels, num_items)
                 loss = (
                     loss
                     + self.config.balance_loss_coef * aux_loss

@@ -1,15 +1,22 @@
 """Subsets of experts: what they are, and reading only their part of a checkpoint."""
 
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, TensorSpan, wanted_ranges
-from .expert_subset import (
-    ExpertSubset,
-    SubsetError,
-    local_experts,
-    present_experts,
-    root_experts,
-    subset_config,
+from .composition import (
+    SubsetOverlap,
+    difference,
+    intersection,
+    mix,
+    read_subsets,
+    subset_overlap,
+    union,
 )
+from .expert_subset import ExpertSubset, SubsetError
+from .extraction import extract_subset
+from .library import find_subset, library_names
+from .model_experts import local_experts, present_experts, root_experts, subset_config
+from .pruning_metadata import pruning_metadata, save_pruning_metadata
 from .selection import select_experts
+from .write_back import WriteBack, write_back
 
 __all__ = [
     "Checkpoint",
@@ -17,11 +24,25 @@ __all__ = [
     "ExpertSubset",
     "LazyTensor",
     "SubsetError",
+    "SubsetOverlap",
     "TensorSpan",
+    "WriteBack",
+    "difference",
+    "extract_subset",
+    "find_subset",
+    "intersection",
+    "library_names",
     "local_experts",
+    "mix",
     "present_experts",
+    "pruning_metadata",
+    "read_subsets",
     "root_experts",
+    "save_pruning_metadata",
     "select_experts",
     "subset_config",
+    "subset_overlap",
+    "union",
     "wanted_ranges",
+    "write_back",
 ]

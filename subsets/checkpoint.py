@@ -45,7 +45,7 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
@@ -210,7 +210,7 @@ class LazyTensor:
 
     def get_dtype(self) -> str:
         """`str`: the dtype on disk, by the name safetensors gives it, such as `"BF16"`."""
-        return _DTYPE_NAMES[self.dtype]
+        return DTYPE_NAMES[self.dtype]
 
     def __getitem__(self, index: EllipsisType | slice | tuple) -> torch.Tensor:
         parts = index if isinstance(index, tuple) else (index,)

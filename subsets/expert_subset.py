@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from ..configuration import EmoConfig
+from .library import find_subset, library_file, library_names
+from .model_experts import (
+    local_experts,
+    present_experts,
+    protected_experts,
+    root_experts,
+    subset_config,
+)
 from .ranking import best_experts, sizes_by_mass
+
+__all__ = [
+    "ExpertSubset",
+    "SubsetError",
+    "local_experts",
+    "present_experts",
+    "root_experts",
+    "subset_config",
+]
 
 _FORMAT = "emo-expert-subset"
 _VERSION = 1
+# The authors' names of methods and ours, where they differ.
+AUTHORS_METHODS = {"greedy_layerwise": "layerwise"}
 
 
 class SubsetError(ValueError):
@@ -201,9 +219,9 @@ class ExpertSubset:
         if "experts_kept_per_layer" in data:
             # The authors write no ids (or an empty list) for dense layers.
             experts = [ids or None for ids in _as_layers(data["experts_kept_per_layer"])]
-            return cls(
-                experts, method=data.get("pruning_method"), source=data.get("original_model"), local_ids=True
-            )
+            method = data.get("pruning_method")
+            method = AUTHORS_METHODS.get(method, method) if isinstance(method, str) else method
+            return cls(experts, method=method, source=data.get("original_model"), local_ids=True)
         if "experts" not in data:
             raise SubsetError(
                 "Found neither 'experts' nor 'experts_kept_per_layer' among the keys "
@@ -223,15 +241,19 @@ class ExpertSubset:
 
     @classmethod
     def of(
-        cls, value: ExpertSubset | str | os.PathLike | dict | Sequence, folder: str | None = None
+        cls,
+        value: ExpertSubset | str | os.PathLike | dict | Sequence,
+        folder: str | os.PathLike | None = None,
+        fetch: Callable[[str], str | os.PathLike | None] | None = None,
     ) -> ExpertSubset:
         """Make a subset of whatever names one.
 
         Args:
             value (`ExpertSubset`, path, `dict` or list of lists): a subset, a JSON file, JSON data or the ids
                 themselves.
-            folder (`str`, *optional*): a model's folder, whose `subsets/<name>.json` can be given by
-                `<name>`.
+            folder (`str` or `os.PathLike`, *optional*): a model's folder, whose `subsets/<name>.json` can be
+                given by `<name>`.
+            fetch (`Callable`, *optional*): gets a file of the model's Hub repository; see `find_subset`.
 
         Raises:
             SubsetError: if it names none.
@@ -250,10 +272,14 @@ class ExpertSubset:
         if isinstance(value, dict):
             return cls.from_dict(value)
         if isinstance(value, str | os.PathLike):
-            named = None if folder is None else Path(folder) / "subsets" / f"{os.fspath(value)}.json"
-            if not Path(value).exists() and named is not None and named.is_file():
-                return cls.load(named)
-            return cls.load(value)
+            found = find_subset(value, folder, fetch)
+            names = [] if folder is None else library_names(folder)
+            if found is None and names and library_file(os.fspath(value)) is not None:
+                raise SubsetError(
+                    f"There is no expert subset {os.fspath(value)!r}: it is no file, and the library of "
+                    f"{folder} holds {', '.join(names)}."
+                )
+            return cls.load(value if found is None else found)
         if isinstance(value, Sequence) or hasattr(value, "tolist"):
             return cls(_as_layers(value))
         raise SubsetError(
@@ -262,7 +288,8 @@ class ExpertSubset:
         )
 
     def for_model(self, config: EmoConfig) -> ExpertSubset:
-        """The same subset in root numbering, once it is known to fit a model.
+        """The same subset in root numbering, once it is known to fit a model; it then knows which experts are
+        always kept.
 
         Args:
             config (`EmoConfig`): the model's config, full or of a subset itself.
@@ -294,14 +321,18 @@ class ExpertSubset:
                 f"The subset was made for another model: one with {self.root_experts_per_layer} experts in "
                 f"its layers, and this one has {root_sizes}."
             )
-        present = present_experts(config)
+        present, protected = present_experts(config), protected_experts(config)
         experts = [
-            self._fit_layer(index, ids, layer, present[index], root_sizes[index])
+            self._fit_layer(index, ids, layer, present[index], protected[index] or [], root_sizes[index])
             for index, (ids, layer) in enumerate(zip(self.experts, layers, strict=True))
         ]
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return ExpertSubset(
-            **fields | {"experts": experts, "root_experts_per_layer": root_sizes, "local_ids": False}
+        always = self.always_kept if self.drop_shared else self.always_kept or protected
+        return replace(
+            self,
+            experts=experts,
+            always_kept=always,
+            root_experts_per_layer=root_sizes,
+            local_ids=False,
         )
 
     def top(self, num_experts: int, *, budget: str = "uniform", least: int = 1) -> ExpertSubset:
@@ -354,8 +385,27 @@ class ExpertSubset:
         ]
         return replace(self, experts=experts)
 
-    def _fit_layer(self, index, ids, layer, present, root_size) -> list[int] | None:
-        """The root ids of one layer, checked against `present`, the root ids that the model holds there."""
+    # The operations are built on this class: hence the imports inside.
+
+    def __or__(self, other: ExpertSubset) -> ExpertSubset:
+        from .composition import union
+
+        return union(self, other) if isinstance(other, ExpertSubset) else NotImplemented
+
+    def __and__(self, other: ExpertSubset) -> ExpertSubset:
+        from .composition import intersection
+
+        return intersection(self, other) if isinstance(other, ExpertSubset) else NotImplemented
+
+    def __sub__(self, other: ExpertSubset) -> ExpertSubset:
+        from .composition import difference
+
+        return difference(self, other) if isinstance(other, ExpertSubset) else NotImplemented
+
+    def _fit_layer(self, index, ids, layer, present, protected, root_size) -> list[int] | None:
+        """The root ids of one layer, checked against `present`, the root ids that the model holds there, and
+        those `protected`.
+        """
         if layer.is_dense or ids is None:
             if layer.is_dense and not ids:
                 return None
@@ -375,8 +425,6 @@ class ExpertSubset:
                 f"Expert {missing[0]} of layer {index} is not in this model, which is itself a subset "
                 f"holding {present}: choose among those or load from the full model."
             )
-        shared = present[layer.num_routed :]
-        protected = sorted({*shared, *(present[e] for e in layer.always_active)})
         dropped = sorted(set(protected) - set(ids))
         if dropped and not self.drop_shared:
             raise SubsetError(
@@ -388,129 +436,6 @@ class ExpertSubset:
                 f"The subset keeps no routed expert in layer {index} (it keeps {ids}): keep at least one."
             )
         return ids
-
-
-def root_experts(config: EmoConfig) -> list[int]:
-    """Experts of each layer of the root model of `config`, 0 for dense layers.
-
-    Args:
-        config (`EmoConfig`): a model's config.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.subsets import root_experts
-    >>> root_experts(EmoConfig(num_hidden_layers=2))
-    [128, 128]
-
-    ```
-    """
-    return list(config.root_experts_per_layer or [layer.num_experts for layer in config.layer_experts])
-
-
-def present_experts(config: EmoConfig) -> list[list[int]]:
-    """The root ids of the experts that a model holds, layer by layer, in its own order; none for dense
-    layers.
-
-    Args:
-        config (`EmoConfig`): a model's config.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.subsets import present_experts
-    >>> present_experts(EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2))
-    [[0, 1, 2, 3]]
-
-    ```
-    """
-    if config.retained_experts is not None:
-        return [ids or [] for ids in config.retained_experts]
-    return [list(range(layer.num_experts)) for layer in config.layer_experts]
-
-
-def local_experts(subset: ExpertSubset, config: EmoConfig) -> list[list[int] | None]:
-    """The kept experts in the numbering of the model itself.
-
-    Args:
-        subset (`ExpertSubset`): a subset that fits, from `ExpertSubset.for_model`.
-        config (`EmoConfig`): the config of the model it is applied to.
-
-    Returns:
-        `list[list[int] | None]`: for each layer the sorted local ids, `None` for a dense layer.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import EmoConfig, ExpertSubset
-    >>> from transformers_emo.subsets import local_experts
-    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2,
-    ...                    retained_experts=[[1, 5, 9, 15]], root_experts_per_layer=[16])
-    >>> local_experts(ExpertSubset([[5, 9, 15]]).for_model(config), config)
-    [[1, 2, 3]]
-
-    ```
-    """
-    local = []
-    for ids, present in zip(subset.experts, present_experts(config), strict=True):
-        position = {root: index for index, root in enumerate(present)}
-        local.append(None if ids is None else [position[root] for root in ids])
-    return local
-
-
-def subset_config(config: EmoConfig, subset: ExpertSubset) -> EmoConfig:
-    """The config of the model that remains when only a subset of experts is kept.
-
-    `num_experts` becomes the number kept (a list per layer where layers differ), `num_experts_per_tok` at
-    most that; always-active ids are renumbered and `retained_experts` says which experts of the root model
-    these are.
-
-    Args:
-        config (`EmoConfig`): the config of the model that the subset is taken from; not changed.
-        subset (`ExpertSubset`): a subset that fits, from `ExpertSubset.for_model`.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import EmoConfig, ExpertSubset
-    >>> from transformers_emo.subsets import subset_config
-    >>> config = EmoConfig(num_hidden_layers=2, num_experts=16, num_experts_per_tok=4)
-    >>> small = subset_config(config, ExpertSubset([[0, 3, 15], [1, 2, 15]]).for_model(config))
-    >>> small.num_experts, small.num_experts_per_tok, small.retained_experts
-    (3, 3, [[0, 3, 15], [1, 2, 15]])
-
-    ```
-    """
-    kept = local_experts(subset, config)
-    sizes = [0 if ids is None else len(ids) for ids in kept]
-    shared, always = [], []
-    for layer, ids in zip(config.layer_experts, kept, strict=True):
-        ids = ids or []
-        shared.append(sum(e >= layer.num_routed for e in ids))
-        always.append([ids.index(e) for e in layer.always_active if e in ids])
-
-    config = copy.deepcopy(config)
-    expert_layers = [index for index, size in enumerate(sizes) if size]
-    config.num_experts = max(sizes)
-    config.num_experts_per_layer = sizes if len(set(sizes)) > 1 else None
-    config.num_experts_per_tok = min(config.num_experts_per_tok, config.num_experts)
-    if config.num_shared_experts_per_layer is not None or len({shared[index] for index in expert_layers}) > 1:
-        config.num_shared_experts_per_layer = shared
-    else:
-        config.num_shared_experts = shared[expert_layers[0]] if expert_layers else config.num_shared_experts
-    if any(always):
-        same = all(always[index] == always[expert_layers[0]] for index in expert_layers)
-        same = same and config.always_active_experts_per_layer is None
-        config.always_active_experts = always[expert_layers[0]] if same else None
-        config.always_active_experts_per_layer = None if same else always
-    else:
-        config.always_active_experts = config.always_active_experts_per_layer = None
-    config.retained_experts = copy.deepcopy(subset.experts)
-    config.root_experts_per_layer = subset.root_experts_per_layer
-    config.validate()
-    return config
 
 
 def _is_id(value: Any) -> bool:

@@ -113,11 +113,7 @@ def from_pretrained(
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
         checkpoint.source.close()
         lazy_parameters(checkpoint, config, kept)
-    if subset.source and _name(subset.source) != _name(base):
-        logger.warning(
-            f"The expert subset was chosen on {subset.source!r} and is loaded from {os.fspath(base)!r}: ids "
-            "mean nothing in another model. Make sure that both are the same."
-        )
+    warn_if_chosen_elsewhere(subset, base)
     token = _request.set((config, kept))
     try:
         return load(path, *args, config=subset_config(config, subset), **kwargs)
@@ -322,6 +318,29 @@ def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
                     f"The checkpoint lacks layers.{index}.mlp.{parameter}: config.json and the weights "
                     "differ."
                 )
+
+
+def warn_if_chosen_elsewhere(subset: ExpertSubset, model: str | os.PathLike) -> None:
+    """Say so where a subset was chosen on a model of another name.
+
+    Args:
+        subset (`ExpertSubset`): the subset.
+        model (`str` or `os.PathLike`): folder or Hub repository of the model it is used on.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset
+    >>> from transformers_emo.subsets.loading import warn_if_chosen_elsewhere
+    >>> warn_if_chosen_elsewhere(ExpertSubset([[0, 1]], source="me/emo"), "/models/emo")
+
+    ```
+    """
+    if subset.source and _name(subset.source) != _name(model):
+        logger.warning(
+            f"The expert subset was chosen on {subset.source!r} and is used on {os.fspath(model)!r}: ids "
+            "mean nothing in another model. Make sure that both are the same."
+        )
 
 
 def _base_of_adapter(path: str | os.PathLike) -> str | os.PathLike:

@@ -3,8 +3,9 @@
 from .adapters import expand_adapter, load_adapter, lora_config, save_adapter
 from .collator import DocumentCollator
 from .fine_tuning import KeepFrozenRows, keep_frozen_rows, train_only
+from .recipe_files import Recipe
 from .recipes import training_arguments
-from .runs import Recipe, last_checkpoint, train
+from .runs import build_trainer, last_checkpoint, train
 from .trainer import EmoTrainer, accumulate_balance
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "KeepFrozenRows",
     "Recipe",
     "accumulate_balance",
+    "build_trainer",
     "expand_adapter",
     "keep_frozen_rows",
     "last_checkpoint",

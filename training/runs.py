@@ -1,16 +1,11 @@
-"""Training from a recipe file: which model, which data, which settings; what `emo train` runs."""
+"""Training as a recipe says; what `emo train` runs."""
 
 import json
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,259 +14,13 @@ from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
 from .collator import DocumentCollator
-from .fine_tuning import What, train_only
-from .recipes import RecipeName, training_arguments
+from .fine_tuning import train_only
+from .recipe_files import HUB_KWARGS, DataSection, Recipe
+from .recipes import training_arguments
 from .trainer import EmoTrainer
 
 if TYPE_CHECKING:
     import datasets
-
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as in version 1.2, where 4e-3 is a number; PyYAML's 1.1 reads it as text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-@strict
-@dataclass(kw_only=True)
-class ModelSection:
-    """The section `model` of a recipe.
-
-    Args:
-        path (`str`): a folder or Hub repository to start from.
-        from_scratch (`bool`): take only the config from there, and new weights.
-        tokenizer (`str`, *optional*): a folder or Hub repository; `path` by default.
-        config (`dict`): settings of `EmoConfig` to change, pools for example.
-        expert_subset (*optional*): load only these experts; as for `from_pretrained`.
-        train (`str`): what trains; as for `train_only`.
-        options (`dict`): more arguments of `from_pretrained`, such as `dtype` or `revision`; from scratch of
-            `from_config`, and of the Hub.
-
-    Raises:
-        ValueError: if a model from scratch is to have a subset of experts.
-
-    Example: see `Recipe`.
-    """
-
-    path: str
-    from_scratch: bool = False
-    tokenizer: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    expert_subset: Any = None
-    train: What = "all"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.from_scratch and self.expert_subset is not None:
-            raise ValueError(
-                "A model `from_scratch` loads no weights: it has no use for `expert_subset`. For fewer "
-                "experts set `num_experts` in `config`."
-            )
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """Those of the options that say where on the Hub the model is."""
-        return {name: value for name, value in self.options.items() if name in _HUB_KWARGS}
-
-
-@strict
-@dataclass(kw_only=True)
-class DataSection:
-    """The sections `data` and `evaluation` of a recipe.
-
-    Documents, from `text` or `ids`, are packed into windows. Questions with answers, from `prompt` and
-    `answer` or from `messages`, stay apart, and only answers are trained on.
-
-    Args:
-        load (`dict`): arguments of `datasets.load_dataset`.
-        text (`str`, *optional*): the column of texts; `"text"` if no other column is named.
-        ids (`str`, *optional*): or that of token ids.
-        prompt, answer (`str`, *optional*): or those of questions and of answers.
-        messages (`str`, *optional*): or that of chats.
-        window (`int`): tokens of a window; for answers, of the longest example that is kept.
-        pack (`bool`): put several short examples with answers into one window.
-        num_proc (`int`, *optional*): processes that tokenise.
-
-    Raises:
-        ValueError: if the columns do not go together, or `pack` is set for documents.
-
-    Example: see `Recipe`.
-    """
-
-    load: dict[str, Any]
-    text: str | None = None
-    ids: str | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    messages: str | None = None
-    window: int = 4096
-    pack: bool = False
-    num_proc: int | None = None
-
-    def __post_init__(self):
-        named = [name for name in ("text", "ids", "prompt", "messages") if getattr(self, name)]
-        if len(named) > 1 or bool(self.prompt) != bool(self.answer):
-            columns = named + (["answer"] if self.answer else [])
-            raise ValueError(
-                f"The data names the columns {columns}: expected `text`, `ids`, `messages`, or `prompt` and "
-                "`answer`."
-            )
-        if not named:
-            self.text = "text"
-        if self.pack and not self.has_answers:
-            raise ValueError("`pack` is for examples with answers: documents are always packed.")
-
-    @property
-    def has_answers(self) -> bool:
-        """Whether only answers are trained on."""
-        return self.prompt is not None or self.messages is not None
-
-
-@strict
-@dataclass(kw_only=True)
-class Recipe:
-    """A training run: a YAML file with these sections, or the same as a `dict`.
-
-    Args:
-        recipe (`str`): `"pretrain"`, `"anneal"` or `"fine-tune"`; see `training_arguments`.
-        output_dir (`str`): for checkpoints, and at the end the model.
-        model (`ModelSection`): what to start from.
-        data (`DataSection`): what to train on.
-        evaluation (`DataSection`, *optional*): what to evaluate on; `training.eval_strategy` says when.
-        training (`dict`): arguments of `training_arguments`, so any of `TrainingArguments`.
-        lora (`dict`, *optional*): train a LoRA adapter; arguments of `lora_config`.
-        exact_balance (`bool`): as for `EmoTrainer`.
-
-    Raises:
-        ValueError: if a section or a setting is unknown, missing or of the wrong kind, or two of them cannot
-            be true together.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.training import Recipe
-    >>> recipe = Recipe.from_dict(
-    ...     {
-    ...         "recipe": "pretrain",
-    ...         "output_dir": str(tmp_path),
-    ...         "model": {"path": "model_cards/toy-emo", "from_scratch": True},
-    ...         "data": {"load": {"path": "json", "data_files": "texts.jsonl", "split": "train"}},
-    ...     }
-    ... )
-    >>> recipe.data.text, recipe.data.window
-    ('text', 4096)
-
-    ```
-    """
-
-    recipe: RecipeName
-    output_dir: str
-    model: ModelSection
-    data: DataSection
-    evaluation: DataSection | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    lora: dict[str, Any] | None = None
-    exact_balance: bool = False
-
-    def __post_init__(self):
-        if self.lora is not None and self.model.train != "all":
-            raise ValueError(
-                f"`model.train` is {self.model.train!r} and there is `lora`, where only the adapter trains: "
-                "leave one of them out."
-            )
-        if self.evaluation is not None and self.evaluation.pack:
-            raise ValueError(
-                "Packed examples would see each other in `evaluation`: attention is kept within documents in "
-                "training only. Set `pack: false` there."
-            )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """Read what a file holds.
-
-        Args:
-            data (`Mapping`): sections by name.
-
-        Raises:
-            ValueError: as the class says.
-
-        Example: see `Recipe`.
-        """
-        data = dict(data)
-        sections = {"model": ModelSection, "data": DataSection, "evaluation": DataSection}
-        for name, section in sections.items():
-            if data.get(name) is not None:
-                data[name] = _checked(section, data[name], f"section `{name}`")
-        return _checked(cls, data, "recipe")
-
-    @classmethod
-    def read(cls, file: str | os.PathLike, changes: Mapping[str, Any] | None = None) -> "Recipe":
-        """Read a YAML file.
-
-        Args:
-            file (`str` or `os.PathLike`): the file. Paths in it are relative to where the command runs.
-            changes (`Mapping`, *optional*): settings instead of the file's, by dotted name, such as
-                `{"training.max_steps": 10}`.
-
-        Raises:
-            ValueError: as the class says, or if the file is no YAML.
-            FileNotFoundError: if there is no such file.
-
-        Example:
-
-        ```python
-        >>> from transformers_emo.training import Recipe
-        >>> Recipe.read("examples/recipes/pretrain.yaml", {"training.max_steps": 3}).training["max_steps"]
-        3
-
-        ```
-        """
-        try:
-            data = read_yaml(Path(file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{os.fspath(file)} is no YAML file: {error}") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"{os.fspath(file)} holds no sections: expected `recipe`, `model`, `data` ...")
-        for name, value in (changes or {}).items():
-            *sections, setting = name.split(".")
-            section = data
-            for part in sections:
-                if section.get(part) is None:
-                    section[part] = {}
-                section = section[part]
-                if not isinstance(section, dict):
-                    raise ValueError(f"Cannot set `{name}`: `{part}` holds {section!r}, not settings.")
-            section[setting] = value
-        return cls.from_dict(data)
-
-
-def read_yaml(text: str) -> Any:
-    """Read YAML, with the numbers of version 1.2: `4e-3` is one, and not a text.
-
-    Args:
-        text (`str`): what a recipe file or one of its values holds.
-
-    Raises:
-        yaml.YAMLError: if it is no YAML.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.training.runs import read_yaml
-    >>> read_yaml("learning_rate: 4e-3")
-    {'learning_rate': 0.004}
-
-    ```
-    """
-    return yaml.load(text, Loader=_Loader)  # a `SafeLoader`
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
@@ -305,13 +54,41 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
 
     ```
     """
-    arguments = _arguments(recipe)
     checkpoint = last_checkpoint(recipe.output_dir)
     if checkpoint is not None and not resume:
         raise ValueError(
             f"{recipe.output_dir} holds the checkpoints of another run: resume it (`--resume`), or choose "
             "another `output_dir`."
         )
+    trainer = build_trainer(recipe)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTrainer) -> EmoTrainer:
+    """Load what a recipe names and make its trainer, ready to `train`.
+
+    Args:
+        recipe (`Recipe`): what to do.
+        trainer_class (`type[EmoTrainer]`, *optional*): a trainer of one's own.
+
+    Raises:
+        ValueError: if a setting does not fit, or there is nothing to train on.
+        ImportError: without `datasets` or `accelerate`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.training import Recipe, build_trainer
+    >>> recipe = Recipe.read("examples/recipes/pretrain.yaml", {"output_dir": str(tmp_path)})
+    >>> trainer = build_trainer(recipe)
+    >>> len(trainer.train_dataset[0]["input_ids"]) == recipe.data.window
+    True
+
+    ```
+    """
+    arguments = _arguments(recipe)
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(arguments.seed)
     config = _load_config(recipe)
@@ -339,7 +116,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
         except TypeError as error:
             raise ValueError(f"The section `lora` is not right: {error}.") from error
         trained = get_peft_model(model, adapter)
-    trainer = EmoTrainer(
+    return trainer_class(
         trained,
         arguments,
         collator,
@@ -348,9 +125,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
         processing_class=tokenizer,
         exact_balance=recipe.exact_balance,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    return trainer
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -387,22 +161,6 @@ def _is_json(file: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _checked(cls: Any, data: Any, where: str) -> Any:
-    """`cls(**data)`, with an error that names what is unknown or missing."""
-    if not isinstance(data, Mapping):
-        raise ValueError(f"The {where} holds {data!r}, expected settings by name.")
-    known = {f.name: f for f in fields(cls)}
-    if unknown := sorted(set(data) - set(known)):
-        raise ValueError(f"The {where} has no settings {unknown}: expected some of {list(known)}.")
-    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in needed if data.get(name) is None]:
-        raise ValueError(f"The {where} lacks {missing}.")
-    try:
-        return cls(**{name: value for name, value in data.items() if value is not None})
-    except StrictDataclassError as error:
-        raise ValueError(f"The {where} is not right: {error.__cause__ or error}") from error
 
 
 def _arguments(recipe: Recipe) -> TrainingArguments:
@@ -498,7 +256,7 @@ def _check_vocabulary(recipe: Recipe, tokenizer: Any, config: EmoConfig) -> None
 def _load_model(recipe: Recipe, config: EmoConfig) -> EmoForCausalLM:
     section = recipe.model
     if section.from_scratch:
-        options = {name: value for name, value in section.options.items() if name not in _HUB_KWARGS}
+        options = {name: value for name, value in section.options.items() if name not in HUB_KWARGS}
         load = partial(AutoModelForCausalLM.from_config, config, **options)
     else:
         load = partial(

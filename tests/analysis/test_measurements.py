@@ -73,14 +73,14 @@ def test_choices_are_resampled_alike():
 
 
 @given(st.floats(0.001, 1), st.integers(1, 300), st.integers(1, 16))
-def test_rounding_is_near_and_holds_what_a_token_takes(share, available, taken):
-    number = experts_at(share, available, taken)
+def test_rounding_is_near_and_keeps_the_least(share, available, least):
+    number = experts_at(share, available, least)
     if number is None:
-        assert share * available <= taken - 1 or taken > available
+        assert share * available <= least - 1 or least > available
     else:
-        assert taken <= number <= available and abs(number - share * available) < 1
+        assert least <= number <= available and abs(number - share * available) < 1
         nearest = abs(number - share * available) <= 0.5
-        assert nearest or number == taken
+        assert nearest or number == least
 
 
 def test_what_was_measured_is_read_back(tmp_path):

@@ -48,7 +48,8 @@ def made(seeds=(0,), noise=0.0):
                         loss=((loss + offset - offset.mean() + own) * 10).tolist(),
                         correct=[4, 5, 3, 4],
                         tokens=[10] * 4,
-                        num_experts_per_tok=4,
+                        num_experts_per_tok=8,
+                        min_experts=4,
                     )
                     measurements[(model, domain, m.method, share, seed)] = m
     return Retention(measurements.values())
@@ -77,7 +78,8 @@ def test_markdown_says_losses_errors_and_what_is_impossible():
         " | "
     )
     assert cells[4].startswith("3.900 ± ") and cells[4].endswith(" (+1.000)") and cells[6] == "– |"
-    assert "std has no 6.25 % of its 32 experts: a token takes 4." in text
+    assert "std has no 6.25 % of its 32 experts: a subset keeps at least 4." in text
+    assert "At 12.5 % a token of std takes all that are kept, not 8." in text
     assert "standard error over documents" in text and "| emo | layerwise | 40.0 % | " in text
     assert "| a | emo | 3.000 | 3.000 | 3.050 | 3.300 | – |" in text
 

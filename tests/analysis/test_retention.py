@@ -21,7 +21,7 @@ from transformers_emo.analysis import (
 METHODS = ["layerwise", "global", "easy_ep", "random"]
 PLAN = {
     "methods": METHODS,
-    "shares": [0.5, 0.3, 0.1],
+    "shares": [0.5, 0.1, 0.05],
     "seeds": [0, 1],
     "num_calibration": 2,
     "window": 20,
@@ -47,8 +47,8 @@ def models(make_model):
 
 def test_numbers_are_those_of_one_choice_at_a_time(models, domains, tokenizer, tmp_path):
     found = measure_retention(models, domains, tmp_path, tokenizer=tokenizer, **PLAN)
-    # 12 experts, of which a token takes 4: 0.3 of them is the next above 3.6, and 0.1 is impossible.
-    assert {(m.share, m.num_experts) for m in found.measurements} == {(1.0, 12), (0.5, 6), (0.3, 4)}
+    # 12 experts, one of them shared: 0.1 of them is the next above 1.2, and 0.05 would leave the shared one.
+    assert {(m.share, m.num_experts) for m in found.measurements} == {(1.0, 12), (0.5, 6), (0.1, 2)}
     assert len(found.measurements) == 2 * 2 * (1 + 2 * 4 * 2)
     texts = {domain.name: domain for domain in domains}
     for m in found.measurements:

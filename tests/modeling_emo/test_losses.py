@@ -3,9 +3,10 @@
 import pytest
 import reference
 import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers_emo.configuration import EmoConfig, LayerExperts
-from transformers_emo.modeling_emo import load_balancing_loss
-from transformers_emo.modeling_emo.losses import RouterStatistics
+from transformers_emo.modeling_emo import EmoForCausalLM, lm_z_loss, load_balancing_loss
+from transformers_emo.modeling_emo.losses import RouterStatistics, cross_entropy_and_z_loss
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2])
@@ -79,3 +80,38 @@ def test_autocast_leaves_the_losses_in_float32():
             found[enabled] = [*statistics, load_balancing_loss([logits], [layer])]
     for expected, value in zip(found[False], found[True], strict=True):
         assert value.dtype == expected.dtype and torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(5)])
+def test_fused_cross_entropy_and_z_loss_are_the_two_apart(dtype, tolerance, num_items):
+    torch.manual_seed(0)
+    fused = (3 * torch.randn(2, 9, 33)).to(dtype).requires_grad_()
+    apart = fused.detach().clone().requires_grad_()
+    labels = torch.randint(0, 33, (2, 9))
+    labels[0, 3:5] = -100
+    losses = cross_entropy_and_z_loss(fused, labels, num_items)
+    expected = ForCausalLMLoss(apart, labels, 33, num_items), lm_z_loss(apart, labels, num_items)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    (losses[0] + 0.3 * losses[1]).backward()
+    (expected[0] + 0.3 * expected[1]).backward()
+    torch.testing.assert_close(fused.grad, apart.grad, atol=tolerance, rtol=tolerance)
+
+
+def test_a_loss_function_of_ones_own_is_used_with_pools():
+    config = EmoConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=8, num_experts_per_tok=3, document_pool_min=3, document_pool_max=7,
+        eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = EmoForCausalLM(config).train()
+    ids = torch.randint(2, 32, (1, 12))
+    torch.manual_seed(0)
+    standard = model(ids, labels=ids)
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: (
+        2 * ForCausalLMLoss(logits, labels, vocab_size)
+    )
+    torch.manual_seed(0)
+    own = model(ids, labels=ids)
+    torch.testing.assert_close(own.ce_loss, 2 * standard.ce_loss)
+    torch.testing.assert_close(own.lm_z_loss, standard.lm_z_loss)

@@ -1,0 +1,130 @@
+"""Taking a subset out of a checkpoint as a model of its own, without building either: bytes are copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..configuration import EmoConfig
+from .checkpoint import CheckpointError, LazyTensor
+from .expert_subset import ExpertSubset
+from .expert_tensors import released_tensors
+from .loading import lazy_parameters, open_checkpoint, warn_if_chosen_elsewhere
+from .model_experts import local_experts, subset_config
+from .model_folder import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    check_new,
+    check_space,
+    copy_companions,
+    new_folder,
+    optional_file,
+)
+from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
+
+_BUFFER_BYTES = 1 << 24
+
+
+def extract_subset(
+    model: str | os.PathLike,
+    subset: Any,
+    out: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+    **hub_kwargs: Any,
+) -> EmoConfig:
+    """Write a subset of a model as a stand-alone model.
+
+    It is what `from_pretrained(model, expert_subset=subset).save_pretrained(out)` writes, in the released
+    layout and bit for bit, but neither model is built: the bytes of the kept experts and of their router rows
+    are copied from file to file, with a few MB of memory. The tokenizer and the generation config come along.
+    The folder appears under its name when it is whole.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository; full, or a subset itself.
+        subset: whatever `ExpertSubset.of` takes, also the name of one in the model's `subsets/`.
+        out (`str` or `os.PathLike`): the folder to make; it must not exist.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
+        progress (`bool`, defaults to `True`): show a progress bar.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Returns:
+        `EmoConfig`: the config of the model written.
+
+    Raises:
+        SubsetError: if the subset does not fit the model.
+        CheckpointError: if the checkpoint is damaged, incomplete, quantised or no safetensors.
+        FileExistsError: if `out` exists.
+        OSError: if the disk has no room for it.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoForCausalLM, extract_subset
+    >>> config = extract_subset("model_cards/toy-emo", [[0, 1, 31]] * 4, tmp_path / "small", progress=False)
+    >>> EmoForCausalLM.from_pretrained(tmp_path / "small").config.retained_experts[0]
+    [0, 1, 31]
+
+    ```
+    """
+    out = Path(out)
+    check_new(out)
+    shard_bytes = size_in_bytes(max_shard_size)
+    config = EmoConfig.from_pretrained(model, **hub_kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"The weights of {os.fspath(model)} are quantised, and their experts cannot be taken apart: "
+            "extract from the unquantised model."
+        )
+    folder = Path(model, hub_kwargs.get("subfolder") or "") if os.path.isdir(model) else None
+    fetch = None if folder is not None else partial(optional_file, model, **hub_kwargs)
+    chosen = ExpertSubset.of(subset, folder, fetch).for_model(config)
+    warn_if_chosen_elsewhere(chosen, model)
+    checkpoint = open_checkpoint(model, **hub_kwargs)
+    try:
+        parameters = lazy_parameters(checkpoint, config, local_experts(chosen, config))
+        tensors = released_tensors(parameters)
+        small = subset_config(config, chosen)
+        if small.dtype is None:
+            small.dtype = next(iter(tensors.values())).dtype
+        check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
+        with new_folder(out) as work:
+            _write(tensors, work, shard_bytes, progress)
+            small.save_pretrained(work)
+            copy_companions(model, (GENERATION_CONFIG, *TOKENIZER_FILES), work, **hub_kwargs)
+    finally:
+        checkpoint.source.close()
+    return small
+
+
+def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, progress: bool) -> None:
+    layouts = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    shards = divide(((name, length_of(layout)) for name, layout in layouts.items()), shard_bytes)
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    total = sum(map(length_of, layouts.values()))
+    with tqdm(
+        total=total, desc="Extracting", unit="B", unit_scale=True, disable=not progress, delay=1
+    ) as bar:
+        for file, names in shards.items():
+            with open(folder / file, "xb", buffering=0) as to:
+                _write_all(to, memoryview(header_of({name: layouts[name] for name in names})))
+                for name in names:
+                    for piece in tensors[name].pieces:
+                        for start in range(piece.start, piece.end, _BUFFER_BYTES):
+                            part = buffer[: min(_BUFFER_BYTES, piece.end - start)]
+                            tensors[name].source.read_into(piece.file, start, part)
+                            _write_all(to, part)
+                            bar.update(len(part))
+    write_index(folder, shards, layouts)
+
+
+def _write_all(to, data: memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    while data:
+        data = data[to.write(data) :]
