@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev  ## measure what the README claims
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/document_pools.py
+	$(BIN)/python benchmarks/serving.py
 
 # Hours on two cores. Interrupted, it goes on where it was; the corpus needs Debian's package lists and PyPI.
 TINY := examples/emo_tiny

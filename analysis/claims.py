@@ -190,7 +190,7 @@ def claims_text(found: dict[str, Any]) -> str:
 def _of_model(retention: Retention, model: str, *, shares, rises, num) -> dict[str, Any]:
     full_loss = retention.loss(model, FULL, 1.0)
     methods: dict[str, Any] = {}
-    for method in retention.methods:
+    for method in retention.methods_of(model):
         numbers: dict[str, Any] = {"rise": {}, "rise_over_random": {}}
         for share in shares:
             rise = _resampled_rise(retention, model, method, share, num)
@@ -215,7 +215,7 @@ def _against(retention: Retention, model: str, baseline: str, *, shares, num) ->
     ours, theirs = (_resampled(retention, name, FULL, 1.0, num) for name in (model, baseline))
     if ours is not None and theirs is not None:
         compared["full_gap"] = _interval(ours / theirs - 1)
-    for method in retention.methods:
+    for method in retention.methods_of(model):
         ratios = {}
         for share in shares:
             rises = [_resampled_rise(retention, name, method, share, num) for name in (model, baseline)]

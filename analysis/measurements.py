@@ -132,6 +132,11 @@ class Retention:
         seeds = self._by_choice.get((model, FULL if share >= 1 else method, share), {})
         return {seed: ms for seed, ms in seeds.items() if len(ms) == len(self.domains)}
 
+    def methods_of(self, model: str) -> list[str]:
+        """The methods by which experts of a model were chosen; without any, all there are."""
+        own = {m.method for m in self.measurements if m.model == model}
+        return [method for method in self.methods if method in own] or self.methods
+
     def num_experts(self, model: str, share: float) -> int | None:
         """Experts kept in each layer at a share, `None` where it was not measured."""
         return next((m.num_experts for m in self.measurements if (m.model, m.share) == (model, share)), None)

@@ -110,6 +110,8 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
         for domain in retention.domains:
             part = Retention([m for m in retention.measurements if m.domain == domain])
             for model in part.models:
+                if method not in retention.methods_of(model):
+                    continue
                 cells = [_cell(part.loss(model, method, share), "{:.3f}") for share in columns]
                 rows.append([domain, model, *cells])
         lines += ["", f"## Test loss by domain, experts chosen by {method}", ""]
@@ -123,7 +125,7 @@ def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]
         kept = [retention.num_experts(model, share) for share in columns]
         rows.append([model, "*experts kept*", *("–" if k is None else str(k) for k in kept)])
         full = retention.loss(model, FULL, 1.0)
-        for method in retention.methods:
+        for method in retention.methods_of(model):
             row = [model, method]
             for share in columns:
                 loss, error = retention.loss(model, method, share), retention.loss_error(model, method, share)
@@ -158,7 +160,7 @@ def _small_shares(retention: Retention, columns: Sequence[float]) -> list[str]:
 def _accuracy_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]]:
     rows = []
     for model in retention.models:
-        for method in retention.methods:
+        for method in retention.methods_of(model):
             values = [retention.accuracy(model, method, share) for share in columns]
             rows.append([model, method, *("–" if v is None else f"{100 * v:.1f} %" for v in values)])
     return rows

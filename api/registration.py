@@ -20,7 +20,7 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .modeling_emo.expert_kernels import sorted_experts_forward
-from .subsets import loading
+from .subsets import model_hooks
 from .tokenization import EmoTokenizer
 
 
@@ -35,7 +35,7 @@ def register() -> None:
 
     ```
     """
-    EmoPreTrainedModel._package = loading
+    EmoPreTrainedModel._package = model_hooks
     AutoConfig.register(EmoConfig.model_type, EmoConfig, exist_ok=True)
     AutoConfig.register(LegacyEmoConfig.model_type, LegacyEmoConfig, exist_ok=True)
     AutoModel.register(EmoConfig, EmoModel, exist_ok=True)

@@ -1,6 +1,6 @@
 """The main job, end to end: choose experts for a domain from one prompt, load only those, generate, measure.
 
-    python examples/demo.py [--domain python] [--other scripture] [--experts 16] [--out build/demo]
+    python examples/demo.py [--domain scripture] [--other python] [--experts 16] [--out build/demo]
 
 The full model, the chosen experts and random ones continue the same prompt side by side. Each is a process of
 its own, so that its bytes and its memory are its own too. The curve, of this model and of the standard one
@@ -110,8 +110,8 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=CARDS / "emo-tiny")
     parser.add_argument("--standard", type=Path, default=CARDS / "std-tiny", help="model to compare with")
-    parser.add_argument("--domain", default="python", help="domain that the experts are chosen for")
-    parser.add_argument("--other", default="scripture", help="domain to compare with")
+    parser.add_argument("--domain", default="scripture", help="domain that the experts are chosen for")
+    parser.add_argument("--other", default="python", help="domain to compare with")
     parser.add_argument("--experts", type=int, default=16, help="experts to keep in each layer")
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)

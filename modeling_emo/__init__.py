@@ -1,14 +1,6 @@
 """The EMO network."""
 
-from .document_pool import (
-    draw_pool_sizes,
-    flatten_segments,
-    lengths_from_segments,
-    pool_mask,
-    segments_from_eos,
-    segments_from_lengths,
-    segments_from_positions,
-)
+from .document_pool import draw_pool_sizes, pool_mask
 from .losses import BalanceCounts, document_pool_losses, lm_z_loss, load_balancing_loss
 from .modeling_emo import (
     EmoForCausalLM,
@@ -16,6 +8,13 @@ from .modeling_emo import (
     EmoForTokenClassification,
     EmoModel,
     EmoPreTrainedModel,
+)
+from .segments import (
+    flatten_segments,
+    lengths_from_segments,
+    segments_from_eos,
+    segments_from_lengths,
+    segments_from_positions,
 )
 
 __all__ = [

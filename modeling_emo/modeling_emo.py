@@ -7,13 +7,10 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts 
 the shared ones), K experts taken per token, F expert width.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
-from threading import RLock
-from typing import Any, ClassVar, Self
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +19,6 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
@@ -44,17 +40,8 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
-from .document_pool import (
-    DocumentPools,
-    PoolRequest,
-    document_pools,
-    find_segments,
-    flatten_segments,
-    lengths_from_segments,
-    mean_pool_size,
-    pool_mask,
-    segments_from_positions,
-)
+from .document_pool import DocumentPools, PoolRequest, document_pools, find_segments, mean_pool_size
+from .generation import EmoGenerationMixin
 from .losses import (
     BalanceCounts,
     RouterStatistics,
@@ -63,13 +50,13 @@ from .losses import (
     lm_z_loss,
     load_balancing_loss,
 )
+from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools
+from .segments import flatten_segments, lengths_from_segments, segments_from_positions
+from .serving import NEEDS_PACKAGE, ExpertServing
 from .standalone import AUTO_MAP, CODE_FILES, save_code
 from .weight_names import register_weight_names
 
 _FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_NEEDS_PACKAGE = "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
-# Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, unlike locks.
-_mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def _wants_router_logits(config: EmoConfig, training: bool) -> bool:
@@ -118,7 +105,7 @@ class EmoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: torch.Tensor, expert_mask: None = None, pools: DocumentPools | None = None
+        self, hidden_states: torch.Tensor, expert_mask: None = None, pools: Pools | None = None
     ) -> tuple[torch.Tensor, None]:
         """(B, S, D) to (B, S, D). The other arguments are those of an expert block, and not used."""
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)), None
@@ -142,7 +129,7 @@ class EmoTopKRouter(nn.Module):
         self,
         hidden_states: torch.Tensor,
         expert_mask: torch.Tensor | None = None,
-        pools: DocumentPools | None = None,
+        pools: Pools | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, RouterStatistics | None]:
         """Route tokens.
 
@@ -150,8 +137,9 @@ class EmoTopKRouter(nn.Module):
             hidden_states (`torch.Tensor`): (T, D).
             expert_mask (`torch.Tensor`, *optional*): bool, (E,) or (T, E), false for experts that must not be
                 taken.
-            pools (`DocumentPools`, *optional*): the documents and the sizes of their pools in this layer.
-                Each shared expert then has weight 1, as when EMO was trained.
+            pools (`DocumentPools` or `FrozenPool`, *optional*): the documents and the sizes of their pools in
+                this layer, or pools of prompts. Each shared expert then has weight 1, as when EMO was
+                trained.
 
         Returns:
             `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
@@ -171,17 +159,16 @@ class EmoTopKRouter(nn.Module):
         return logits_TE, weights_TK.to(logits_TE.dtype), index_TK, statistics
 
     def _take_routed_and_shared(
-        self, logits_TE: torch.Tensor, pools: DocumentPools | None
+        self, logits_TE: torch.Tensor, pools: Pools | None
     ) -> tuple[torch.Tensor, torch.Tensor, RouterStatistics | None]:
         num_routed, num_shared = self.layer.num_routed, self.layer.num_shared
         logits_TR, shared_TS = logits_TE.float().split([num_routed, num_shared], dim=-1)
         statistics = None
         if pools is not None:
-            mask_TR = pool_mask(logits_TR, pools.segment_T, pools.size_N, pools.token_mask_T)
-            logits_TR = logits_TR.masked_fill(~mask_TR, float("-inf"))
+            logits_TR = pools.restrict(logits_TR)
         probs_TR = F.softmax(logits_TR, dim=-1)
         weights_TK, index_TK = probs_TR.topk(self.layer.top_k - num_shared, dim=-1)
-        if pools is not None and self.training:
+        if isinstance(pools, DocumentPools) and self.training:
             statistics = RouterStatistics.of(logits_TR, probs_TR, index_TK, pools.token_mask_T)
         if num_shared == 0:
             return weights_TK, index_TK, statistics
@@ -275,12 +262,18 @@ class EmoSparseMoeBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         expert_mask: torch.Tensor | None = None,
-        pools: DocumentPools | None = None,
+        pools: Pools | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """(B, S, D) to (B, S, D); the other arguments and the statistics as in `EmoTopKRouter.forward`."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, index_TK, statistics = self.gate(hidden_TD, expert_mask, pools)
-        return self.experts(hidden_TD, index_TK, weights_TK).reshape(hidden_states.shape), statistics
+        inputs = (hidden_TD, index_TK, weights_TK)
+        if isinstance(pools, FrozenPool) and pools.tokens_at_once is not None:
+            parts = zip(*(tensor.split(pools.tokens_at_once) for tensor in inputs), strict=True)
+            output_TD = torch.cat([self.experts(*part) for part in parts])
+        else:
+            output_TD = self.experts(*inputs)
+        return output_TD.reshape(hidden_states.shape), statistics
 
 
 class EmoDecoderLayer(GradientCheckpointingLayer):
@@ -303,7 +296,7 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         expert_mask: torch.Tensor | None = None,
-        pools: DocumentPools | None = None,
+        pools: Pools | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """(B, S, D) to (B, S, D); `expert_mask` and `pools` as in `EmoTopKRouter.forward`.
@@ -364,7 +357,7 @@ def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
     init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
 
-class EmoPreTrainedModel(PreTrainedModel):
+class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
     """Weight initialisation, loading, saving and masking: what every EMO model has.
 
     Example: see `EmoForCausalLM`.
@@ -386,9 +379,6 @@ class EmoPreTrainedModel(PreTrainedModel):
         "hidden_states": EmoDecoderLayer,
         "attentions": EmoAttention,
     }
-    # What the package adds to this network: reading part of a checkpoint, and naming expert subsets. Set on
-    # import of the package; `None` where this file is used alone, as code saved beside a model.
-    _package: ClassVar[Any] = None
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -408,7 +398,9 @@ class EmoPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, expert_subset=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, expert_subset=None, exclude_experts=None, **kwargs
+    ):
         """Load a model, all of it or a subset of its experts; see `PreTrainedModel.from_pretrained`.
 
         Args:
@@ -416,12 +408,13 @@ class EmoPreTrainedModel(PreTrainedModel):
             expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts to load.
                 Only their bytes are read; they are renumbered, the router rows are cut to them and the result
                 is a smaller, stand-alone model.
+            exclude_experts (*optional*): experts not to load, of those or of all; as in `use_experts`.
             args, kwargs: as for every Transformers model.
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.
             CheckpointError: if a file is missing, damaged or outside the folder; before any tensor is read.
-            ImportError: if `expert_subset` is given and this file is used without the `transformers_emo`
+            ImportError: if either is given and this file is used without the `transformers_emo`
                 package.
 
         Example:
@@ -436,11 +429,12 @@ class EmoPreTrainedModel(PreTrainedModel):
         """
         load = super().from_pretrained
         if cls._package is not None:
+            subset = {"expert_subset": expert_subset, "exclude_experts": exclude_experts}
             return cls._package.from_pretrained(
-                load, cls, pretrained_model_name_or_path, *args, expert_subset=expert_subset, **kwargs
+                load, cls, pretrained_model_name_or_path, *args, **subset, **kwargs
             )
-        if expert_subset is not None:
-            raise ImportError(_NEEDS_PACKAGE)
+        if expert_subset is not None or exclude_experts is not None:
+            raise ImportError(NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
@@ -480,54 +474,6 @@ class EmoPreTrainedModel(PreTrainedModel):
         if self._package is not None:
             return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
         return load(peft_model_id, *args, **kwargs)
-
-    @contextmanager
-    def use_experts(self, expert_subset) -> Iterator[Self]:
-        """Route only to the experts of a subset while the context is open; no weight is touched.
-
-        The logits and what is generated are those of the model loaded with that subset. Router logits stay
-        those of all experts, and so does the balance loss. Inside another `use_experts`, the inner subset
-        holds alone.
-
-        The mask belongs to the model: a second thread that opens a context waits for the first to close, and
-        a call from another thread without a context of its own is masked too.
-
-        Args:
-            expert_subset (`ExpertSubset`, path, `dict` or list of lists): the experts to route to, shared
-                ones included, in the numbering of the root model.
-
-        Raises:
-            SubsetError: if the subset does not fit the model, or drops a shared expert (which a mask cannot).
-            ImportError: if this file is used without the `transformers_emo` package.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from transformers_emo import EmoForCausalLM
-        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
-        >>> with model.use_experts([[0, 1, 2, 31]] * 4):
-        ...     logits = model(torch.tensor([[5, 6, 7]])).logits
-
-        ```
-        """
-        if self._package is None:
-            raise ImportError(_NEEDS_PACKAGE)
-        base = self.base_model
-        masks: list[torch.Tensor | None] = []
-        for ids, layer in zip(
-            self._package.kept_experts(expert_subset, self.config), self.config.layer_experts, strict=True
-        ):
-            mask = torch.zeros(layer.num_experts, dtype=torch.bool, device=self.device)
-            masks.append(
-                None if ids is None else mask.index_fill_(0, torch.tensor(ids, device=self.device), True)
-            )
-        with _mask_locks.setdefault(base, RLock()):
-            previous, base.expert_masks = base.expert_masks, masks
-            try:
-                yield self
-            finally:
-                base.expert_masks = previous
 
     def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):
         """Save the model in the released layout; see `PreTrainedModel.save_pretrained`.
@@ -655,6 +601,7 @@ class EmoModel(EmoPreTrainedModel):
         document_pool_sizes: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         attention_within_documents: bool | None = None,
+        prompt_pool: PromptPool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EmoModelOutputWithPast:
         """Run the decoder.
@@ -678,6 +625,8 @@ class EmoModel(EmoPreTrainedModel):
                 attention needs the lengths of the documents on the host: waiting for them breaks a compiled
                 graph, unless the caller gives `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
                 `max_length_k`, and neither a mask nor `document_ids`.
+            prompt_pool (`PromptPool`, *optional*): choose pools from prompts, and keep them in the cache (set
+                by `generate`). Pools that are in the cache already hold, unless `document_pool` is `False`.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
@@ -745,7 +694,10 @@ class EmoModel(EmoPreTrainedModel):
                 "documents apart: use eager, sdpa, flex or flash attention for `attention_within_documents`."
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        pools = document_pools(
+        frozen = None
+        if document_pool is None:
+            frozen = frozen_pools(past_key_values, prompt_pool, self.config, tuple(inputs_embeds.shape[:2]))
+        pools = frozen or document_pools(
             self.config,
             request,
             training=training_step,
@@ -773,6 +725,7 @@ class EmoModel(EmoPreTrainedModel):
                 output, *layer_statistics = output
                 statistics.append(RouterStatistics(*layer_statistics))
             hidden_states = output
+        keep_pools(past_key_values, frozen)
         return EmoModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -799,7 +752,7 @@ class EmoCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     document_pool_size: torch.FloatTensor | None = None
 
 
-class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
+class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
     """EMO with its language-model head.
 
     Example:
@@ -930,31 +883,6 @@ class EmoForCausalLM(EmoPreTrainedModel, GenerationMixin):
             expert_counts=tuple(layer.count_R for layer in outputs.router_statistics or ()) or None,
             document_pool_size=outputs.document_pool_size,
         )
-
-    def generate(self, *args, expert_subset=None, **kwargs):
-        """Generate text, with all experts or with a subset of them; see `GenerationMixin.generate`.
-
-        Args:
-            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts
-                only, as `use_experts` does, for this call.
-            args, kwargs: as for every Transformers model.
-
-        Example:
-
-        ```python
-        >>> import torch
-        >>> from transformers_emo import EmoForCausalLM
-        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
-        >>> prompt = torch.tensor([[5, 6, 7]])
-        >>> model.generate(prompt, expert_subset=[[0, 1, 2, 31]] * 4, max_new_tokens=4, do_sample=False).shape
-        torch.Size([1, 7])
-
-        ```
-        """
-        if expert_subset is None:
-            return super().generate(*args, **kwargs)
-        with self.use_experts(expert_subset):
-            return super().generate(*args, **kwargs)
 
 
 class _OnEmoModel:

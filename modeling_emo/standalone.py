@@ -17,8 +17,12 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _FILES = [
     "configuration/configuration_emo.py",
     "modeling_emo/document_pool.py",
+    "modeling_emo/generation.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
+    "modeling_emo/prompt_pool.py",
+    "modeling_emo/segments.py",
+    "modeling_emo/serving.py",
     "modeling_emo/standalone.py",
     "modeling_emo/weight_names.py",
 ]

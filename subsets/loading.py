@@ -1,8 +1,8 @@
 """Loading a model with only some of its experts: from a checkpoint to the parameters of the network.
 
-`modeling_emo` calls this module through one hook (`EmoPreTrainedModel._package`). Each stacked parameter is
-handed to Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its
-business, and every expert's bytes are read straight to the place where they stay.
+`modeling_emo` calls this module through one hook (`model_hooks.py`). Each stacked parameter is handed to
+Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its business, and
+every expert's bytes are read straight to the place where they stay.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, CheckpointError, LazyTensor, LocalFiles, rows_of
+from .exclusion import remaining_subset
 from .expert_subset import ExpertSubset, SubsetError, local_experts, subset_config
 
 logger = logging.get_logger(__name__)
@@ -38,12 +39,15 @@ _STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_
 _request: ContextVar[tuple[EmoConfig, list[list[int] | None]] | None] = ContextVar("request", default=None)
 
 
-def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None]:
+def kept_experts(
+    expert_subset: Any, config: EmoConfig, exclude_experts: Any = None
+) -> list[list[int] | None]:
     """The experts a subset keeps, in the numbering of a model that will mask the others.
 
     Args:
-        expert_subset: whatever `ExpertSubset.of` takes.
+        expert_subset: whatever `ExpertSubset.of` takes; `None` for all experts.
         config (`EmoConfig`): the model's config.
+        exclude_experts: whatever `remaining_subset` takes; none by default.
 
     Raises:
         SubsetError: if it does not fit the model, or drops shared experts: their weights would still be
@@ -60,14 +64,20 @@ def kept_experts(expert_subset: Any, config: EmoConfig) -> list[list[int] | None
     ```
     """
     folder = config.name_or_path if os.path.isdir(config.name_or_path or "") else None
-    subset = ExpertSubset.of(expert_subset, folder)
+    subset = remaining_subset(expert_subset, exclude_experts, config, folder)
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
-    return local_experts(subset.for_model(config), config)
+    return local_experts(subset, config)
 
 
 def from_pretrained(
-    load: Callable, cls: type, path: str | os.PathLike, *args, expert_subset: Any = None, **kwargs
+    load: Callable,
+    cls: type,
+    path: str | os.PathLike,
+    *args,
+    expert_subset: Any = None,
+    exclude_experts: Any = None,
+    **kwargs,
 ):
     """`cls.from_pretrained(path, expert_subset=...)`; see `EmoPreTrainedModel.from_pretrained`.
 
@@ -77,10 +87,11 @@ def from_pretrained(
         path (`str` or `os.PathLike`): a folder or a Hub repository.
         args, kwargs: passed on.
         expert_subset: whatever `ExpertSubset.of` takes, or `None` for the whole model.
+        exclude_experts: whatever `remaining_subset` takes, or `None` for none.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    if expert_subset is None:
+    if expert_subset is None and exclude_experts is None:
         return load(path, *args, **kwargs)
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
@@ -107,7 +118,7 @@ def from_pretrained(
             "of the unquantised model; `quantization_config` quantises it while loading."
         )
     folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
-    subset = ExpertSubset.of(expert_subset, None if folder is None else str(folder)).for_model(config)
+    subset = remaining_subset(expert_subset, exclude_experts, config, None if folder is None else str(folder))
     kept = local_experts(subset, config)
     if folder is not None:  # see that the files are whole before the network is built
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))

@@ -32,6 +32,7 @@ from .calibration import (
     ready_batches,
 )
 from .checkpoint import CheckpointError
+from .exclusion import excluded_experts
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
 from .hidden_states import HiddenStates
 from .layers import CheckpointLayers, Layers, LoadedLayers
@@ -75,6 +76,7 @@ def select_experts(
     max_length: int | None = None,
     batch_size: int = 8,
     budget: str = "uniform",
+    exclude_experts: Any = None,
     stop_when_settled: float | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -130,6 +132,8 @@ def select_experts(
             mean over layers, more where a layer spreads its scores over more experts, and in every layer as
             many as a token takes. Not for `"layerwise"`, which knows a layer's scores only when the layers
             before are chosen.
+        exclude_experts (*optional*): experts never to choose, as in `use_experts`; they are in the model that
+            scores are measured in, but for `"layerwise"` only in the layer being chosen.
         stop_when_settled (`float`, *optional*): take 1, 2, 4, 8 ... texts (or ready batches) and stop when
             the Jaccard index of the choice with the one before reaches this value twice in a row; `num_texts`
             and `settling` of the subset say how much text that took. `"layerwise"` begins anew with every
@@ -191,8 +195,13 @@ def select_experts(
             hub_kwargs["revision"] = commit
     several = isinstance(num_experts, Sequence)
     sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
-    _check_sizes(config, sizes)
-    choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"))
+    excluded = (
+        [set()] * config.num_hidden_layers
+        if exclude_experts is None
+        else excluded_experts(exclude_experts, config, source if source and os.path.isdir(source) else None)
+    )
+    choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
+    _check_sizes(config, sizes, choice.excluded)
     if method == "random":
         subsets = choice.of_scores(_random_scores(config, seed))
         return subsets if several else subsets[0]
@@ -306,9 +315,11 @@ class _Choice:
     sizes: Sequence[int]
     source: str | None
     revision: str | None
+    excluded: list[set[int]]  # never chosen, in root numbering
 
     def __post_init__(self):
         self.present = present_experts(self.config)
+        self.excluded = [ids & set(there) for ids, there in zip(self.excluded, self.present, strict=True)]
         self.always = [always_kept(layer) for layer in self.config.layer_experts]
         # Under a budget for all layers, how many routed experts each keeps: as many as a token takes.
         self.least = min(
@@ -323,7 +334,9 @@ class _Choice:
     def pick(self, index: int, scores_E: torch.Tensor, size: int) -> list[int]:
         """The best experts of a layer, in its own numbering."""
         self._check_finite(index, scores_E)
-        return best_experts(scores_E.tolist(), self.always[index], size)
+        never, present = self.excluded[index], self.present[index]
+        scores = [None if e in never else score for e, score in zip(present, scores_E.tolist(), strict=True)]
+        return best_experts(scores, self.always[index], size)
 
     def of_scores(self, scores: list[torch.Tensor | None], **said: Any) -> list[ExpertSubset]:
         """The best experts of all layers, for each size."""
@@ -344,14 +357,16 @@ class _Choice:
         roots = root_experts(self.config)
         experts: list[list[int] | None] = []
         root_scores: list[list[float | None] | None] = []
-        for score_E, ids, present, size in zip(scores, kept, self.present, roots, strict=True):
+        for score_E, ids, present, never, size in zip(
+            scores, kept, self.present, self.excluded, roots, strict=True
+        ):
             if score_E is None or ids is None:
                 experts.append(None)
                 root_scores.append(None)
                 continue
             experts.append([present[e] for e in ids])
             by_root = dict(zip(present, score_E.tolist(), strict=True))
-            root_scores.append([by_root.get(root) for root in range(size)])
+            root_scores.append([None if e in never else by_root.get(e) for e in range(size)])
         return ExpertSubset(
             experts,
             scores=root_scores,
@@ -441,18 +456,18 @@ def _bar(choice: _Choice, num_batches: int, progress: bool) -> tqdm:
     return tqdm(total=layers * num_batches, desc="Choosing experts", unit="batch", disable=not progress)
 
 
-def _check_sizes(config: EmoConfig, sizes: Sequence[int]) -> None:
+def _check_sizes(config: EmoConfig, sizes: Sequence[int], excluded: Sequence[set[int]]) -> None:
     if not sizes:
         raise SubsetError("`num_experts` is empty: give at least one number.")
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool):
             raise SubsetError(f"`num_experts` is {size!r}, expected an integer.")
         for index, layer in enumerate(config.layer_experts):
-            protected = len(always_kept(layer))
-            if not layer.is_dense and not protected < size <= layer.num_experts:
+            protected, there = len(always_kept(layer)), layer.num_experts - len(excluded[index])
+            if not layer.is_dense and not protected < size <= there:
                 raise SubsetError(
-                    f"Cannot keep {size} experts in layer {index}: it has {layer.num_experts}, of which "
-                    f"{protected} are always kept; expected {protected + 1} to {layer.num_experts}."
+                    f"Cannot keep {size} experts in layer {index}: it has {there} to choose from, of which "
+                    f"{protected} are always kept; expected {protected + 1} to {there}."
                 )
 
 

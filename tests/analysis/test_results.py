@@ -187,3 +187,14 @@ def test_reports_are_whole(tmp_path):
     assert json.loads((tmp_path / "claims.json").read_text()) == claims(made(), baseline="std")
     assert "| emo | layerwise | 3.000" in summary and "emo against std" in summary
     assert (tmp_path / "retention.md").read_text().count("| emo | layerwise |") == 3
+
+
+def test_a_method_that_one_model_lacks_has_no_row_there():
+    retention = made()
+    whole = [m for m in retention.measurements if m.model == "emo" or m.method in ("full", "layerwise")]
+    part = Retention(whole)
+    assert "random" in part.methods_of("emo") and part.methods_of("std") == ["layerwise"]
+    text, found = markdown(part), claims(part, baseline="std")
+    assert "| emo | random |" in text and "| std | random |" not in text
+    assert "random" not in found["models"]["std"]["methods"]
+    assert Retention([m for m in whole if m.method == "full"]).methods_of("std") == []

@@ -180,7 +180,7 @@ def test_text_has_the_ids_of_cl100k(cl100k, released, documents):
 @given(parts=st.lists(st.sampled_from(list(dolma2._ADDED_TOKENS)) | st.text(), max_size=6))
 @settings(deadline=None)
 def test_text_that_quotes_added_tokens_has_the_ids_of_tiktoken(released, tiktoken_with_added_tokens, parts):
-    """Special ones are text in a document of a corpus. Others, such as hidden e-mail addresses, are tokens."""
+    """Special ones are text in a document of a corpus. Others, such as e-mail addresses, are tokens."""
     text = "".join(parts)
     ids = released(text)["input_ids"]
     assert ids == tiktoken_with_added_tokens.encode(text, allowed_special="all")

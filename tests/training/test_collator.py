@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers_emo import EmoConfig
-from transformers_emo.modeling_emo.document_pool import segments_from_eos
+from transformers_emo.modeling_emo.segments import segments_from_eos
 from transformers_emo.tokenization import pack_dataset
 from transformers_emo.training import DocumentCollator
 

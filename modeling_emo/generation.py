@@ -1,0 +1,171 @@
+"""Generation with some of the experts: a subset, all but some, or pools chosen from each prompt.
+
+Shape suffixes: B sequences, S tokens of each in this call.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .prompt_pool import PromptPool, cached_pools, pool_sizes
+
+
+@dataclass
+class _PoolRequest:
+    """What the `generate` in progress says about pools; `sizes` is `None` for no pools at all."""
+
+    sizes: tuple[int, ...] | None
+    prompt_length: int
+    tokens_at_once: int | None = None
+
+    def model_inputs(self, inputs: dict[str, Any], attention_mask_BS: torch.Tensor | None) -> dict[str, Any]:
+        """What to add to the inputs of a forward."""
+        if self.sizes is None:
+            return {"document_pool": False}
+        cache = inputs.get("past_key_values")
+        frozen = cached_pools(cache)
+        if frozen is not None:
+            if frozen.sizes != self.sizes:
+                raise ValueError(
+                    f"The cache has document pools of {list(frozen.sizes)} experts in its layers, and "
+                    f"`document_pool` asks for {list(self.sizes)}: pools are chosen once. Leave it out to go "
+                    "on with them, or begin with a new cache."
+                )
+            return {}
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "The tokens in the cache were read without document pools, which are chosen from the whole "
+                "prompt: begin with a new cache, or give `document_pool` when it is first filled."
+            )
+        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        batch, length = tokens.shape[:2]
+        prompt_BS = torch.arange(length, device=tokens.device).expand(batch, -1) < self.prompt_length
+        if attention_mask_BS is not None:
+            prompt_BS = prompt_BS & attention_mask_BS[:, :length].to(tokens.device, torch.bool)
+        return {"prompt_pool": PromptPool(self.sizes, prompt_BS, self.tokens_at_once)}
+
+
+# Of the `generate` in progress: each thread has its own, and a nested call (an assistant's) sets it anew.
+_request: ContextVar[_PoolRequest | None] = ContextVar("pool_request", default=None)
+
+
+class EmoGenerationMixin(GenerationMixin):
+    """Transformers' generation, and the choice of experts that a call may use.
+
+    Example: see `EmoForCausalLM.generate`.
+    """
+
+    def generate(
+        self,
+        *args,
+        expert_subset=None,
+        exclude_experts=None,
+        document_pool: int | bool | Sequence[int | None] | None = None,
+        **kwargs,
+    ):
+        """Generate text, with all experts or some of them; see `GenerationMixin.generate`.
+
+        With `document_pool=d` no domain need be known beforehand: in every layer the prompt chooses the d
+        routed experts with the largest router probability, summed over its tokens (not its padding), and the
+        prompt and what is generated use only those. Every sequence of a batch has pools of its own. They are
+        those that training would choose for the prompt as one document, EOS tokens in it or not.
+
+        Pools are kept in the cache (`past_key_values`), through beams, reordering and cropping, whatever its
+        kind: to go on with a conversation, hand over its cache, with the same `document_pool` or none. A
+        plain `model(ids, past_key_values=cache)` uses them too. Pools of a layer need the whole prompt in the
+        layer before, so that `prefill_chunk_size` does not cut the prompt: it is then the number of tokens
+        that go through the experts of a layer at once, and the numbers stay the same.
+
+        Args:
+            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts
+                only, as `use_experts` does, for this call.
+            exclude_experts (*optional*): never route to these experts, as in `use_experts`.
+            document_pool (`int`, `bool` or `Sequence[int | None]`, *optional*): routed experts in the pools:
+                one number or one a layer, from those that a token picks to those there are; `True` for
+                `config.document_pool_eval`; `False` for none, even if the cache has pools. Among the experts
+                of `expert_subset`, if given.
+            args, kwargs: as for every Transformers model.
+
+        Raises:
+            SubsetError: if the subset or the exclusion does not fit the model.
+            ValueError: if a pool size is impossible, or the cache holds tokens read without pools or pools of
+                other sizes.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers_emo import EmoForCausalLM
+        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+        >>> prompt = torch.tensor([[5, 6, 7]])
+        >>> model.generate(prompt, expert_subset=[[0, 1, 2, 31]] * 4, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+        >>> model.generate(prompt, exclude_experts={0: [3, 4]}, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+        >>> out = model.generate(
+        ...     prompt, document_pool=8, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        ... )
+        >>> more = torch.cat([out.sequences, torch.tensor([[8, 9]])], dim=1)  # with the same pools:
+        >>> model.generate(more, past_key_values=out.past_key_values, max_new_tokens=4).shape
+        torch.Size([1, 13])
+
+        ```
+        """
+        model: Any = self
+        request = None
+        if document_pool is not None:
+            _refuse_paged_cache(kwargs)
+            sizes = None if document_pool is False else pool_sizes(model.config, document_pool)
+            request = _PoolRequest(sizes, _prompt_length(args, kwargs))
+        masked: Any = nullcontext()
+        if expert_subset is not None or exclude_experts is not None:
+            masked = model.use_experts(expert_subset, exclude_experts=exclude_experts)
+        token = _request.set(request)
+        try:
+            with masked:
+                return super().generate(*args, **kwargs)
+        finally:
+            _request.reset(token)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # noqa: D102
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        request = _request.get()
+        if request is not None:
+            # Of padding, only this mask tells: for a static cache the inputs have a 4-D one.
+            inputs |= request.model_inputs(inputs, kwargs.get("attention_mask"))
+        return inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        request, cache = _request.get(), model_kwargs.get("past_key_values")
+        chunk_size = generation_config.prefill_chunk_size
+        is_chosen = cache is None or cached_pools(cache) is not None
+        if request is None or request.sizes is None or chunk_size is None or is_chosen:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        request.tokens_at_once, generation_config.prefill_chunk_size = chunk_size, None
+        try:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            generation_config.prefill_chunk_size = chunk_size
+
+
+def _prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Tokens of the prompt, padding included; one, where generation begins with the BOS token."""
+    given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+    return next((prompt.shape[1] for prompt in given if prompt is not None), 1)
+
+
+def _refuse_paged_cache(kwargs: dict[str, Any]) -> None:
+    settings = kwargs.get("generation_config")
+    named = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
+    if named is not None and "paged" in named:
+        raise ValueError(
+            "Continuous batching keeps sequences in no cache of their own, where their document pools could "
+            f"be: use another `cache_implementation` than {named!r}."
+        )

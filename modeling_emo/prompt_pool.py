@@ -1,0 +1,314 @@
+"""Document pools of generation: chosen from each prompt while it is read, then frozen.
+
+A pool is chosen as in training (`pool_mask`; paper section 3, https://arxiv.org/abs/2605.06663), with the
+whole prompt as one document, and holds for every token after it. The frozen pools lie in the cache, as one
+more layer of it: whatever reorders, repeats or picks sequences of the cache does the same to them, and a
+conversation that goes on with the cache goes on with its pools.
+
+Shape suffixes: B sequences, S tokens of each in this call, T = B * S tokens, R routed experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..configuration.configuration_emo import EmoConfig
+from .document_pool import DocumentPools, pool_mask
+
+
+class PromptPool(NamedTuple):
+    """What a forward of `generate` says about pools that are still to be chosen.
+
+    Args:
+        sizes (`tuple[int, ...]`): routed experts in the pool, for each layer.
+        prompt_BS (`torch.Tensor`): bool, true for the tokens that choose the pools: not for padding, nor for
+            tokens behind the prompt.
+        tokens_at_once (`int`, *optional*): run the experts of a layer on so many tokens of a sequence at a
+            time.
+
+    Example: see `frozen_pools`.
+    """
+
+    sizes: tuple[int, ...]
+    prompt_BS: torch.Tensor
+    tokens_at_once: int | None = None
+
+
+class FrozenPools:
+    """The pools of the sequences of a cache, kept in it as its last layer, without keys and values.
+
+    Args:
+        sizes (`Sequence[int]`): routed experts in the pool, for each layer.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.prompt_pool import FrozenPools
+    >>> pools = FrozenPools([1])
+    >>> pools.outside[0] = torch.tensor([[False, True], [True, False]])
+    >>> pools.reorder_cache(torch.tensor([1, 1]))
+    >>> pools.outside[0].tolist()
+    [[True, False], [True, False]]
+
+    ```
+    """
+
+    supports_early_init = False
+    is_compileable = True
+    is_croppable = True
+    is_initialized = True
+    # Such layers stay on the device when a cache offloads the others, and no mask is made for them.
+    is_sliding = True
+    keys = values = None
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = tuple(sizes)
+        # (B, R) for each layer, true outside the pool; `None` until it is chosen, and for dense layers.
+        self.outside: list[torch.Tensor | None] = [None] * len(self.sizes)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether there are pools (a cache that was reset has none)."""
+        return any(outside is not None for outside in self.outside)
+
+    def get_max_length(self) -> int:
+        """No limit: -1."""
+        return -1
+
+    def offload(self) -> None:
+        """Stay on the device."""
+
+    def prefetch(self) -> None:
+        """Stay on the device."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Stay as they are: tokens behind the prompt have no say in its pools."""
+
+    def reset(self) -> None:
+        """Forget the pools: the cache is empty, and another prompt begins."""
+        self.outside = [None] * len(self.sizes)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Take the sequences `beam_idx` (B,)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Take the sequences `indices`."""
+        self.outside = [None if o is None else o[indices.to(o.device)] for o in self.outside]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Take every sequence `repeats` times."""
+        self.outside = [None if o is None else o.repeat_interleave(repeats, dim=0) for o in self.outside]
+
+
+class FrozenPool:
+    """One layer of `FrozenPools` in one forward, for the router.
+
+    Args:
+        pools (`FrozenPools`): of all layers.
+        index (`int`): the layer.
+        shape (`tuple[int, int]`): (B, S) of the forward.
+        prompt (`PromptPool`, *optional*): what a pool not chosen yet is chosen from.
+
+    Example: see `frozen_pools`.
+    """
+
+    def __init__(self, pools: FrozenPools, index: int, shape: tuple[int, int], prompt: PromptPool | None):
+        self.pools = pools
+        self.index = index
+        self.shape = shape
+        self.prompt = prompt
+
+    @property
+    def tokens_at_once(self) -> int | None:
+        """Of all sequences together, how many tokens go through the experts at a time."""
+        if self.prompt is None or self.prompt.tokens_at_once is None:
+            return None
+        return self.prompt.tokens_at_once * self.shape[0]
+
+    def restrict(self, logits_TR: torch.Tensor) -> torch.Tensor:
+        """(T, R) router logits, float32, to the same with minus infinity outside the pools."""
+        outside_BR = self.pools.outside[self.index]
+        if outside_BR is None:
+            outside_BR = self.pools.outside[self.index] = self._choose(logits_TR)
+        batch, num_routed = outside_BR.shape
+        if num_routed != logits_TR.shape[1]:
+            raise _other_pools(f"{num_routed} routed experts", f"{logits_TR.shape[1]}")
+        if batch == len(logits_TR):
+            return logits_TR.masked_fill(outside_BR, float("-inf"))
+        logits_BSR = logits_TR.unflatten(0, self.shape)
+        return logits_BSR.masked_fill(outside_BR[:, None], float("-inf")).flatten(0, 1)
+
+    def _choose(self, logits_TR: torch.Tensor) -> torch.Tensor:
+        assert self.prompt is not None  # `frozen_pools` sees to it
+        batch, length = self.shape
+        sequence_B = torch.arange(batch, device=logits_TR.device)
+        size_B = torch.full_like(sequence_B, self.pools.sizes[self.index])
+        mask_TR = pool_mask(
+            logits_TR,
+            sequence_B.repeat_interleave(length),
+            size_B,
+            self.prompt.prompt_BS.flatten().to(logits_TR.device),
+        )
+        return ~mask_TR.unflatten(0, self.shape)[:, 0]
+
+
+# What a router takes: documents whose pools it chooses, or pools chosen from a prompt.
+Pools = DocumentPools | FrozenPool
+
+
+def cached_pools(cache: Any) -> FrozenPools | None:
+    """The frozen pools in a cache, if there are any.
+
+    Args:
+        cache (`Cache`, *optional*): keys and values of the tokens before.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoForCausalLM
+    >>> from transformers_emo.modeling_emo.prompt_pool import cached_pools
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+    >>> out = model.generate(
+    ...     torch.tensor([[5, 6, 7]]), document_pool=8, max_new_tokens=2, return_dict_in_generate=True
+    ... )
+    >>> (~cached_pools(out.past_key_values).outside[0]).sum()
+    tensor(8)
+
+    ```
+    """
+    layers: Sequence[Any] = cache.layers if isinstance(cache, Cache) else ()
+    if len(layers) > 0 and isinstance(layers[-1], FrozenPools) and layers[-1].is_chosen:
+        return layers[-1]
+    return None
+
+
+def frozen_pools(
+    cache: Any, prompt: PromptPool | None, config: EmoConfig, shape: tuple[int, int]
+) -> list[FrozenPool] | None:
+    """The pools of a forward that are frozen or about to be, for each layer; `None` if there are none.
+
+    Args:
+        cache (`Cache`, *optional*): keys and values of the tokens before, perhaps with pools.
+        prompt (`PromptPool`, *optional*): what pools are chosen from if the cache has none.
+        config (`EmoConfig`): the model's config.
+        shape (`tuple[int, int]`): (B, S) of the forward.
+
+    Raises:
+        ValueError: if the pools in the cache are of other sequences or another model.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.prompt_pool import PromptPool, frozen_pools
+    >>> prompt = PromptPool((1,), torch.tensor([[True, True, False]]))
+    >>> [pool] = frozen_pools(None, prompt, EmoConfig(num_hidden_layers=1), (1, 3))
+    >>> pool.restrict(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 9.0]]))
+    tensor([[2., -inf],
+            [0., -inf],
+            [0., -inf]])
+
+    ```
+    """
+    pools = cached_pools(cache)
+    if pools is None:
+        if prompt is None:
+            return None
+        pools = FrozenPools(prompt.sizes)
+    # The config's layers cost as much to list as several layers' masks do to apply, and this runs for every
+    # token: the number of routed experts is looked at where it is there anyway.
+    batch = next((len(outside) for outside in pools.outside if outside is not None), shape[0])
+    if batch != shape[0] or len(pools.sizes) != config.num_hidden_layers:
+        raise _other_pools(f"{len(pools.sizes)} layers and {batch} sequences", f"{shape[0]} sequences")
+    return [FrozenPool(pools, index, shape, prompt) for index in range(len(pools.sizes))]
+
+
+def _other_pools(found: str, expected: str) -> ValueError:
+    return ValueError(
+        f"The cache has document pools of {found}, expected {expected}: it is the cache of other prompts or "
+        "of another model."
+    )
+
+
+def keep_pools(cache: Any, pools: Sequence[FrozenPool] | None) -> None:
+    """Put pools that a forward has chosen into its cache, behind the layers that attention uses.
+
+    Args:
+        cache (`Cache`, *optional*): the cache, with all of its layers.
+        pools (`Sequence[FrozenPool]`, *optional*): from `frozen_pools`.
+
+    Example:
+
+    ```python
+    >>> from transformers import DynamicCache
+    >>> from transformers_emo.modeling_emo.prompt_pool import keep_pools
+    >>> keep_pools(DynamicCache(), None)
+
+    ```
+    """
+    if pools is None or not isinstance(cache, Cache):
+        return
+    if isinstance(cache.layers[-1], FrozenPools):
+        cache.layers[-1] = pools[0].pools
+    else:
+        cache.layers.append(pools[0].pools)
+
+
+def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | None]) -> tuple[int, ...]:
+    """The size of the pool in every layer, from what the caller of `generate` says.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        document_pool (`int`, `bool` or `Sequence[int | None]`): one size; `True` for
+            `config.document_pool_eval`; or one for each layer (anything for a dense one).
+
+    Raises:
+        ValueError: if a size is no integer from the routed experts that a token picks to those there are, the
+            config has none, or the model has always-active experts, for which pools are not defined.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.prompt_pool import pool_sizes
+    >>> pool_sizes(EmoConfig(num_hidden_layers=2), [32, 64])
+    (32, 64)
+
+    ```
+    """
+    layers = config.layer_experts
+    if document_pool is True:
+        if config.document_pool_eval is None:
+            raise ValueError(
+                "`document_pool=True` needs `config.document_pool_eval`: set it, or give the size."
+            )
+        document_pool = config.document_pool_eval
+    is_list = isinstance(document_pool, Sequence) and not isinstance(document_pool, str)
+    sizes: list[Any] = list(document_pool) if is_list else [document_pool] * len(layers)  # type: ignore
+    if len(sizes) != len(layers):
+        raise ValueError(
+            f"`document_pool` has {len(sizes)} sizes, expected one for each of {len(layers)} layers."
+        )
+    most = max((layer.num_routed for layer in layers if not layer.is_dense), default=0)
+    for index, (size, layer) in enumerate(zip(sizes, layers, strict=True)):
+        if layer.is_dense:
+            sizes[index] = 0
+            continue
+        if layer.always_active:
+            raise ValueError(
+                f"Document pools are not defined with always-active experts, which layer {index} has."
+            )
+        # One size for layers of different numbers of experts restricts those that have more.
+        picked, largest = layer.top_k - layer.num_shared, layer.num_routed if is_list else most
+        if not isinstance(size, int) or isinstance(size, bool) or not picked <= size <= largest:
+            raise ValueError(
+                f"`document_pool` is {size!r} in layer {index}, expected an integer from {picked}, the "
+                f"routed experts that a token picks, to {largest}, those there are."
+            )
+    return tuple(sizes)

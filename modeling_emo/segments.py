@@ -1,0 +1,203 @@
+"""Documents in batches: where they begin, and how many there are.
+
+Where documents begin is read from EOS tokens, from position ids that start again or from the lengths of
+packed sequences. Nothing here loops over documents, waits for the device or depends on values for its shapes
+(but for `lengths_from_segments`, and `count_segments` on a CPU), so that it compiles.
+
+Shape suffixes: B batch, S sequence, T = B * S tokens, N segments.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def segments_from_eos(
+    input_ids: torch.Tensor, eos_token_id: int | Sequence[int], *, eos_opens: bool
+) -> torch.Tensor:
+    """Number the documents of each row by their EOS tokens.
+
+    EMO has two conventions: for *routing* an EOS opens the next segment (one at position 0 changes nothing),
+    for *attention* it closes its own document.
+
+    Args:
+        input_ids (`torch.Tensor`): (B, S) token ids.
+        eos_token_id (`int` or `Sequence[int]`): the EOS token or tokens.
+        eos_opens (`bool`): whether an EOS belongs to the segment after it (routing) or before it (attention).
+
+    Returns:
+        `torch.Tensor`: (B, S) int64, 0 for the first segment of each row.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import segments_from_eos
+    >>> ids = torch.tensor([[1, 2, 9, 3, 4, 9, 5, 6]])
+    >>> segments_from_eos(ids, 9, eos_opens=True).tolist()
+    [[0, 0, 1, 1, 1, 2, 2, 2]]
+    >>> segments_from_eos(ids, 9, eos_opens=False).tolist()
+    [[0, 0, 0, 1, 1, 1, 2, 2]]
+
+    ```
+    """
+    eos = torch.as_tensor(eos_token_id, device=input_ids.device)
+    is_eos = torch.isin(input_ids, eos)
+    starts = is_eos[:, 1:] if eos_opens else is_eos[:, :-1]
+    return F.pad(starts.long(), (1, 0)).cumsum(dim=1)
+
+
+def segments_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number the documents of each row by where its position ids start again.
+
+    Args:
+        position_ids (`torch.Tensor`): (B, S); a position that is not larger than the one before begins a
+            document.
+
+    Returns:
+        `torch.Tensor`: (B, S) int64, 0 for the first segment of each row.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import segments_from_positions
+    >>> segments_from_positions(torch.tensor([[0, 1, 2, 0, 1, 0]])).tolist()
+    [[0, 0, 0, 1, 1, 2]]
+
+    ```
+    """
+    starts = position_ids[:, 1:] <= position_ids[:, :-1]
+    return F.pad(starts.long(), (1, 0)).cumsum(dim=1)
+
+
+def segments_from_lengths(cumulative_lengths: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Number the documents of packed rows, end to end, by their cumulative lengths (`cu_seq_lens_q`).
+
+    Args:
+        cumulative_lengths (`torch.Tensor`): (N + 1,), starting at 0, as `DataCollatorWithFlattening` makes
+            them.
+        num_tokens (`int`): T.
+
+    Returns:
+        `torch.Tensor`: (1, T) int64.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import segments_from_lengths
+    >>> segments_from_lengths(torch.tensor([0, 3, 5]), 5).tolist()
+    [[0, 0, 0, 1, 1]]
+
+    ```
+    """
+    positions = torch.arange(num_tokens, device=cumulative_lengths.device)
+    return torch.searchsorted(cumulative_lengths[1:].contiguous(), positions, right=True).unsqueeze(0)
+
+
+def lengths_from_segments(
+    segments_BS: torch.Tensor, attention_mask_BS: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
+    """Cumulative lengths of the documents of all rows, end to end, as flash attention takes them.
+
+    Padding before or after a document counts as a document of its own.
+
+    Args:
+        segments_BS (`torch.Tensor`): (B, S) segment numbers or document ids.
+        attention_mask_BS (`torch.Tensor`, *optional*): (B, S), 0 or false for padding.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: (N + 1,) int32, from 0 to B * S; the longest length.
+
+    Raises:
+        ValueError: if the mask has another shape, or padding lies inside a document: lengths cannot leave it
+            out. (Not seen where this is compiled.)
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import lengths_from_segments
+    >>> lengths_from_segments(torch.tensor([[0, 0, 1], [0, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]))
+    (tensor([0, 2, 3, 4, 6], dtype=torch.int32), 2)
+
+    ```
+    """
+    if attention_mask_BS is None:
+        attention_mask_BS = torch.ones_like(segments_BS)
+    if attention_mask_BS.shape != segments_BS.shape:
+        raise ValueError(
+            f"The attention mask has shape {tuple(attention_mask_BS.shape)}, expected "
+            f"{tuple(segments_BS.shape)}: flash attention tells documents and padding apart by tokens."
+        )
+    real_BS = attention_mask_BS.to(segments_BS.device, torch.bool)
+    starts_BS = torch.ones_like(real_BS)
+    starts_BS[:, 1:] = (segments_BS[:, 1:] != segments_BS[:, :-1]) | (real_BS[:, 1:] != real_BS[:, :-1])
+    # Flash attention launches its kernels for so many documents, the longest of so many tokens: numbers
+    # that the host waits for, here and once a forward. (With a tensor of the longest it would in each layer.)
+    start_N = starts_BS.flatten().nonzero().flatten()
+    cumulative = F.pad(start_N, (0, 1), value=segments_BS.numel()).int()
+    segment_N, real_N = flatten_segments(segments_BS)[start_N], real_BS.flatten()[start_N]
+    # Within a document tokens and padding take turns: tokens, padding, tokens is one that padding cuts.
+    cut = ((segment_N[2:] == segment_N[:-2]) & real_N[2:]).any()
+    longest, is_cut = torch.stack([cumulative.diff().max(), cut.int()]).tolist()
+    if not torch.compiler.is_compiling() and is_cut:
+        raise ValueError(
+            "Padding lies inside a document, where flash attention cannot leave it out: move it to an end, "
+            "or use eager, sdpa or flex attention."
+        )
+    return cumulative, longest
+
+
+def flatten_segments(segments_BS: torch.Tensor) -> torch.Tensor:
+    """Make segment numbers differ between rows: (B, S) to (T,), in the order of rows and of segments within
+    them.
+
+    Numbers of one row must start at 0 and grow by at most one from token to token, as those of the functions
+    above do, or be arbitrary ids that are constant within a document; then equal ids in one row are one
+    document.
+
+    Args:
+        segments_BS (`torch.Tensor`): (B, S) segment numbers or document ids.
+
+    Returns:
+        `torch.Tensor`: (T,) int64 from 0, without gaps.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo import flatten_segments
+    >>> flatten_segments(torch.tensor([[0, 0, 1], [0, 1, 2]])).tolist()
+    [0, 0, 1, 2, 3, 4]
+
+    ```
+    """
+    starts = F.pad((segments_BS[:, 1:] != segments_BS[:, :-1]).long(), (1, 0), value=1)
+    return starts.flatten().cumsum(0) - 1
+
+
+def count_segments(segment_T: torch.Tensor) -> int:
+    """How many rows the table of pools needs: the number of segments, or T where asking would cost.
+
+    Reading the number off an accelerator waits for it, and a compiled graph cannot depend on it. There the
+    table has a row for every token, of which most stay empty.
+
+    Args:
+        segment_T (`torch.Tensor`): segment numbers from `flatten_segments`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.segments import count_segments
+    >>> count_segments(torch.tensor([0, 0, 1, 2, 2]))
+    3
+
+    ```
+    """
+    if segment_T.device.type != "cpu" or torch.compiler.is_compiling():
+        return len(segment_T)
+    return int(segment_T[-1]) + 1

@@ -1,0 +1,124 @@
+"""The other way round: the experts never to use, and the subset that remains without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..configuration import EmoConfig, LayerExperts
+from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+
+
+def remaining_subset(
+    expert_subset: Any, exclude_experts: Any, config: EmoConfig, folder: str | None = None
+) -> ExpertSubset:
+    """A subset without the experts never to use, known to fit a model.
+
+    Args:
+        expert_subset: whatever `ExpertSubset.of` takes, or `None` for all experts of the model.
+        exclude_experts: experts to leave out, in root numbering: one list of ids a layer (`None` or empty for
+            none), ids by layer, or an `ExpertSubset`, its file or its JSON data, of which shared and
+            always-active experts stay. `None` for none. Ids that the model does not hold change nothing.
+        config (`EmoConfig`): the model's config.
+        folder (`str`, *optional*): the model's folder, for subsets that go by a name.
+
+    Returns:
+        `ExpertSubset`: in root numbering.
+
+    Raises:
+        SubsetError: if either does not fit the model, a shared or always-active expert is to be left out, or
+            too few are left.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.subsets.exclusion import remaining_subset
+    >>> config = EmoConfig(num_hidden_layers=2, num_experts=8, num_experts_per_tok=4)
+    >>> remaining_subset(None, {1: [0, 2]}, config).experts
+    [[0, 1, 2, 3, 4, 5, 6, 7], [1, 3, 4, 5, 6, 7]]
+
+    ```
+    """
+    layers = config.layer_experts
+    if expert_subset is None:
+        present = [
+            None if layer.is_dense else ids
+            for layer, ids in zip(layers, present_experts(config), strict=True)
+        ]
+        # The model as it is may lack shared experts already: nothing that it holds is dropped.
+        expert_subset = ExpertSubset(present)
+    subset = ExpertSubset.of(expert_subset, folder).for_model(config)
+    if exclude_experts is None:
+        return subset
+    excluded = excluded_experts(exclude_experts, config, folder)
+    experts = [
+        None if ids is None else [e for e in ids if e not in never]
+        for ids, never in zip(subset.experts, excluded, strict=True)
+    ]
+    for index, (ids, never) in enumerate(zip(experts, excluded, strict=True)):
+        if ids == [] and never:
+            raise SubsetError(f"Nothing remains of layer {index} without its experts {sorted(never)}.")
+    fields = {name: getattr(subset, name) for name in subset.__dataclass_fields__}
+    return ExpertSubset(**fields | {"experts": experts}).for_model(config)
+
+
+def excluded_experts(exclude_experts: Any, config: EmoConfig, folder: str | None = None) -> list[set[int]]:
+    """The experts never to use, for each layer, in root numbering; see `remaining_subset`.
+
+    Args:
+        exclude_experts, config, folder: as in `remaining_subset`.
+
+    Raises:
+        SubsetError: as there.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.subsets.exclusion import excluded_experts
+    >>> config = EmoConfig(num_hidden_layers=2, num_experts=8, num_experts_per_tok=4)
+    >>> excluded_experts([[3], []], config)
+    [{3}, set()]
+
+    ```
+    """
+    layers = config.layer_experts
+    by_layer = isinstance(exclude_experts, Mapping) and not any(isinstance(k, str) for k in exclude_experts)
+    if by_layer:
+        wrong = [k for k in exclude_experts if not isinstance(k, int) or not 0 <= k < len(layers)]
+        if wrong:
+            raise SubsetError(f"There is no layer {wrong[0]!r}: expected 0 to {len(layers) - 1}.")
+        exclude_experts = [exclude_experts.get(index) for index in range(len(layers))]
+    # A subset is of a domain, whose shared experts are everybody's; ids that somebody wrote down are meant.
+    is_subset = isinstance(exclude_experts, ExpertSubset | str | os.PathLike | Mapping)
+    subset = ExpertSubset.of(exclude_experts, folder)
+    if len(subset.experts) != len(layers):
+        raise SubsetError(
+            f"The exclusion has {len(subset.experts)} layers, the model {len(layers)}: give one list of ids "
+            "a layer, or ids by layer."
+        )
+    if subset.local_ids:
+        subset = subset.for_model(config)
+    excluded = []
+    for index, (ids, layer, present, size) in enumerate(
+        zip(subset.experts, layers, present_experts(config), root_experts(config), strict=True)
+    ):
+        outside = [e for e in ids or () if e >= size]
+        if outside:
+            raise SubsetError(f"Layer {index} has no expert {outside[0]}: expected ids from 0 to {size - 1}.")
+        protected = _protected(layer, present)
+        shared = sorted(protected & set(ids or ()))
+        if shared and not is_subset:
+            raise SubsetError(
+                f"Expert {shared[0]} of layer {index} cannot be excluded: every token uses it (shared or "
+                "always active)."
+            )
+        excluded.append(set(ids or ()) - protected)
+    return excluded
+
+
+def _protected(layer: LayerExperts, present: list[int]) -> set[int]:
+    """The shared and always-active experts of a layer, in root numbering."""
+    return {*present[layer.num_routed :], *(present[e] for e in layer.always_active)}

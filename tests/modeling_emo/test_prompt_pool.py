@@ -1,0 +1,392 @@
+"""Pools chosen from the prompt: the right experts, frozen, in every way of generating; one clear error."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import pytest
+import torch
+from conftest import TOY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, DynamicCache, QuantizedCache, StaticCache, pipeline
+from transformers_emo import EmoForCausalLM
+from transformers_emo.modeling_emo.prompt_pool import FrozenPools, cached_pools, pool_sizes
+
+PROMPTS = [[5, 17, 60, 2, 1, 33, 8, 90], [44, 71, 12, 9, 28]]  # 1 is the EOS token
+NEW = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+DICT = NEW | {"return_dict_in_generate": True, "output_logits": True}
+VARIANTS = {
+    "released": ({}, 5),
+    "no shared": ({"num_shared_experts": 0}, 4),
+    "other sizes per layer": ({"num_experts_per_layer": [12, 6, 9]}, 6),
+    "a pool size per layer": ({}, [3, 8, 11]),
+    "dense first": ({"num_experts_per_layer": [0, 12, 12], "dense_intermediate_size": 40}, [None, 4, 6]),
+    "grouped queries": ({"num_key_value_heads": 2}, 5),
+}
+
+
+def batch(prompts=PROMPTS):
+    """Token ids and mask, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def fixed(model, dropped):
+    """A context in which experts `dropped` (E,) bool of each layer have router logits of minus infinity."""
+    bias = {
+        id(layer.mlp.gate.weight): torch.zeros(len(out)).masked_fill(out, float("-inf"))
+        for layer, out in zip(model.model.layers, dropped, strict=False)
+        if out is not None
+    }
+    linear = torch.nn.functional.linear
+    return mock.patch("torch.nn.functional.linear", lambda x, w, b=None: linear(x, w, bias.get(id(w), b)))
+
+
+@torch.no_grad()
+def naive_pools(model, prompt, sizes):
+    """The pools of one prompt, layer by layer, each from a new run with the layers before restricted."""
+    dropped = []
+    for index, (layer, size) in enumerate(zip(model.config.layer_experts, sizes, strict=True)):
+        if layer.is_dense:
+            dropped.append(None)
+            continue
+        with fixed(model, dropped):
+            routers = model(torch.tensor([prompt]), output_router_logits=True).router_logits
+        logits = routers[index - dropped.count(None)][:, : layer.num_routed]
+        sums = logits.softmax(-1).sum(0).tolist()
+        best = sorted(range(layer.num_routed), key=lambda e: -sums[e])[:size]
+        out = torch.ones(layer.num_experts, dtype=torch.bool)
+        out[layer.num_routed :] = False
+        out[best] = False
+        dropped.append(out)
+    return dropped
+
+
+@torch.no_grad()
+def naive_generate(model, tokens, dropped, steps=7):
+    """Greedy tokens of one sequence and their logits: the whole sequence anew for every token, no cache."""
+    tokens, logits = list(tokens), []
+    with fixed(model, dropped):
+        for _ in range(steps):
+            logits.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1])
+            tokens.append(int(logits[-1].argmax()))
+    return tokens, torch.stack(logits)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, make_model):
+    changes, pool = VARIANTS[request.param]
+    return make_model(**changes), pool
+
+
+def test_generation_is_a_forward_with_the_pools_of_each_prompt_fixed(variant):
+    model, pool = variant
+    out = model.generate(**batch(), document_pool=pool, **DICT)
+    frozen = cached_pools(out.past_key_values)
+    sizes = pool_sizes(model.config, pool)
+    for row, prompt in enumerate(PROMPTS):
+        dropped = naive_pools(model, prompt, sizes)
+        for layer, outside_BR, expected in zip(
+            model.config.layer_experts, frozen.outside, dropped, strict=True
+        ):
+            assert (outside_BR is None) == layer.is_dense
+            if outside_BR is not None:
+                assert torch.equal(outside_BR[row], expected[: layer.num_routed])
+        tokens, logits = naive_generate(model, prompt, dropped)
+        assert out.sequences[row, -len(tokens) :].tolist() == tokens
+        torch.testing.assert_close(torch.stack(out.logits)[:, row], logits, atol=2e-5, rtol=1e-5)
+    plain = model.generate(**batch(), **DICT)
+    assert not torch.allclose(plain.logits[0], out.logits[0], atol=1e-2)  # the pools do matter here
+
+
+def test_pools_are_those_of_training_with_the_prompt_as_one_document(make_model):
+    model = make_model()
+    prompt = torch.tensor([PROMPTS[0]])  # with an EOS inside
+    out = model.generate(prompt, document_pool=5, **DICT)
+    document = torch.zeros_like(prompt)
+    with torch.no_grad():
+        trained = model(prompt, document_pool=5, document_ids=document, use_cache=False).logits
+    torch.testing.assert_close(out.logits[0], trained[:, -1], atol=2e-5, rtol=1e-5)
+    with torch.no_grad():  # the same with the lengths drawn in training
+        model.train()
+        sizes = torch.full((3, 1), 5)
+        trained = model(prompt, document_pool_sizes=sizes, document_ids=document, use_cache=False).logits
+    torch.testing.assert_close(out.logits[0], trained[:, -1], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("two_shared", [False, True])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"past_key_values": DynamicCache},
+        {"past_key_values": StaticCache},
+        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 3},
+        {"prefill_chunk_size": 3, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_every_cache_gives_the_same_tokens(make_model, way, two_shared):
+    model = make_model(**{"num_shared_experts": 2} if two_shared else {})
+    expected = model.generate(**batch(), document_pool=4, **DICT)
+    if way.get("past_key_values") is StaticCache:
+        way = {"past_key_values": StaticCache(config=model.config, max_cache_len=32)}
+    elif "past_key_values" in way:
+        way = {"past_key_values": DynamicCache()}
+    out = model.generate(**batch(), document_pool=4, **DICT | way)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=2e-5, rtol=1e-5)
+
+
+def test_chunks_bound_what_goes_through_the_experts_at_once(make_model):
+    model, seen = make_model(), []
+    model.model.layers[1].mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    model.generate(**batch(), document_pool=4, prefill_chunk_size=3, **NEW)
+    assert seen[:3] == [6, 6, 4] and set(seen[3:]) == {2}  # 8 tokens of two sequences, then one of each
+
+
+def test_quantised_cache(make_model):
+    model = make_model(hidden_size=64)
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    try:
+        model.generate(**batch(), **DICT | settings)
+    except (ImportError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+        pytest.skip(f"Transformers' quantised cache does not work here: {error}")
+    out = model.generate(**batch(), document_pool=4, **DICT | settings)
+    expected = model.generate(**batch(), document_pool=4, **DICT)
+    assert isinstance(out.past_key_values, QuantizedCache)
+    assert torch.equal(
+        cached_pools(out.past_key_values).outside[0], cached_pools(expected.past_key_values).outside[0]
+    )
+    similar = torch.nn.functional.cosine_similarity(
+        torch.stack(out.logits), torch.stack(expected.logits), dim=-1
+    )
+    assert similar.mean() > 0.95
+
+
+@pytest.mark.parametrize("changes", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+def test_beams_keep_the_pools_of_their_prompt(make_model, changes):
+    model = make_model()
+    scores = NEW | {"return_dict_in_generate": True, "output_scores": True} | changes
+    out = model.generate(**batch(), document_pool=4, **scores)
+    anew = model.generate(**batch(), document_pool=4, use_cache=False, **scores)
+    assert torch.equal(out.sequences, anew.sequences)
+    torch.testing.assert_close(out.sequences_scores, anew.sequences_scores)
+    alone = model.generate(torch.tensor([PROMPTS[1]]), document_pool=4, **scores)
+    returned = changes.get("num_return_sequences", 1)
+    torch.testing.assert_close(out.sequences_scores[returned:], alone.sequences_scores)
+
+
+def test_sampled_sequences_of_one_prompt_share_its_pools(make_model):
+    model = make_model()
+    out = model.generate(**batch(), document_pool=4, **DICT | {"do_sample": True, "num_return_sequences": 3})
+    outside_BR = cached_pools(out.past_key_values).outside[1].view(2, 3, -1)
+    assert (outside_BR == outside_BR[:, :1]).all() and not torch.equal(outside_BR[0], outside_BR[1])
+
+
+@pytest.mark.parametrize("assistant", ["another EMO", "prompt lookup"])
+def test_assisted_generation_chooses_from_the_prompt_alone(make_model, assistant):
+    model = make_model()
+    prompt = torch.tensor([[5, 17, 60, 5, 17, 60, 5, 17]])
+    expected = model.generate(prompt, document_pool=4, **DICT)
+    with_help = {"prompt_lookup_num_tokens": 3}
+    if assistant == "another EMO":
+        with_help = {"assistant_model": make_model(1)}
+    out = model.generate(prompt, document_pool=4, **DICT | with_help)
+    assert torch.equal(out.sequences, expected.sequences)
+    for got, same in zip(
+        cached_pools(out.past_key_values).outside, cached_pools(expected.past_key_values).outside, strict=True
+    ):
+        assert torch.equal(got, same)
+
+
+def test_the_pipeline_takes_a_pool():
+    model = EmoForCausalLM.from_pretrained(TOY)
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    options = {"document_pool": 4, "max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    [got] = write("Theorem plus_comm : forall", **options)
+    ids = tokenizer("Theorem plus_comm : forall", return_tensors="pt")
+    options.pop("return_full_text")
+    expected = model.generate(**ids, **options)[0, ids["input_ids"].shape[1] :]
+    assert got["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+class TestConversation:
+    """A cache that comes back, with the pools in it."""
+
+    def test_goes_on_with_the_pools_of_its_first_prompt(self, make_model):
+        model = make_model()
+        prompt = PROMPTS[0]
+        dropped = naive_pools(model, prompt, [4, 4, 4])
+        first = model.generate(torch.tensor([prompt]), document_pool=4, **DICT)
+        more = [*first.sequences[0].tolist(), 7, 20, 51]
+        tokens, logits = naive_generate(model, more, dropped)
+        for again in ({}, {"document_pool": 4}, {"prefill_chunk_size": 2}):
+            cache = copy.deepcopy(first.past_key_values)
+            out = model.generate(torch.tensor([more]), past_key_values=cache, **DICT | again)
+            assert out.sequences[0].tolist() == tokens
+            torch.testing.assert_close(torch.stack(out.logits)[:, 0], logits, atol=2e-5, rtol=1e-5)
+        with torch.no_grad():
+            step = model(out.sequences[:, -1:], past_key_values=out.past_key_values).logits
+        torch.testing.assert_close(
+            step[0, -1], naive_generate(model, tokens, dropped, 1)[1][0], atol=2e-5, rtol=1e-5
+        )
+
+    def test_of_sequences_picked_and_repeated(self, make_model):
+        model = make_model()
+        first = model.generate(**batch(), document_pool=4, **DICT)
+        before = [outside.clone() for outside in cached_pools(first.past_key_values).outside]
+        cache = first.past_key_values
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_repeat_interleave(2)
+        for outside_BR, old_BR in zip(cached_pools(cache).outside, before, strict=True):
+            assert torch.equal(outside_BR, old_BR[[1, 1]])
+        sequences = torch.cat([first.sequences[[1, 1]], torch.tensor([[7], [20]])], dim=1)
+        mask = torch.cat([batch()["attention_mask"][[1, 1]], torch.ones(2, 8, dtype=torch.long)], dim=1)
+        out = model.generate(sequences, attention_mask=mask, past_key_values=cache, **DICT)
+        dropped = naive_pools(model, PROMPTS[1], [4, 4, 4])
+        for row in (0, 1):
+            tokens, _ = naive_generate(model, sequences[row, 3:].tolist(), dropped)
+            assert out.sequences[row, 3:].tolist() == tokens
+
+    def test_a_cache_that_was_reset_takes_new_pools(self, make_model):
+        model = make_model()
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model.generate(torch.tensor([PROMPTS[0]]), document_pool=4, past_key_values=cache, **NEW)
+        cache.reset()
+        assert cached_pools(cache) is None
+        got = model.generate(torch.tensor([PROMPTS[1]]), document_pool=6, past_key_values=cache, **NEW)
+        assert torch.equal(got, model.generate(torch.tensor([PROMPTS[1]]), document_pool=6, **NEW))
+        assert cached_pools(cache).sizes == (6, 6, 6)
+
+    def test_false_leaves_the_pools(self, make_model):
+        model = make_model()
+        prompt = torch.tensor([PROMPTS[0]])
+        first = model.generate(prompt, document_pool=4, **DICT)
+        out = model.generate(
+            first.sequences, past_key_values=first.past_key_values, **DICT | {"document_pool": False}
+        )
+        cache = model.generate(prompt, document_pool=4, **DICT).past_key_values
+        cache.layers.pop()
+        expected = model.generate(first.sequences, past_key_values=cache, **DICT)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert torch.equal(model.generate(prompt, document_pool=False, **NEW), model.generate(prompt, **NEW))
+
+    def test_refuses_what_does_not_fit(self, make_model):
+        model = make_model()
+        prompt = torch.tensor([PROMPTS[0]])
+        plain = model.generate(prompt, **DICT)
+        with pytest.raises(ValueError, match="were read without document pools"):
+            model.generate(plain.sequences, past_key_values=plain.past_key_values, document_pool=4, **NEW)
+        pooled = model.generate(prompt, document_pool=4, **DICT)
+        with pytest.raises(ValueError, match=r"\[4, 4, 4\].*asks for \[5, 5, 5\]"):
+            model.generate(pooled.sequences, past_key_values=pooled.past_key_values, document_pool=5, **NEW)
+        with pytest.raises(ValueError, match="other prompts or of another model"):
+            model(torch.tensor([[3], [4]]), past_key_values=pooled.past_key_values)
+
+
+def test_the_decode_step_compiles_into_one_graph(make_model):
+    model = make_model()
+    model.set_experts_implementation("batched_mm")
+    prompt = torch.tensor(PROMPTS[:1] * 2)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    step = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    first = model.generate(prompt, document_pool=4, past_key_values=cache, **NEW | {"max_new_tokens": 1})
+    token, tokens = first[:, -1], [first[:, -1]]
+    with torch.no_grad():
+        for _ in range(3):
+            position = torch.full((2, 1), int(cache.get_seq_length()))
+            token = (
+                step(token[:, None], past_key_values=cache, position_ids=position).logits[:, -1].argmax(-1)
+            )
+            tokens.append(token)
+    expected = model.generate(prompt, document_pool=4, **NEW | {"max_new_tokens": 4})
+    assert torch.equal(torch.stack(tokens, 1), expected[:, prompt.shape[1] :])
+
+
+def test_pools_are_chosen_among_the_experts_of_a_subset(make_model):
+    model = make_model()
+    subset = [[0, 1, 2, 3, 4, 5, 6, 11]] * 3
+    out = model.generate(**batch(), document_pool=4, expert_subset=subset, **DICT)
+    for outside_BR in cached_pools(out.past_key_values).outside:
+        assert outside_BR[:, 7:].all() and (~outside_BR).sum(-1).tolist() == [4, 4]
+
+
+def test_the_largest_pool_restricts_nothing(make_model):
+    model = make_model()
+    out = model.generate(**batch(), document_pool=11, **DICT)
+    plain = model.generate(**batch(), **DICT)
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+
+
+def test_threads_have_pools_of_their_own(make_model):
+    model = make_model()
+    sizes = [None, 3, 5, 8]
+
+    def generate(size):
+        return model.generate(**batch(), document_pool=size, **NEW)
+
+    expected = [generate(size) for size in sizes]
+    with ThreadPoolExecutor(4) as threads:
+        for got, alone in zip(threads.map(generate, sizes * 3), expected * 3, strict=True):
+            assert torch.equal(got, alone)
+
+
+def test_generating_in_training_mode_counts_no_losses(make_model):
+    model = make_model(document_pool_min=3, document_pool_max=11)
+    expected = model.generate(**batch(), document_pool=4, **NEW)
+    assert torch.equal(model.train().generate(**batch(), document_pool=4, **NEW), expected)
+
+
+def test_true_is_the_size_of_the_config(make_model):
+    model = make_model(document_pool_eval=4)
+    expected = model.generate(**batch(), document_pool=4, **NEW)
+    assert torch.equal(model.generate(**batch(), document_pool=True, **NEW), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pool", "message"),
+    [
+        ({}, 2, "is 2 in layer 0, expected an integer from 3.*to 11"),
+        ({}, 12, "is 12 in layer 0"),
+        ({}, "8", "is '8' in layer 0"),
+        ({}, 4.0, "is 4.0 in layer 0"),
+        ({}, [4, 4], "has 2 sizes, expected one for each of 3 layers"),
+        (
+            {"num_experts_per_layer": [12, 6, 9]},
+            [4, 6, 4],
+            "is 6 in layer 1, expected an integer from 3.*to 5",
+        ),
+        ({}, True, "needs `config.document_pool_eval`"),
+        ({"num_shared_experts": 0, "always_active_experts": [3]}, 4, "always-active experts, which layer 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(make_model, changes, pool, message):
+    model = make_model(**changes)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**batch(), document_pool=pool, **NEW)
+    assert model.generate(**batch(), **NEW).shape == (2, 15)  # and nothing is left behind
+
+
+def test_continuous_batching_is_refused(make_model):
+    with pytest.raises(ValueError, match="Continuous batching"):
+        make_model().generate(**batch(), document_pool=4, cache_implementation="paged", **NEW)
+
+
+@settings(deadline=None)
+@given(data=st.data(), size=st.integers(1, 5), repeats=st.integers(1, 3))
+def test_pools_follow_their_sequences(data, size, repeats):
+    indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=6))
+    pools = FrozenPools([2, 0])
+    pools.outside[0] = torch.arange(size)[:, None] == torch.arange(5)  # one row for each sequence
+    assert pools.is_chosen
+    pools.batch_repeat_interleave(repeats)
+    picked = [sequence * repeats for sequence in indices]
+    pools.batch_select_indices(torch.tensor(picked))
+    pools.crop(-1)
+    assert pools.outside[0].int().argmax(-1).tolist() == indices and pools.outside[1] is None
