@@ -191,7 +191,7 @@ def _add_write_back(commands: Any) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    convert = commands.add_parser("convert", help="convert a checkpoint to the released layout")
+    convert = commands.add_parser("convert", help="convert checkpoints from one layout to another")
     kinds = convert.add_subparsers(dest="kind", required=True)
     olmo_core = kinds.add_parser(
         "olmo-core-to-hf",
@@ -212,6 +212,48 @@ def _add_convert(commands: Any) -> None:
         "--verify", action="store_true", help="compare logits with those of the training checkpoint"
     )
     olmo_core.set_defaults(run=_convert_olmo_core)
+    back = kinds.add_parser(
+        "hf-to-olmo-core",
+        help="a model, to go on training it with OLMo-core",
+        description="Convert a model folder to a step folder of OLMo-core, tensor by tensor: parameters in "
+        "float32 and config.json, no state of an optimiser.",
+    )
+    back.add_argument("model", metavar="MODEL", help="folder with config.json and safetensors weights")
+    back.add_argument("out", metavar="OUT", help="the folder to make, such as step0")
+    back.add_argument(
+        "--original",
+        metavar="STEP",
+        help="a step of the run it comes from, for padded vocabulary rows (zeros otherwise), data, optimiser",
+    )
+    back.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_setting,
+        help="a setting of training, such as document_pool_min=8; may be repeated",
+    )
+    back.add_argument("--verify", action="store_true", help="read everything back and compare it")
+    back.set_defaults(run=_convert_to_olmo_core)
+    upgrade = kinds.add_parser(
+        "upgrade",
+        help="an older EMO repository, or a standard mixture of experts, as a clean folder",
+        description="Make a clean Transformers 5 folder of a repository with legacy names or remote code, or "
+        "of a standard mixture of experts that an EMO computes exactly. Weights are copied byte for byte.",
+    )
+    upgrade.add_argument("repo", metavar="REPO", help="folder or Hub repository")
+    upgrade.add_argument("out", metavar="OUT", help="the folder to make")
+    upgrade.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_setting,
+        help="a setting of training, such as document_pool_min=8; may be repeated",
+    )
+    upgrade.add_argument("--link", action="store_true", help="hard links to the weights instead of copies")
+    upgrade.add_argument("--revision", help="of the Hub repository")
+    upgrade.set_defaults(run=_upgrade)
 
 
 def _add_shard(commands: Any) -> None:
@@ -304,6 +346,26 @@ def _cache(parsed: argparse.Namespace) -> None:
         sizes = f"{part.present / 1e6:.1f} of {part.size / 1e6:.1f} MB"
         print(f"{part.repo_id}  {part.file}  {sizes}  ({commits})")
     print(f"{sum(part.present for part in parts) / 1e6:.1f} MB in parts of {len(parts)} files")
+
+
+def _convert_to_olmo_core(parsed: argparse.Namespace) -> None:
+    from .conversion import convert_to_olmo_core
+
+    convert_to_olmo_core(
+        parsed.model,
+        parsed.out,
+        original=parsed.original,
+        settings=dict(parsed.set),
+        verify=parsed.verify,
+    )
+
+
+def _upgrade(parsed: argparse.Namespace) -> None:
+    from .conversion import upgrade_checkpoint
+
+    upgrade_checkpoint(
+        parsed.repo, parsed.out, settings=dict(parsed.set), link=parsed.link, revision=parsed.revision
+    )
 
 
 def _retention(parsed: argparse.Namespace) -> None:

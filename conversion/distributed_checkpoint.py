@@ -71,12 +71,41 @@ class StoredTensor:
         for chunk in self._chunks:
             self._start(chunk)
 
-    def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def ranges(self, start: int, stop: int) -> list[tuple[str, int, int, int]] | None:
+        """Where the bytes of rows lie, if each chunk holds whole rows.
+
+        Args:
+            start, stop (`int`): the first row and the one after the last.
+
+        Returns:
+            `list[tuple[str, int, int, int]]` or `None`: file, first byte, number of bytes, and how many bytes
+            of the rows come before; `None` if chunks cut rows.
+
+        Raises:
+            CheckpointError: if a chunk is missing, cut short or damaged.
+
+        Example: see `DistributedCheckpoint`.
+        """
+        if not self.shape or any(chunk.sizes[1:] != self.shape[1:] for chunk in self._chunks):
+            return None
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        found = []
+        for chunk in self._chunks:
+            first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
+            if first < last:
+                begin = self._start(chunk) + (first - chunk.offsets[0]) * row_bytes
+                found.append((chunk.file, begin, (last - first) * row_bytes, (first - start) * row_bytes))
+        return found
+
+    def rows(
+        self, start: int = 0, stop: int | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Read rows of the first dimension.
 
         Args:
             start (`int`, defaults to 0): the first.
             stop (`int`, *optional*): the one after the last; all by default.
+            out (`torch.Tensor`, *optional*): filled and returned: of the rows' shape and dtype, contiguous.
 
         Returns:
             `torch.Tensor` of shape `(stop - start, *shape[1:])`, contiguous, in the checkpoint's dtype.
@@ -89,7 +118,7 @@ class StoredTensor:
         if not self.shape:
             return self._read(self._chunks[0], 0, 1).reshape(())
         stop = self.shape[0] if stop is None else stop
-        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype) if out is None else out
         for chunk in self._chunks:
             first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
             if first < last:
@@ -145,6 +174,8 @@ class DistributedCheckpoint:
     >>> checkpoint["w"].rows(1, 3)
     tensor([[2, 3],
             [4, 5]])
+    >>> [length for file, start, length, before in checkpoint["w"].ranges(1, 3)]
+    [32]
     >>> checkpoint.close()
 
     ```

@@ -6,9 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +15,17 @@ from transformers import GenerationConfig
 
 from ..configuration import EmoConfig
 from ..subsets import CheckpointError
-from ..subsets.model_folder import TOKENIZER_FILES
+from ..subsets.model_folder import TOKENIZER_FILES, check_new, new_folder
 from ..subsets.safetensors_files import size_in_bytes, write_json
-from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
+from .distributed_checkpoint import DistributedCheckpoint
 from .olmo_core_config import read_config
+from .olmo_core_layout import PREFIX, TensorPart, training_layout
+from .part_writer import PartWriter
 from .safetensors_writer import PlannedTensor, plan_shards, write_checkpoint
 from .verification import verify_logits
 
-_PREFIX = "model."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVENANCE = "conversion.json"
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A tensor of the released layout: rows of one of the checkpoint's, perhaps reshaped or transposed."""
-
-    name: str
-    shape: tuple[int, ...]
-    source: str
-    start: int
-    stop: int
-    transposed: bool = False
-
-    def read(self, tensor: StoredTensor) -> torch.Tensor:
-        rows = tensor.rows(self.start, self.stop)
-        return rows.T if self.transposed else rows.reshape(self.shape)
 
 
 def convert_olmo_core(
@@ -58,8 +40,9 @@ def convert_olmo_core(
 ) -> EmoConfig:
     """Convert a training checkpoint to the released layout, for `from_pretrained`.
 
-    Tensors are read, converted and written one after the other. The folder appears under its name when it is
-    whole; a run that is killed leaves at most a folder `.<name>.*.partial` beside it.
+    Tensors are read, converted and written a few at a time, in several threads. The folder appears under its
+    name when it is whole; a run that is killed leaves at most `.<name>.partial` beside it, which the next one
+    removes.
 
     Args:
         step_folder (`str` or `os.PathLike`): a `step<N>` folder: `config.json` and `model_and_optim/`,
@@ -97,79 +80,31 @@ def convert_olmo_core(
     step_folder, out = Path(step_folder), Path(out)
     wanted = _dtype(dtype)
     size = size_in_bytes(max_shard_size)
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists already: name a folder that does not.")
+    check_new(out)
     tokenizer_files = _tokenizer_files(tokenizer)
     config = read_config(step_folder / "config.json")
     checkpoint = DistributedCheckpoint(step_folder / "model_and_optim")
-    partial = None
     try:
         parts = _plan(config, checkpoint, progress)
         shards = plan_shards([PlannedTensor(part.name, part.shape) for part in parts], wanted, size)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        hashes = write_checkpoint(partial, shards, wanted, _tensors(parts, checkpoint, progress))
-        config.dtype = wanted
-        config.save_pretrained(partial)
-        _generation_config(config).save_pretrained(partial)
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / file.name)
-        difference = verify_logits(partial, checkpoint, config, wanted) if verify else None
-        write_json(partial / PROVENANCE, _provenance(step_folder, wanted, parts, hashes, difference))
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)  # made for this user alone
-        os.rename(partial, out)
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with new_folder(out) as folder:
+            hashes = _write(folder, shards, wanted, parts, checkpoint, progress)
+            config.dtype = wanted
+            config.save_pretrained(folder)
+            generation_config(config).save_pretrained(folder)
+            for file in tokenizer_files:
+                shutil.copyfile(file, folder / file.name)
+            difference = verify_logits(folder, checkpoint, config, wanted) if verify else None
+            write_json(folder / PROVENANCE, _provenance(step_folder, wanted, parts, hashes, difference))
     finally:
         checkpoint.close()
     return config
 
 
-def _plan(config: EmoConfig, checkpoint: DistributedCheckpoint, progress: bool) -> list[_Part]:
+def _plan(config: EmoConfig, checkpoint: DistributedCheckpoint, progress: bool) -> list[TensorPart]:
     """What is written, in order. Every tensor of the model is used, is of its shape and is whole."""
-    width, vocabulary, f = config.hidden_size, config.vocab_size, config.intermediate_size
-    head_dim = width // config.num_attention_heads
-    kv_width = head_dim * (config.num_key_value_heads or config.num_attention_heads)
-    parts: list[_Part] = []
-    shapes: dict[str, tuple[int | None, ...]] = {}
-
-    def add(name: str, source: str, *shape: int, rows: int | None = -1) -> None:
-        """A tensor as it is; `rows=None`: the first of more rows."""
-        parts.append(_Part(name, shape, _PREFIX + source, 0, shape[0]))
-        shapes[_PREFIX + source] = (rows if rows != -1 else shape[0], *shape[1:])
-
-    add("model.embed_tokens.weight", "embeddings.weight", vocabulary, width, rows=None)
-    for layer, experts in enumerate(config.layer_experts):
-        to, block = f"model.layers.{layer}", f"blocks.{layer}"
-        add(f"{to}.pre_attention_layernorm.weight", f"{block}.attention_norm.weight", width)
-        for theirs, ours, rows in (("q", "q", width), ("k", "k", kv_width), ("v", "v", kv_width)):
-            add(f"{to}.self_attn.{ours}_proj.weight", f"{block}.attention.w_{theirs}.weight", rows, width)
-        add(f"{to}.self_attn.o_proj.weight", f"{block}.attention.w_out.weight", width, width)
-        add(f"{to}.pre_feedforward_layernorm.weight", f"{block}.feed_forward_norm.weight", width)
-        if experts.is_dense:
-            add(f"{to}.mlp.gate_proj.weight", f"{block}.feed_forward.w1.weight", f, width)
-            add(f"{to}.mlp.up_proj.weight", f"{block}.feed_forward.w3.weight", f, width)
-            add(f"{to}.mlp.down_proj.weight", f"{block}.feed_forward.w2.weight", width, f)
-            continue
-        count = experts.num_experts
-        router = f"{_PREFIX}{block}.feed_forward_moe.router.weight"
-        parts.append(_Part(f"{to}.mlp.gate.weight", (count, width), router, 0, count * width))
-        shapes[router] = (count * width,)
-        stacked = f"{_PREFIX}{block}.feed_forward_moe.experts.mlp"
-        for expert in range(count):
-            rows_of = (expert * f, (expert + 1) * f)
-            name = f"{to}.mlp.experts.{expert}"
-            parts.append(_Part(f"{name}.gate_proj.weight", (f, width), f"{stacked}.w1", *rows_of))
-            parts.append(_Part(f"{name}.up_proj.weight", (f, width), f"{stacked}.w3", *rows_of))
-            parts.append(_Part(f"{name}.down_proj.weight", (width, f), f"{stacked}.w2", *rows_of, True))
-        shapes |= {f"{stacked}.{w}": (count * f, width) for w in ("w1", "w2", "w3")}
-    add("model.norm.weight", "lm_head.norm.weight", width)
-    add("lm_head.weight", "lm_head.w_out.weight", vocabulary, width, rows=None)
-    _check(shapes, vocabulary, checkpoint, progress)
+    parts, shapes = training_layout(config)
+    _check(shapes, config.vocab_size, checkpoint, progress)
     return parts
 
 
@@ -179,7 +114,7 @@ def _check(
     checkpoint: DistributedCheckpoint,
     progress: bool,
 ) -> None:
-    unknown = [name for name in checkpoint.names if name.startswith(_PREFIX) and name not in shapes]
+    unknown = [name for name in checkpoint.names if name.startswith(PREFIX) and name not in shapes]
     if unknown:
         raise CheckpointError(
             f"The checkpoint has {len(unknown)} parameters that its config does not explain, such as "
@@ -199,15 +134,45 @@ def _check(
         tensor.check()
 
 
-def _tensors(parts: list[_Part], checkpoint: DistributedCheckpoint, progress: bool) -> Iterator[torch.Tensor]:
-    with tqdm(total=len(parts), desc="Converting", unit="tensor", disable=not progress) as bar:
-        for part in parts:
-            yield part.read(checkpoint[part.source])
-            bar.update()
+def _write(
+    folder: Path,
+    shards: dict[str, list[PlannedTensor]],
+    dtype: torch.dtype,
+    parts: list[TensorPart],
+    checkpoint: DistributedCheckpoint,
+    progress: bool,
+) -> dict[str, str]:
+    by_name = {part.name: part for part in parts}
+    writer = PartWriter(checkpoint, dtype)
+    try:
+        with tqdm(total=len(parts), desc="Converting", unit="tensor", disable=not progress) as bar:
+            return write_checkpoint(
+                folder,
+                shards,
+                dtype,
+                lambda name, descriptor, offset: writer.write(by_name[name], descriptor, offset),
+                done=bar.update,
+            )
+    finally:
+        writer.close()
 
 
-def _generation_config(config: EmoConfig) -> GenerationConfig:
-    """As released, but the padding token under the name that `generate` reads (not `pad_token`)."""
+def generation_config(config: EmoConfig) -> GenerationConfig:
+    """As released, but the padding token under the name that `generate` reads (not `pad_token`).
+
+    Args:
+        config (`EmoConfig`): the model's, for the special tokens.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.conversion.olmo_core import generation_config
+    >>> generation_config(EmoConfig()).pad_token_id
+    100277
+
+    ```
+    """
     return GenerationConfig(
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
@@ -219,7 +184,7 @@ def _generation_config(config: EmoConfig) -> GenerationConfig:
 def _provenance(
     step_folder: Path,
     dtype: torch.dtype,
-    parts: list[_Part],
+    parts: list[TensorPart],
     hashes: dict[str, str],
     difference: float | None,
 ) -> dict[str, Any]:

@@ -25,6 +25,11 @@ _POOL_ROUTERS = ("MoETwoLevelBatchLBReduceDPSharedExpRandPoolRouterConfig",)
 _DENSE_BLOCKS = ("default",)
 _MOE_BLOCKS = ("moe",)
 
+SHARED_EXPERTS_DIFFER = (
+    "in training each has the weight 1, in released EMO models their weights are a softmax of the token's "
+    "logits and sum to 1. They agree for one shared expert only: no conversion keeps what the model computes"
+)
+
 
 def read_config(path: Path) -> EmoConfig:
     """Read the `config.json` beside a training checkpoint.
@@ -107,7 +112,8 @@ class _Settings:
 def _config(root: _Settings) -> EmoConfig:
     model = root.at("model")
     block = model.at("block")
-    attention = block.at("sequence_mixer", block.values.get("attention"))
+    is_older = block.values.get("sequence_mixer") is None and block.values.get("attention") is not None
+    attention = block.at("attention" if is_older else "sequence_mixer")
     rope, norm, head = attention.at("rope"), block.at("layer_norm"), model.at("lm_head")
     tokenizer = root.at("dataset").at("tokenizer")
     model.only(block_overrides=({},), block_pattern=([],), embed_scale=(1, 1.0), embedding_norm=())
@@ -208,8 +214,7 @@ def _experts(moe: _Settings, layers: int) -> dict[str, Any]:
     shared = 0 if kind in _NO_POOL_ROUTERS[:2] else router.get("num_shared_experts", int, 1)
     if shared > 1:
         raise ValueError(
-            f"`{router.name}num_shared_experts` is {shared}: in training each has the weight 1, in released "
-            "EMO models their weights sum to 1. They agree for one shared expert only."
+            f"`{router.name}num_shared_experts` of the training config is {shared}: {SHARED_EXPERTS_DIFFER}."
         )
     experts, top_k = moe.whole("num_experts", 10_000), router.whole("top_k")
     if top_k > experts:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode
 from transformers.utils import cached_file
+
+from .safetensors_files import write_json
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,19 +30,28 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 GENERATION_CONFIG = "generation_config.json"
+_PLAN = ".plan.json"
 
 
 @contextmanager
-def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+def new_folder(out: str | os.PathLike, *, plan: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """A folder to write to, which gets its name when all went well and is removed otherwise.
 
-    A run that is killed leaves at most `.<name>.*.partial` beside it.
+    It is `.<name>.partial` until then, and locked, so that two runs do not write to it at once. What a run
+    that was killed left of it is removed first.
 
     Args:
-        out (`str` or `os.PathLike`): the name.
+        out (`str` or `os.PathLike`): the name; its parents are made too.
+        plan (`Mapping[str, Any]`, *optional*): what is made from what, in types of JSON, for runs that can be
+            gone on with. What an earlier run with the same plan left is kept then, and so is what this one
+            leaves if it fails.
+
+    Yields:
+        `Path`: the folder, empty but for what an earlier run with the same plan left.
 
     Raises:
-        FileExistsError: if it exists.
+        FileExistsError: if `out` exists.
+        BlockingIOError: if another run is writing it.
 
     Example:
 
@@ -53,16 +69,69 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     out = Path(out)
     check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    partial = out.with_name(f".{out.name}.partial")
+    lock = _claim(partial, out)
     try:
+        if plan is None or _plan_of(partial) != json.loads(json.dumps(plan)):
+            _empty(partial)
+        if plan is not None:
+            write_json(partial / _PLAN, dict(plan))
         yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)  # made for this user alone
+        check_new(out)
+        (partial / _PLAN).unlink(missing_ok=True)
         partial.rename(out)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if plan is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _claim(partial: Path, out: Path) -> int | None:
+    """Make the folder in progress and lock it. The lock ends with the process, however that ends."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise FileExistsError(f"{partial} is needed for writing {out} and is no folder: remove it.")
+    partial.mkdir(exist_ok=True)
+    if fcntl is None:
+        return None
+    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # NFS and some others do not lock folders: there it goes on without
+        if not _is(lock, partial):
+            raise BlockingIOError
+    except BlockingIOError as error:
+        os.close(lock)
+        raise BlockingIOError(
+            f"Another run is writing {out}: wait for it, or name another folder."
+        ) from error
+    return lock
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether a path still names an open folder: another run may have renamed it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
+
+
+def _plan_of(partial: Path) -> Any:
+    try:
+        return json.loads((partial / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _empty(folder: Path) -> None:
+    for left in folder.iterdir():
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def check_new(out: Path) -> None:

@@ -135,6 +135,24 @@ def header_of(tensors: Mapping[str, Layout]) -> bytes:
             "data_offsets": [position, end],
         }
         position = end
+    return encode_header(entries)
+
+
+def encode_header(entries: Mapping[str, Any]) -> bytes:
+    """The beginning of a safetensors file, given its JSON object; padded so that tensors are aligned.
+
+    Args:
+        entries (`Mapping[str, Any]`): the object.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.safetensors_files import encode_header
+    >>> encode_header({})
+    b'\\x08\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}      '
+
+    ```
+    """
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text

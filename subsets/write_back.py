@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,13 +24,18 @@ from .expert_tensors import Part, PartOfModel, parts_of_model
 from .hub_files import HubFiles
 from .library import LIBRARY, library_names
 from .loading import lazy_parameters, open_checkpoint
-from .model_folder import GENERATION_CONFIG, TOKENIZER_FILES, check_new, check_space, copy_companions
-from .safetensors_files import write_json
+from .model_folder import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    check_new,
+    check_space,
+    copy_companions,
+    new_folder,
+)
 from .safetensors_header import CheckpointError, TensorSpan
 
 _BUFFER_BYTES = 1 << 24
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PLAN, _LOCK = "write_back.json", "lock"
 # Routers of two models have nothing in common (cosine near 0); training moves one by little.
 _LEAST_COSINE = 0.5
 
@@ -145,7 +147,7 @@ def write_back(
             "full": base.fingerprint,
             "tuned": [model.fingerprint for model in others],
         }
-        with _work_folder(out, plan) as work:
+        with new_folder(out, plan=plan) as work:
             _write_files(base, sources, weight, work, out, progress)
             _copy_rest(base, work, hub_kwargs)
     finally:
@@ -291,37 +293,6 @@ def _check_same_root(base: _Model, model: _Model) -> None:
                 f"cosine of {cosine:.2f} with those of the same experts, expected about 1. Give the model it "
                 "was taken from, or check_root=False if it is right."
             )
-
-
-@contextmanager
-def _work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The folder in progress, which gets the name `out` when all went well and stays otherwise.
-
-    Files of another plan are removed; only one process can be in it.
-    """
-    work = out.with_name(f".{out.name}.partial")
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OSError(f"Another run is writing {out}: wait for it, or stop it.") from error
-        written = work / _PLAN
-        plan = json.loads(json.dumps(plan))
-        try:
-            same = json.loads(written.read_text(encoding="utf-8")) == plan
-        except (OSError, ValueError):
-            same = False
-        if not same:
-            for path in sorted(work.rglob("*"), reverse=True):
-                if path.name != _LOCK:
-                    path.rmdir() if path.is_dir() else path.unlink()
-            write_json(written, plan)
-        yield work
-        check_new(out)
-        written.unlink()
-        (work / _LOCK).unlink()
-        work.rename(out)
 
 
 def _write_files(

@@ -1,5 +1,6 @@
 """Training checkpoints to the released layout."""
 
+import dataclasses
 import io
 import json
 import os
@@ -128,16 +129,10 @@ def test_verification_finds_a_wrong_conversion(wrong, step10, tmp_path, monkeypa
         elif wrong == "gate and up":
             swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
             names = [".".join(swap.get(word, word) for word in name.split(".")) for name in names]
+        parts = [dataclasses.replace(part, name=name) for name, part in zip(names, parts, strict=True)]
         if wrong == "not transposed":  # the same numbers in another order
-            monkeypatch.setattr(
-                olmo_core._Part,
-                "read",
-                lambda part, tensor: tensor.rows(part.start, part.stop).reshape(part.shape),
-            )
-        return [
-            olmo_core._Part(name, *list(vars(part).values())[1:])
-            for name, part in zip(names, parts, strict=True)
-        ]
+            parts = [dataclasses.replace(part, transposed=False) for part in parts]
+        return parts
 
     monkeypatch.setattr(olmo_core, "_plan", plan)
     with pytest.raises(ValueError, match="logits differ"):
@@ -222,6 +217,7 @@ SETTINGS = {
     "model.d_model": (None, 0, "64", True, 65),
     "model.n_layers": (10**9, 3.0),
     "model.block.name": ("reordered_norm", "normalized", None),
+    "model.block.sequence_mixer": (None, "attention"),
     "model.block.sequence_mixer.qk_norm": ({"name": "rms"},),
     "model.block.sequence_mixer.bias": (True,),
     "model.block.sequence_mixer.rope.scaling": ({"factor": 8},),
@@ -306,8 +302,9 @@ def test_a_run_that_is_killed_leaves_nothing_under_the_name(step10, tmp_path):
     code = (
         "import sys, time\n"
         "from transformers_emo.conversion import convert_olmo_core, olmo_core\n"
-        "read = olmo_core._Part.read\n"
-        "olmo_core._Part.read = lambda *a: (print('tensor', flush=True), time.sleep(0.05), read(*a))[2]\n"
+        "write = olmo_core.PartWriter.write\n"
+        "slow = lambda *a: (print('tensor', flush=True), time.sleep(0.05), write(*a))[2]\n"
+        "olmo_core.PartWriter.write = slow\n"
         "convert_olmo_core(sys.argv[1], sys.argv[2], progress=False)\n"
     )
     words = [sys.executable, "-c", code, str(step10), str(tmp_path / "out")]
@@ -317,16 +314,21 @@ def test_a_run_that_is_killed_leaves_nothing_under_the_name(step10, tmp_path):
     process.kill()
     process.wait()
     process.stdout.close()
-    assert not (tmp_path / "out").exists() and len(list(tmp_path.glob(".out.*.partial"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     convert_olmo_core(step10, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert same(load(tmp_path / "out"), load(EXPECTED))
 
 
 def test_an_error_while_writing_leaves_nothing(step10, tmp_path, monkeypatch):
-    def fail(part, tensor):
-        raise OSError("disk full")
+    write = olmo_core.PartWriter.write
 
-    monkeypatch.setattr(olmo_core._Part, "read", fail)
+    def fail(writer, part, descriptor, offset):
+        if part.name == "model.layers.1.mlp.experts.3.up_proj.weight":
+            raise OSError("disk full")
+        write(writer, part, descriptor, offset)
+
+    monkeypatch.setattr(olmo_core.PartWriter, "write", fail)
     with pytest.raises(OSError, match="disk full"):
         convert_olmo_core(step10, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,6 @@
 """Fine-tuned subsets go back into the full model: only what is meant to changes, to the byte."""
 
 import errno
-import fcntl
 import hashlib
 import shutil
 import signal
@@ -317,12 +316,12 @@ class TestInterruptions:
 
     def test_two_runs_do_not_write_to_one_folder(self, models, tmp_path):
         full, tuned = models
-        work = tmp_path / ".out.partial"
-        work.mkdir()
-        with open(work / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(KeyboardInterrupt), model_folder.new_folder(tmp_path / "out") as work:
+            (work / "of another run").touch()
             with pytest.raises(OSError, match="Another run is writing"):
                 write_back(full, tuned, out=tmp_path / "out", progress=False)
+            assert [path.name for path in work.iterdir()] == ["of another run"]
+            raise KeyboardInterrupt
         write_back(full, tuned, out=tmp_path / "out", progress=False)
         assert same_files(tmp_path / "expected", tmp_path / "out")
 

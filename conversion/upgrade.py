@@ -1,0 +1,209 @@
+"""Older repositories, and standard mixtures of experts of other families, as clean folders for this library.
+
+Weights stay as they are, byte for byte. A model of another family is taken only where an EMO computes exactly
+what it computes; otherwise the reason is said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
+from ..subsets import Checkpoint, CheckpointError
+from ..subsets.model_folder import check_new, new_folder
+from ..subsets.safetensors_files import write_json
+from .model_config import emo_config, read_model_config
+from .olmo_core import PROVENANCE, generation_config
+from .olmo_core_layout import training_layout
+from .other_families import emo_name, emo_settings
+from .safetensors_writer import rename_tensors
+
+# Beside these and what is written anew everything is kept.
+_CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_WRITTEN_ANEW = {"config.json", "generation_config.json", "model.safetensors.index.json", PROVENANCE}
+
+
+def upgrade_checkpoint(
+    repo: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    link: bool = False,
+    revision: str | None = None,
+    progress: bool = True,
+) -> EmoConfig:
+    """Make a clean folder for Transformers 5 of an older repository, or of a standard mixture of experts.
+
+    - EMO under any of its names, with remote code or without: `config.json` says `emo`, names no remote code
+      and asks for no router logits; code and pickles stay behind; the padding token of
+      `generation_config.json` stands under the name that `generate` reads.
+    - Mixtral: as an EMO without shared experts, with `norm_topk_prob`. Tensors are renamed, their bytes kept.
+      In float32 logits are equal.
+    - OLMoE and Qwen's mixtures of experts are refused: they normalise queries and keys, have biases or a
+      shared expert with a gate of its own, which an EMO has not.
+
+    With `settings` the model is ready for annealing with document pools.
+
+    Args:
+        repo (`str` or `os.PathLike`): a folder, or a Hub repository, which is downloaded without its code.
+        out (`str` or `os.PathLike`): the folder to make; it must not exist.
+        settings (`Mapping[str, Any]`, *optional*): settings of training, such as `document_pool_min` and
+            `document_pool_max`; see `convert_to_olmo_core`.
+        link (`bool`, defaults to `False`): make hard links to the weights instead of copies, where tensors
+            are not renamed and the disk is the same. Whatever changes one then changes the other.
+        revision (`str`, *optional*): of a Hub repository.
+        progress (`bool`, defaults to `True`): show a progress bar.
+
+    Returns:
+        `EmoConfig`: the new folder's.
+
+    Raises:
+        CheckpointError: if the weights are pickled, incomplete, damaged or not those that the config
+            describes.
+        ValueError: if the model is of another family and an EMO does not compute the same; the message says
+            why. Also for an unknown setting.
+        FileExistsError: if `out` exists.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.conversion import upgrade_checkpoint
+    >>> pools = {"document_pool_min": 3, "document_pool_max": 31}
+    >>> upgrade_checkpoint("model_cards/toy-emo", tmp_path / "emo", settings=pools).document_pool_max
+    31
+
+    ```
+    """
+    out = Path(out)
+    check_new(out)
+    folder = Path(repo)
+    if not folder.is_dir():
+        ignored = [f"*{suffix}" for suffix in sorted(_CODE_AND_PICKLES)]
+        folder = Path(snapshot_download(str(repo), revision=revision, ignore_patterns=ignored))
+    content = read_model_config(folder)
+    weights = Checkpoint.from_folder(folder)
+    weights.source.close()
+    is_emo = content.get("model_type") in (EmoConfig.model_type, LEGACY_MODEL_TYPE)
+    config = emo_config(content if is_emo else emo_settings(content, weights.tensors), settings or {})
+    names = {name: name if is_emo else emo_name(content["model_type"], name) for name in weights.tensors}
+    _check_weights({names[name]: span.shape for name, span in weights.tensors.items()}, config)
+    files = sorted({span.file for span in weights.tensors.values()})
+    kept = _kept_files(folder)
+    with new_folder(out) as partial:
+        for file in tqdm(files, "Copying", unit="file", disable=not progress):
+            if not is_emo:
+                rename_tensors(folder / file, partial / file, names)
+            elif link:
+                _link(folder / file, partial / file)
+            else:
+                shutil.copyfile(folder / file, partial / file)
+        if len(files) > 1 or files[0] != "model.safetensors":
+            _write_index(folder, partial, names, weights)
+        config.save_pretrained(partial)
+        _generation_config(folder, config).save_pretrained(partial)
+        for path in kept:
+            _copy_without_code(path, partial / path.name)
+        left = sorted(path.name for path in folder.iterdir() if path.suffix in _CODE_AND_PICKLES)
+        provenance = {"converted_from": content.get("model_type"), "tensors": len(names), "left_out": left}
+        write_json(partial / PROVENANCE, provenance)
+    return config
+
+
+def _check_weights(shapes: dict[str, tuple[int, ...]], config: EmoConfig) -> None:
+    expected = {part.name: part.shape for part in training_layout(config)[0]}
+    dense = {f"model.layers.{i}.mlp." for i, layer in enumerate(config.layer_experts) if layer.is_dense}
+    for name, shape in list(expected.items()):
+        is_dense = name[: name.find(".mlp.") + len(".mlp.")] in dense
+        if (config.attention_bias and ".self_attn." in name) or (config.dense_mlp_bias and is_dense):
+            expected[name.replace(".weight", ".bias")] = shape[:1]
+    if config.tie_word_embeddings:  # some tools save the head too
+        expected.pop("lm_head.weight")
+        shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    unknown, missing = shapes.keys() - expected.keys(), expected.keys() - shapes.keys()
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint has {len(unknown)} tensors that config.json does not explain, such as "
+            f"{min(unknown)}: it is of another model."
+        )
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint lacks {len(missing)} tensors that config.json asks for, such as {min(missing)}: "
+            "download it again."
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{name} is of shape {list(shapes[name])}, expected {list(shape)} by config.json."
+            )
+
+
+def _kept_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.suffix not in _CODE_AND_PICKLES | {".safetensors"}
+        and not path.name.endswith(".index.json")
+        and path.name not in _WRITTEN_ANEW
+    )
+
+
+def _copy_without_code(source: Path, target: Path) -> None:
+    """A copy; `tokenizer_config.json` without the name of code that stays behind."""
+    if source.name != "tokenizer_config.json":
+        shutil.copyfile(source, target)
+        return
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+        has_code = "auto_map" in content
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{source} is no JSON object: download it again.") from error
+    if has_code:
+        del content["auto_map"]
+        write_json(target, content)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(os.path.realpath(source), target)  # the Hub's cache holds links to its files
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+
+
+def _write_index(folder: Path, partial: Path, names: dict[str, str], weights: Checkpoint) -> None:
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        metadata = index.get("metadata", {})
+    except (OSError, ValueError, AttributeError):
+        metadata = {}
+    weight_map = {names[name]: span.file for name, span in weights.tensors.items()}
+    write_json(partial / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def _generation_config(folder: Path, config: EmoConfig) -> GenerationConfig:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return generation_config(config)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        settings = {
+            name: value
+            for name, value in content.items()
+            if name not in ("pad_token", "_from_model_config", "transformers_version")
+        }
+        tokens = {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+        return GenerationConfig(**tokens | settings)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no generation config: {error}") from error
