@@ -129,13 +129,13 @@ class EmoGenerationMixin(GenerationMixin):
         token = _request.set(request)
         try:
             with masked:
-                return super().generate(*args, **kwargs)
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             _request.reset(token)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # noqa: D102
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # type: ignore[override]  # noqa: D102
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         request = _request.get()
         if request is not None:
             # Of padding, only this mask tells: for a static cache the inputs have a 4-D one.
@@ -147,10 +147,10 @@ class EmoGenerationMixin(GenerationMixin):
         chunk_size = generation_config.prefill_chunk_size
         is_chosen = cache is None or cached_pools(cache) is not None
         if request is None or request.sizes is None or chunk_size is None or is_chosen:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         request.tokens_at_once, generation_config.prefill_chunk_size = chunk_size, None
         try:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         finally:
             generation_config.prefill_chunk_size = chunk_size
 

@@ -254,10 +254,11 @@ def keep_pools(cache: Any, pools: Sequence[FrozenPool] | None) -> None:
     """
     if pools is None or not isinstance(cache, Cache):
         return
-    if isinstance(cache.layers[-1], FrozenPools):
-        cache.layers[-1] = pools[0].pools
+    layers: list[Any] = cache.layers
+    if isinstance(layers[-1], FrozenPools):
+        layers[-1] = pools[0].pools
     else:
-        cache.layers.append(pools[0].pools)
+        layers.append(pools[0].pools)
 
 
 def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | None]) -> tuple[int, ...]:

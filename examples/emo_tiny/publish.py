@@ -57,6 +57,7 @@ def publish_weights(runs: Path, texts: Path, cards: Path) -> None:
     for name in MODELS:
         folder = cards / name
         model = EmoForCausalLM.from_pretrained(runs / name, dtype="bfloat16")
+        model.config.use_cache = True  # training had no use for it
         model.save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(runs / name / file, folder / file)

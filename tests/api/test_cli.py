@@ -57,7 +57,7 @@ def test_retention_measures_models_side_by_side(tmp_path, capsys):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (other / name).write_bytes((TOY / name).read_bytes())
     words = ["retention", str(TOY), f"bad={other}", *SMALL, "--out", str(tmp_path / "out"), "--seeds", "2"]
-    words += ["--calibration", "2", "--shares", "0.25", "0.125", "0.05", "--methods", "layerwise", "random"]
+    words += ["--calibration", "2", "--shares", "0.25", "0.125", "0.02", "--methods", "layerwise", "random"]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "| toy-emo | *experts kept* | 32 | 8 | 4 | – |" in printed and "toy-emo against bad" in printed
