@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path, default=Path("out/ablations"))
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these runs")
     parser.add_argument("--train-only", action="store_true", help="measure later")
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--windows", type=int, default=8, help="windows a step; one from each mixed document")
     parser.add_argument("--texts", type=Path, default=Path("corpus"), help="documents to measure on")
     parser.add_argument("--test", type=int, default=16, help="test documents a domain")

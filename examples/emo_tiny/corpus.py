@@ -7,8 +7,8 @@
         --data-files 'wiki=data/wiki/*' 'math=data/open-web-math/*' 'papers=data/pes2o/*'    # a Hub dataset
 
 `OUT/{train,calibration,test}/<domain>.jsonl` hold a document a line: `text`, `domain`, `source` (package and
-path) and `licence`. `OUT/manifest.json` names every package with its version and SHA-256, and `OUT/README.md`
-sums up.
+path) and `licence`. `OUT/licences` has the packages' own words on that, `OUT/manifest.json` names every
+package with its version and SHA-256, and `OUT/README.md` sums up.
 
 Packages are fetched with `apt-get download` and `pip download` and unpacked in a cache folder: nothing is
 installed and no root is needed, but the package lists must be there (`apt-get update`). The same versions
@@ -62,6 +62,16 @@ def add_packages(corpus: Corpus, packages: dict[str, Package]) -> None:
         say(
             domain.name, corpus.add(domain.name, domain.title, found, domain.language, domain.licence_headers)
         )
+
+
+def write_licences(packages: dict[str, Package], out: Path) -> None:
+    """What each package says of copyright and licence, for those who pass on documents of it."""
+    out.mkdir(exist_ok=True)
+    for package in packages.values():
+        places = ("usr/share/doc/*/copyright", "*.dist-info/licenses/**/*")
+        files = sorted(file for place in places for file in package.folder.glob(place) if file.is_file())
+        text = "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+        write_text(out / f"{package.name}.txt", text)
 
 
 def add_dataset(corpus: Corpus, found: dict[str, list[Document]]) -> None:
@@ -137,10 +147,7 @@ def build(args: argparse.Namespace) -> None:
     removed = corpus.finish()
     print(f"removed: {removed} documents that overlap a held-back one of another domain", flush=True)
     domains = {name: asdict(report) for name, report in corpus.reports.items()}
-    origin = None
-    if args.dataset:
-        keys = ("dataset", "name", "split", "data_files", "text_column", "domain_column", "limit_mb")
-        origin = {key: getattr(args, key) for key in keys}
+    write_licences(packages, args.out / "licences")
     listed = sorted(packages.values(), key=lambda package: (package.kind, package.name))
     manifest = {
         "settings": asdict(settings),
@@ -149,7 +156,12 @@ def build(args: argparse.Namespace) -> None:
         "domains": domains,
     }
     write_text(manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    print(f"checked: none of {verify(args.out):,} held-back documents is in another split", flush=True)
+    try:
+        checked = verify(args.out)
+    except ValueError:
+        manifest_file.unlink()
+        raise
+    print(f"checked: none of {checked:,} held-back documents is in another split", flush=True)
     folder = args.out / f"tokenizer-{args.vocab_size}"
     train_tokenizer(args.out, args.vocab_size, folder)
     tokens = dict.fromkeys(corpus.reports, 0)

@@ -35,7 +35,7 @@ MODELS = {"emo-tiny": "EMO", "std-tiny": "standard mixture of experts"}
 BASELINE = "std-tiny"
 TEMPLATE = Path(__file__).parent / "card.md"
 RECIPE = Path(__file__).parent / "emo-tiny.yaml"
-# Documents whose licence allows passing them on alone, without the package they come from.
+# Documents that may be passed on where these go along: copyright and licence as their packages have them.
 LICENCES = ("BSD-3-Clause", "CC0-1.0", "PostgreSQL", "public domain", "MPL-2.0", "CECILL-B")
 DOCUMENTS = {"calibration": 8, "test": 8}
 KEPT = 16  # experts of the ready subsets
@@ -43,7 +43,8 @@ CHARACTERS = 6000  # of a document; a window of the model is about a third of it
 RESULTS = [  # of the measuring, to the card's folder `results`
     *(f"retention/{name}" for name in ("measurements.jsonl", "retention.csv", "retention.md", "claims.json")),
     *(f"retention/{name}.png" for name in ("retention", "retention_domains", "topics")),
-    *("ablations/README.md", "ablations/retention.csv", "fine-tuned/README.md", "prompts/README.md"),
+    *("ablations/README.md", "ablations/retention.csv", "prompts/README.md"),
+    *("fine-tuned/README.md", "fine-tuned/measurements.jsonl"),
 ]
 FROM_CONFIG = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
@@ -87,15 +88,26 @@ def write_documents(texts: Path, out: Path) -> None:
             free = [row for row in map(json.loads, lines) if row["licence"] in LICENCES]
             rows += [row | {"text": row["text"][:CHARACTERS], "split": split} for row in free[:number]]
         if {row["split"] for row in rows} == set(DOCUMENTS):
+            for package in {row["source"].split("/")[0] for row in rows}:
+                licence = (texts / "licences" / f"{package}.txt").read_text(encoding="utf-8")
+                write_text(out / "licences" / f"{package}.txt", licence)
             write_text(out / file.name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def publish_cards(results: Path, cards: Path) -> None:
+def publish_cards(results: Path, texts: Path, cards: Path) -> None:
     """Copy the results and write the cards."""
+    for name in ("README.md", "manifest.json"):
+        target = cards / "emo-tiny" / "results" / "corpus" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(texts / name, target)
     for name in RESULTS:
         target = cards / "emo-tiny" / "results" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / name, target)
+    picture = cards / BASELINE / "results" / "retention"
+    picture.mkdir(parents=True, exist_ok=True)
+    for name in ("retention", "retention_domains", "topics"):
+        shutil.copyfile(results / "retention" / f"{name}.png", picture / f"{name}.png")
     for name in MODELS:
         write_text(cards / name / "README.md", card(name, cards))
 
@@ -110,11 +122,10 @@ def card(name: str, cards: Path) -> str:
     model = EmoForCausalLM.from_pretrained(folder)
     cosines = json.loads((results / "retention" / "claims.json").read_text())["topic_cosine"]
     steps, windows = recipe.training["max_steps"], recipe.training["windows_per_step"]
-    mean_table = markdown(retention).split("\n\n## Next-token")[0].split("\n", 2)[2]
+    means, accuracies = markdown(retention).split("\n\n## Next-token accuracy\n\n")
     values = {
         "name": name,
         "kind": kind,
-        "results": "results" if name == "emo-tiny" else "../emo-tiny/results",
         "other": next(other for other in MODELS if other != name),
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}",
         "megabytes": f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f}",
@@ -130,7 +141,9 @@ def card(name: str, cards: Path) -> str:
         "windows": windows,
         "window": recipe.data.window,
         "warmup": recipe.training["warmup_steps"],
-        "retention": mean_table,
+        "retention": means.split("\n", 2)[2],
+        "accuracy": accuracies.split("\n\n## ")[0],
+        "domains": ", ".join(retention.domains),
         "claims": claims_text(claims(retention, baseline=BASELINE)),
         "cosine": cosines[name]["mean"],
         "other_cosine": next(c["mean"] for other, c in cosines.items() if other in MODELS and other != name),
@@ -160,7 +173,7 @@ def main() -> None:
     if args.step == "weights":
         publish_weights(args.runs, args.texts, args.cards)
     else:
-        publish_cards(args.results, args.cards)
+        publish_cards(args.results, args.texts, args.cards)
 
 
 if __name__ == "__main__":
