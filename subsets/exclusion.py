@@ -95,6 +95,8 @@ def excluded_experts(
     ```
     """
     layers = config.layer_experts
+    if isinstance(exclude_experts, Mapping) and all(str(k).isdecimal() for k in exclude_experts):
+        exclude_experts = {int(k): ids for k, ids in exclude_experts.items()}  # JSON has no keys but text
     by_layer = isinstance(exclude_experts, Mapping) and not any(isinstance(k, str) for k in exclude_experts)
     if by_layer:
         wrong = [k for k in exclude_experts if not isinstance(k, int) or not 0 <= k < len(layers)]

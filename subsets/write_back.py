@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import uuid
@@ -32,6 +33,7 @@ from .model_folder import (
     copy_companions,
     new_folder,
 )
+from .safetensors_files import write_json
 from .safetensors_header import CheckpointError, TensorSpan
 
 _BUFFER_BYTES = 1 << 24
@@ -128,8 +130,8 @@ def write_back(
     out = Path(out)
     check_new(out)
     parts = _parts(what)
-    if not 0 <= weight <= 1:
-        raise ValueError(f"`weight` is {weight}, expected 0 to 1: 1 replaces, 0 changes nothing.")
+    if isinstance(weight, str) or not 0 <= weight <= 1:
+        raise ValueError(f"`weight` is {weight!r}, expected 0 to 1: 1 replaces, 0 changes nothing.")
     several = tuned if isinstance(tuned, Sequence) and not isinstance(tuned, str) else [tuned]
     if not several:
         raise ValueError("Got no tuned model: give at least one.")
@@ -384,3 +386,6 @@ def _copy_rest(base: _Model, work: Path, hub_kwargs: dict[str, Any]) -> None:
         (work / LIBRARY).mkdir(exist_ok=True)
         names += [f"{LIBRARY}/{name}.json" for name in library_names(folder)]
     copy_companions(base.label, names, work, **hub_kwargs)
+    config = json.loads((work / "config.json").read_text(encoding="utf-8"))
+    if config.pop("auto_map", None) is not None:  # the code that it names stays behind: Transformers has it
+        write_json(work / "config.json", config)

@@ -42,6 +42,13 @@ def test_the_rest_remains(make_checkpoint, never, tmp_path):
     )
 
 
+def test_layers_may_be_text_as_json_has_them(make_model):
+    config = make_model().config
+    assert remaining_subset(None, {"1": [0, 2]}, config) == remaining_subset(None, {1: [0, 2]}, config)
+    with pytest.raises(SubsetError, match="no layer 9"):
+        remaining_subset(None, {"9": [0]}, config)
+
+
 def test_a_subset_and_an_exclusion_hold_together(make_checkpoint, tmp_path):
     folder = make_checkpoint()
     subset = ExpertSubset([[0, 1, 2, 3, 11]] * 3)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import shutil
 import signal
 import subprocess
@@ -246,6 +247,16 @@ def test_other_files_of_the_full_model_come_along(make_checkpoint, tmp_path):
     assert EmoForCausalLM.from_pretrained(tmp_path / "out", expert_subset="math")
 
 
+def test_code_that_stays_behind_is_not_named(make_checkpoint, tmp_path, edit_json):
+    full = make_checkpoint()
+    edit_json(full / "config.json", auto_map={"AutoModelForCausalLM": "modeling_emo.EmoForCausalLM"})
+    trained(full, FIRST, tmp_path / "tuned")
+    write_back(full, tmp_path / "tuned", out=tmp_path / "out", progress=False)
+    config = json.loads((full / "config.json").read_text())
+    del config["auto_map"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
 class TestInterruptions:
     """A run can be stopped at any time, and goes on where it was."""
 
@@ -437,6 +448,7 @@ class TestRefusals:
             ({"what": ""}, "`what` is ''"),
             ({"weight": 1.5}, "`weight` is 1.5"),
             ({"weight": float("nan")}, "`weight` is nan"),
+            ({"weight": "1"}, "`weight` is '1'"),
         ],
     )
     def test_arguments(self, make_checkpoint, tmp_path, kwargs, message):
