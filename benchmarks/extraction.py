@@ -68,9 +68,7 @@ def main() -> None:
         extracting = timed(lambda: extract_subset(full, subset, small, progress=False), full)
         copying = timed(lambda: copy(small, here / "copy"), small)
         size = sum(file.stat().st_size for file in weights(small)) / 1e9
-        print(
-            f"{extracting / copying:.2f}  time of extracting {args.experts} experts, {size:.2f} GB / of copying them"
-        )
+        print(f"{extracting / copying:.2f}  time of extracting {args.experts} experts / of copying as much")
         print(f"{60 * size / extracting:.1f}  GB a minute, extracting")
         shutil.rmtree(here / "copy")
         writing = timed(lambda: write_back(full, small, out=here / "updated", progress=False), full, small)
