@@ -89,7 +89,8 @@ class EmoGenerationMixin(GenerationMixin):
             document_pool (`int`, `bool` or `Sequence[int | None]`, *optional*): routed experts in the pools:
                 one number or one a layer, from those that a token picks to those there are; `True` for
                 `config.document_pool_eval`; `False` for none, even if the cache has pools. Among the experts
-                of `expert_subset`, if given.
+                of `expert_subset`, if given. By default what `generation_config.document_pool` says, if it is
+                there.
             args, kwargs: as for every Transformers model.
 
         Raises:
@@ -119,6 +120,9 @@ class EmoGenerationMixin(GenerationMixin):
         """
         model: Any = self
         request = None
+        if document_pool is None:
+            settings = kwargs.get("generation_config") or model.generation_config
+            document_pool = getattr(settings, "document_pool", None)
         if document_pool is not None:
             _refuse_paged_cache(kwargs)
             sizes = None if document_pool is False else pool_sizes(model.config, document_pool)

@@ -8,6 +8,7 @@ the table, and `OUT/retention.csv` its numbers by domain.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,10 @@ VARIANTS = {
 def run(name: str, out: Path, budget: dict[str, Any]) -> Path:
     """Train a variant, or what is left of it; the folder of the model."""
     variant, folder = VARIANTS[name], out / name
+    said = folder / "budget.json"
+    if said.exists() and json.loads(said.read_text()) != budget:
+        raise ValueError(f"{folder} was trained with another budget, {said.read_text()}: name another OUT.")
+    write_text(said, json.dumps(budget))
     if (folder / "model.safetensors").exists():
         return folder
     recipe = Recipe.read(RECIPE, budget | {"output_dir": str(folder)} | variant.changes)

@@ -45,21 +45,7 @@ def test_mixed_windows_hold_every_token_once_in_spans_of_different_windows(scrip
         assert (mixed["document_ids"].diff() >= 0).all()
 
 
-def test_short_runs_make_the_table(tmp_path, monkeypatch, capsys):
-    toy, corpus = ROOT / "model_cards" / "toy-emo", tmp_path / "corpus"
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (corpus / "tokenizer-4096").mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (corpus / "tokenizer-4096" / name).write_text((toy / name).read_text())
-    for split in ("train", "calibration", "test"):
-        (corpus / split).mkdir()
-        for domain in ("coq", "man_fr"):
-            lines = (toy / "documents" / f"{domain}.jsonl").read_text().splitlines()
-            wanted = "test" if split == "test" else "calibration"
-            kept = [line for line in lines if json.loads(line)["split"] == wanted]
-            (corpus / split / f"{domain}.jsonl").write_text("\n".join(kept))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_short_runs_make_the_table(small_corpus, tmp_path, monkeypatch, capsys):
     names = ["standard", "local", "mixed-window"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "out", "--steps", "2", "--test", "2", "--only", *names])
     runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -73,3 +59,6 @@ def test_short_runs_make_the_table(tmp_path, monkeypatch, capsys):
     assert pools == [63, 7, 7]
     runpy.run_path(str(SCRIPT), run_name="__main__")  # goes on where it was: nothing is left to do
     assert "ce_loss" not in capsys.readouterr().out.split("8,192 tokens each")[-1]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "out", "--steps", "3", "--only", *names])
+    with pytest.raises(ValueError, match="trained with another budget"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -9,7 +9,7 @@ import torch
 from conftest import TOY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, DynamicCache, QuantizedCache, StaticCache, pipeline
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, QuantizedCache, StaticCache, pipeline
 from transformers_emo import EmoForCausalLM
 from transformers_emo.modeling_emo.prompt_pool import FrozenPools, cached_pools, pool_sizes
 
@@ -202,6 +202,18 @@ def test_assisted_generation_chooses_from_the_prompt_alone(make_model, assistant
         cached_pools(out.past_key_values).outside, cached_pools(expected.past_key_values).outside, strict=True
     ):
         assert torch.equal(got, same)
+
+
+def test_the_generation_config_may_ask_for_pools():
+    model = EmoForCausalLM.from_pretrained(TOY)
+    options = {**batch(), "max_new_tokens": 5, "do_sample": False}
+    plain, pooled = model.generate(**options), model.generate(**options, document_pool=4)
+    assert not plain.equal(pooled)
+    given = GenerationConfig(document_pool=4, pad_token_id=0)
+    assert model.generate(**options, generation_config=given).equal(pooled)
+    model.generation_config.document_pool = 4
+    assert model.generate(**options).equal(pooled)
+    assert model.generate(**options, document_pool=False).equal(plain)
 
 
 def test_the_pipeline_takes_a_pool():
