@@ -88,10 +88,19 @@ def test_damaged_training_configs(rounds, step10, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.fixture
+def errors_only():
+    """No warnings of what is damaged on purpose; other tests look at theirs."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.mark.usefixtures("errors_only")
 @pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("convert", [upgrade_checkpoint, convert_to_olmo_core])
 def test_damaged_model_configs(convert, rounds, make_checkpoint, tmp_path):
-    logging.set_verbosity_error()
     rng = random.Random(rounds)
     folder = make_checkpoint(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
     original = json.loads((folder / "config.json").read_text())
