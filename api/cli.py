@@ -225,14 +225,7 @@ def _add_convert(commands: Any) -> None:
         metavar="STEP",
         help="a step of the run it comes from, for padded vocabulary rows (zeros otherwise), data, optimiser",
     )
-    back.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        type=_setting,
-        help="a setting of training, such as document_pool_min=8; may be repeated",
-    )
+    _add_settings(back)
     back.add_argument("--verify", action="store_true", help="read everything back and compare it")
     back.set_defaults(run=_convert_to_olmo_core)
     upgrade = kinds.add_parser(
@@ -243,7 +236,14 @@ def _add_convert(commands: Any) -> None:
     )
     upgrade.add_argument("repo", metavar="REPO", help="folder or Hub repository")
     upgrade.add_argument("out", metavar="OUT", help="the folder to make")
-    upgrade.add_argument(
+    _add_settings(upgrade)
+    upgrade.add_argument("--link", action="store_true", help="hard links to the weights instead of copies")
+    upgrade.add_argument("--revision", help="of the Hub repository")
+    upgrade.set_defaults(run=_upgrade)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -251,9 +251,6 @@ def _add_convert(commands: Any) -> None:
         type=_setting,
         help="a setting of training, such as document_pool_min=8; may be repeated",
     )
-    upgrade.add_argument("--link", action="store_true", help="hard links to the weights instead of copies")
-    upgrade.add_argument("--revision", help="of the Hub repository")
-    upgrade.set_defaults(run=_upgrade)
 
 
 def _add_shard(commands: Any) -> None:
