@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from .model_experts import (
     subset_config,
 )
 from .ranking import best_experts, sizes_by_mass
+from .subset_checks import SubsetError, as_layers, check_scores, checked_ids, is_id
 
 __all__ = [
     "ExpertSubset",
@@ -36,23 +34,6 @@ _FORMAT = "emo-expert-subset"
 _VERSION = 1
 # The authors' names of methods and ours, where they differ.
 AUTHORS_METHODS = {"greedy_layerwise": "layerwise"}
-
-
-class SubsetError(ValueError):
-    """An expert subset is malformed, or does not fit the model it is meant for.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import ExpertSubset, SubsetError
-    >>> try:
-    ...     ExpertSubset([[3, 3]])
-    ... except SubsetError as error:
-    ...     print(error)
-    Layer 0 names expert 3 twice: name each expert once.
-
-    ```
-    """
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,7 @@ class ExpertSubset:
     local_ids: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "experts", _checked_ids(self.experts))
+        object.__setattr__(self, "experts", checked_ids(self.experts))
         for name, expected, fits in (
             ("scores", "one list a layer", lambda v: isinstance(v, list) and len(v) == len(self.experts)),
             (
@@ -122,10 +103,10 @@ class ExpertSubset:
             (
                 "root_experts_per_layer",
                 "one number a layer",
-                lambda v: isinstance(v, list) and all(map(_is_id, v)),
+                lambda v: isinstance(v, list) and all(map(is_id, v)),
             ),
-            ("num_tokens", "a number", _is_id),
-            ("num_texts", "a number", _is_id),
+            ("num_tokens", "a number", is_id),
+            ("num_texts", "a number", is_id),
             ("settling", "a list", lambda v: isinstance(v, list)),
             ("method", "a name", lambda v: isinstance(v, str)),
             ("source", "a name", lambda v: isinstance(v, str)),
@@ -135,9 +116,9 @@ class ExpertSubset:
             if value is not None and not fits(value):
                 raise SubsetError(f"`{name}` is {value!r}, expected {expected}.")
         if self.always_kept is not None:
-            object.__setattr__(self, "always_kept", _checked_ids(self.always_kept))
+            object.__setattr__(self, "always_kept", checked_ids(self.always_kept))
         if self.scores is not None:
-            _check_scores(self.scores, self.experts, self.always_kept or [None] * len(self.experts))
+            check_scores(self.scores, self.experts, self.always_kept or [None] * len(self.experts))
         for name in ("drop_shared", "local_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise SubsetError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
@@ -224,7 +205,7 @@ class ExpertSubset:
             raise SubsetError(f"Expected an object with the key 'experts', got {type(data).__name__}.")
         if "experts_kept_per_layer" in data:
             # The authors write no ids (or an empty list) for dense layers.
-            experts = [ids or None for ids in _as_layers(data["experts_kept_per_layer"])]
+            experts = [ids or None for ids in as_layers(data["experts_kept_per_layer"])]
             method = data.get("pruning_method")
             method = AUTHORS_METHODS.get(method, method) if isinstance(method, str) else method
             return cls(experts, method=method, source=data.get("original_model"), local_ids=True)
@@ -286,7 +267,7 @@ class ExpertSubset:
                 )
             return cls.load(value if found is None else found)
         if isinstance(value, Sequence) or hasattr(value, "tolist"):
-            return cls(_as_layers(value))
+            return cls(as_layers(value))
         raise SubsetError(
             f"Cannot read an expert subset from {type(value).__name__}: give an ExpertSubset, a path, a dict "
             "or a list with one list of ids a layer."
@@ -396,7 +377,7 @@ class ExpertSubset:
         """
         if self.scores is None or self.always_kept is None:
             raise SubsetError("The subset has no scores to choose by: choose with `select_experts`.")
-        if not _is_id(num_experts):
+        if not is_id(num_experts):
             raise SubsetError(f"`num_experts` is {num_experts!r}, expected an integer.")
         if budget not in ("uniform", "mass"):
             raise SubsetError(f"Unknown budget {budget!r}, expected 'uniform' or 'mass'.")
@@ -469,57 +450,3 @@ class ExpertSubset:
                 f"The subset keeps no routed expert in layer {index} (it keeps {ids}): keep at least one."
             )
         return ids
-
-
-def _is_id(value: Any) -> bool:
-    # bool is an int to Python, and true and false are no ids.
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
-
-
-def _check_scores(scores: list, experts: list, always_kept: list) -> None:
-    """See that experts can be ranked: one score that is not a number would spoil the order of all."""
-    for index, (layer, *kept) in enumerate(zip(scores, experts, always_kept, strict=True)):
-        if layer is None:
-            continue
-        if not isinstance(layer, list | tuple):
-            raise SubsetError(f"The scores of layer {index} are {layer!r}, expected a list.")
-        for expert, score in enumerate(layer):
-            is_number = isinstance(score, Real) and not isinstance(score, bool) and math.isfinite(score)
-            if score is not None and not is_number:
-                raise SubsetError(
-                    f"The score of expert {expert} in layer {index} is {score!r}, expected a finite number, "
-                    "or None for an expert that was not scored."
-                )
-        last = max((e for ids in kept for e in ids or ()), default=-1)
-        if last >= len(layer):
-            raise SubsetError(
-                f"Layer {index} has scores of {len(layer)} experts and keeps expert {last}: expected a "
-                "score, or None, for every expert of the root model."
-            )
-
-
-def _as_layers(value: Any) -> list:
-    if hasattr(value, "tolist"):  # arrays and tensors
-        value = value.tolist()
-    if isinstance(value, set | frozenset):
-        value = sorted(value)
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return list(value)
-    raise SubsetError(f"Expected one list of expert ids a layer, got {value!r}.")
-
-
-def _checked_ids(experts: Iterable) -> list[list[int] | None]:
-    checked: list[list[int] | None] = []
-    for index, ids in enumerate(_as_layers(experts)):
-        if ids is None:
-            checked.append(None)
-            continue
-        ids = _as_layers(ids)
-        wrong = [e for e in ids if not _is_id(e)]
-        if wrong:
-            raise SubsetError(f"Layer {index} names expert {wrong[0]!r}: expected integers from 0.")
-        doubled = [e for e, count in Counter(ids).items() if count > 1]
-        if doubled:
-            raise SubsetError(f"Layer {index} names expert {doubled[0]} twice: name each expert once.")
-        checked.append(sorted(int(e) for e in ids))
-    return checked
