@@ -1,19 +1,17 @@
-"""Document pools: segments, choices and losses, against the authors' training code and naive loops."""
+"""Document pools: choices and losses, against the authors' training code and naive loops."""
 
 import json
 import subprocess
 import sys
-from itertools import groupby, product
-from types import ModuleType
+from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import GOLDENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AttentionInterface, AutoModelForCausalLM, StaticCache, modeling_flash_attention_utils
+from transformers import AutoModelForCausalLM
 from transformers_emo import EmoConfig
 from transformers_emo.configuration import LayerExperts
 from transformers_emo.modeling_emo import (
@@ -22,8 +20,6 @@ from transformers_emo.modeling_emo import (
     lengths_from_segments,
     pool_mask,
     segments_from_eos,
-    segments_from_lengths,
-    segments_from_positions,
 )
 from transformers_emo.modeling_emo.document_pool import DocumentPools
 from transformers_emo.modeling_emo.losses import document_pool_losses
@@ -132,83 +128,6 @@ def test_training_step_is_the_authors():
         for w, gradient in (("w1", gate), ("w3", up), ("w2", layer.mlp.experts.down_proj.grad)):
             expected = golden[f"grad_norm_per_expert.blocks.{index}.feed_forward_moe.experts.mlp.{w}"]
             torch.testing.assert_close(gradient.flatten(1).norm(dim=1), expected, atol=1e-5, rtol=0)
-
-
-class TestSegments:
-    def test_example_of_the_specification(self):
-        ids = torch.tensor([[1, 2, 9, 3, 4, 9, 5, 6]])
-        assert segments_from_eos(ids, 9, eos_opens=True).tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
-        assert segments_from_eos(ids, 9, eos_opens=False).tolist() == [[0, 0, 0, 1, 1, 1, 2, 2]]
-
-    @pytest.mark.parametrize(
-        ("ids", "opens"),
-        [
-            ([9, 1, 2], [0, 0, 0]),  # an EOS at position 0 opens nothing new
-            ([1, 2, 9], [0, 0, 1]),  # a trailing one is a segment of one token
-            ([1, 9, 9, 2], [0, 1, 2, 2]),  # so is the first of two
-            ([9, 9], [0, 1]),
-        ],
-    )
-    def test_edges(self, ids, opens):
-        assert segments_from_eos(torch.tensor([ids]), [9], eos_opens=True).tolist() == [opens]
-
-    @given(st.lists(st.integers(0, 3), min_size=1, max_size=20))
-    def test_both_conventions_are_the_naive_ones(self, ids):
-        opens, closes, current = [0], [0], [0, 0]
-        for position in range(1, len(ids)):
-            current[0] += ids[position] == 0
-            current[1] += ids[position - 1] == 0
-            opens.append(current[0])
-            closes.append(current[1])
-        tokens = torch.tensor([ids])
-        assert segments_from_eos(tokens, 0, eos_opens=True).tolist() == [opens]
-        assert segments_from_eos(tokens, 0, eos_opens=False).tolist() == [closes]
-
-    @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
-    def test_lengths_and_positions_agree(self, lengths):
-        expected = [index for index, length in enumerate(lengths) for _ in range(length)]
-        positions = torch.tensor([[p for length in lengths for p in range(length)]])
-        assert segments_from_positions(positions).tolist() == [expected]
-        cumulative = torch.tensor([0, *lengths]).cumsum(0)
-        assert segments_from_lengths(cumulative, sum(lengths)).tolist() == [expected]
-
-    def test_rows_never_share_a_document(self):
-        segments = torch.tensor([[0, 0, 1], [1, 1, 2], [0, 0, 0]])
-        assert flatten_segments(segments).tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 4]
-
-    @given(st.data(), st.integers(1, 3), st.integers(1, 8))
-    def test_lengths_are_those_of_a_naive_loop(self, data, rows, columns):
-        numbers = st.lists(st.integers(0, 2), min_size=columns, max_size=columns)
-        segments = data.draw(st.lists(numbers, min_size=rows, max_size=rows))
-        ends = st.tuples(st.integers(0, columns), st.integers(0, columns))
-        mask = [
-            [first <= c < last for c in range(columns)]
-            for first, last in data.draw(st.tuples(*[ends] * rows))
-        ]
-        # a row ends a document, and so does a new number or the edge of padding
-        tokens = [(row, segments[row][c], mask[row][c]) for row in range(rows) for c in range(columns)]
-        expected = [len(list(run)) for _, run in groupby(tokens)]
-        cumulative, longest = lengths_from_segments(torch.tensor(segments), torch.tensor(mask).long())
-        assert cumulative.dtype == torch.int32 and cumulative[0] == 0
-        assert cumulative.diff().tolist() == expected
-        assert type(longest) is int and longest == max(expected)
-
-    @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
-    def test_lengths_and_segments_are_inverse(self, lengths):
-        cumulative = torch.tensor([0, *lengths]).cumsum(0)
-        back, longest = lengths_from_segments(segments_from_lengths(cumulative, sum(lengths)))
-        assert back.tolist() == cumulative.tolist() and longest == max(lengths)
-
-    @pytest.mark.parametrize(
-        ("segments", "mask", "message"),
-        [
-            ([[0, 0, 0, 1]], [[1, 0, 1, 1]], "inside a document"),
-            ([[0, 0, 0]], [[1, 1]], r"shape \(1, 2\), expected \(1, 3\)"),
-        ],
-    )
-    def test_masks_that_lengths_cannot_say_are_refused(self, segments, mask, message):
-        with pytest.raises(ValueError, match=message):
-            lengths_from_segments(torch.tensor(segments), torch.tensor(mask))
 
 
 class TestPools:
@@ -384,225 +303,6 @@ class TestModel:
         config = AutoModelForCausalLM.from_pretrained(tmp_path).config
         assert {name: getattr(config, name) for name in POOLS} == POOLS
         assert config.balance_loss_coef == 0.2
-
-
-class TestAttentionWithinDocuments:
-    """A packed row gives the logits of each document alone."""
-
-    DOCUMENTS = ([5, 17, 1], [33, 8, 90, 44, 1], [3, 71])  # an EOS (1) closes its document
-
-    @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-    def test_packed_logits_are_those_of_each_document_alone(self, make_model, attention):
-        model = make_model(hidden_size=64)
-        model.set_attn_implementation(attention)
-        packed = torch.tensor([sum(self.DOCUMENTS, [])])
-        with torch.no_grad():
-            # Positions go on from document to document, but rotary embeddings only know distances.
-            logits = model(packed, attention_within_documents=True, use_cache=False).logits[0]
-            for document, part in zip(self.DOCUMENTS, logits.split([3, 5, 2]), strict=True):
-                alone = model(torch.tensor([document])).logits[0]
-                torch.testing.assert_close(part, alone, atol=1e-4, rtol=1e-4)
-            plain = model(packed, use_cache=False).logits[0]
-        assert not torch.allclose(plain[-1], logits[-1], atol=1e-3)
-
-    def test_it_is_a_switch_of_its_own_and_on_in_training(self, make_model):
-        model = make_model(attention_within_documents=True)
-        packed = torch.tensor([sum(self.DOCUMENTS, [])])
-        with torch.no_grad():
-            plain, within = model(packed).logits, model(packed, attention_within_documents=True).logits
-            assert not torch.allclose(plain, within, atol=1e-3)
-            assert torch.equal(model.train()(packed).logits, within)
-            assert torch.equal(model(packed, attention_within_documents=False).logits, plain)
-
-    def test_segments_of_routing_given_by_hand_make_the_same_attention(self, make_model):
-        model = make_model()
-        packed = torch.tensor([[5, 17, 1, 1, 8, 90, 1, 3, 71, 1]])  # with a doubled and a trailing EOS
-        given = segments_from_eos(packed, 1, eos_opens=True)
-        with torch.no_grad():
-            logits = model(packed, attention_within_documents=True).logits
-            assert torch.equal(
-                model(packed, attention_within_documents=True, document_ids=given).logits, logits
-            )
-
-    def test_tokens_in_a_cache_are_refused(self, make_model):
-        model = make_model()
-        cache = model(INPUT_IDS, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="behind tokens in a cache"):
-            model(INPUT_IDS, past_key_values=cache, attention_within_documents=True)
-
-    def test_padding_and_given_documents_compose(self, make_model):
-        model = make_model()
-        packed = torch.tensor([[0, 0, 5, 17, 33, 8, 90]])
-        mask = (packed != 0).long()
-        documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
-        kwargs = {"attention_mask": mask, "document_ids": documents, "attention_within_documents": True}
-        with torch.no_grad():
-            logits = model(packed, **kwargs).logits[0, 4:]
-            alone = model(torch.tensor([[33, 8, 90]])).logits[0]
-        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
-
-    def test_position_ids_may_be_one_row_for_all(self, make_model):
-        model = make_model(document_boundaries="position_ids")
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-        kwargs = {"attention_within_documents": True}
-        with torch.no_grad():
-            expected = model(INPUT_IDS, position_ids=positions.expand(2, -1), **kwargs).logits
-            assert torch.equal(model(INPUT_IDS, position_ids=positions, **kwargs).logits, expected)
-
-    def test_an_attention_that_takes_no_mask_is_refused(self, make_model):
-        AttentionInterface.register("maskless", lambda *args, **kwargs: None)
-        model = make_model(attn_implementation="maskless")
-        with pytest.raises(ValueError, match="'maskless' takes no mask"):
-            model(INPUT_IDS, attention_within_documents=True)
-
-
-class TestFlashAttentionWithinDocuments:
-    """Transformers' own flash attention, over a kernel written in plain PyTorch."""
-
-    # Padding (0) on the left, on both sides, on the right, nowhere; EOS (1) in the last place and doubled.
-    IDS = torch.tensor(
-        [
-            [0, 0, 5, 17, 1, 33, 8, 1],
-            [0, 3, 71, 1, 1, 44, 0, 0],
-            [9, 12, 1, 0, 0, 0, 0, 0],
-            [9, 5, 1, 2, 33, 8, 90, 27],
-        ]
-    )
-    MASK = (IDS != 0).long()
-    # row, first, last + 1
-    DOCUMENTS = ((0, 2, 5), (0, 5, 8), (1, 1, 4), (1, 4, 5), (1, 5, 6), (2, 0, 3), (3, 0, 3), (3, 3, 8))
-    RUNS = [0, 2, 5, 8, 9, 12, 13, 14, 16, 19, 24, 27, 32]  # with those of padding
-
-    @pytest.fixture
-    def calls(self, monkeypatch):
-        """Stand in for the flash-attn 3 package; the boundaries that its kernel is called with."""
-        calls = []
-
-        def kernel(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
-        ):
-            if not torch.compiler.is_compiling():
-                lengths = cu_seqlens_q.diff()
-                assert (
-                    cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32 and lengths.min() > 0
-                )
-                assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q) == len(k) == len(v)
-                assert type(max_seqlen_q) is int and max_seqlen_q == max_seqlen_k == lengths.max()
-                calls.append(cu_seqlens_q)
-            document_T = torch.searchsorted(cu_seqlens_q[1:], torch.arange(len(q)), right=True)
-            mask_TT = document_T[:, None] == document_T
-            q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))  # (T, heads, head size)
-            output = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask_TT.tril() if causal else mask_TT, scale=softmax_scale, enable_gqa=True
-            )
-            return output.transpose(0, 1)
-
-        package = ModuleType("flash_attn_interface")
-        package.flash_attn_varlen_func = kernel
-        package.flash_attn_func = package.flash_attn_with_kvcache = None
-        monkeypatch.setitem(sys.modules, package.__name__, package)
-        monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
-        return calls
-
-    @pytest.fixture
-    def make(self, make_model, calls):
-        def make(**changes):
-            model = make_model(num_key_value_heads=2, **changes)
-            # `set_attn_implementation` would ask for a GPU.
-            model.config._attn_implementation = "flash_attention_3"
-            return model
-
-        return make
-
-    def test_packed_logits_and_gradients_are_those_of_each_document_alone(self, make, make_model, calls):
-        model, alone = make(), make_model(num_key_value_heads=2)
-        weight = torch.randn(*self.IDS.shape, 96, generator=torch.Generator().manual_seed(0))
-        logits = model(self.IDS, attention_mask=self.MASK, attention_within_documents=True).logits
-        (logits * weight)[self.MASK.bool()].sum().backward()
-        for row, first, last in self.DOCUMENTS:
-            part = alone(
-                self.IDS[row : row + 1, first:last], position_ids=torch.arange(first, last)[None]
-            ).logits
-            torch.testing.assert_close(logits[row, first:last], part[0], atol=1e-5, rtol=1e-5)
-            (part[0] * weight[row, first:last]).sum().backward()
-        for (name, parameter), (_, expected) in zip(
-            model.named_parameters(), alone.named_parameters(), strict=True
-        ):
-            torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-4, rtol=1e-4, msg=name)
-        assert [call.tolist() for call in calls] == [self.RUNS] * 3
-
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-    def test_it_computes_what_a_mask_does(self, make, attention):
-        model, given = make(), self.MASK.cumsum(1) // 3
-        kwargs = {"attention_mask": self.MASK, "document_ids": given, "attention_within_documents": True}
-        with torch.no_grad():
-            flash = model(self.IDS, **kwargs).logits
-            model.set_attn_implementation(attention)
-            expected = model(self.IDS, **kwargs).logits
-        real = self.MASK.bool()
-        torch.testing.assert_close(flash[real], expected[real], atol=1e-5, rtol=1e-5)
-
-    def test_rows_without_padding_need_no_mask(self, make, calls):
-        make().train()(self.IDS[3:], attention_within_documents=True, use_cache=True)
-        assert calls[0].tolist() == [0, 3, 8]
-
-    def test_positions_that_start_again_part_documents_too(self, make, calls):
-        positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
-        kwargs = {"attention_within_documents": True, "position_ids": positions, "use_cache": False}
-        model = make()
-        with torch.no_grad():
-            flash = model(self.IDS[3:], **kwargs).logits
-            model.set_attn_implementation("sdpa")
-            torch.testing.assert_close(model(self.IDS[3:], **kwargs).logits, flash, atol=1e-5, rtol=1e-5)
-        assert calls[0].tolist() == [0, 3, 5, 8]
-
-    @pytest.mark.parametrize("within", [False, True])
-    def test_lengths_of_the_caller_are_left_as_they_are(self, make, make_model, calls, within):
-        lengths = torch.tensor([0, 2, 8], dtype=torch.int32)  # other documents than the EOS makes
-        kwargs = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 6, "max_length_k": 6}
-        with torch.no_grad():
-            logits = make()(self.IDS[3:], attention_within_documents=within, **kwargs).logits[0]
-            alone = make_model(num_key_value_heads=2)(self.IDS[3:, 2:]).logits[0]
-        assert all(call is lengths for call in calls)
-        # Positions differ by two, but rotary embeddings only know distances.
-        torch.testing.assert_close(logits[2:], alone, atol=1e-5, rtol=1e-5)
-
-    def test_lengths_of_the_caller_hold_beside_a_mask(self, make, calls):
-        # Given both, Transformers would follow the mask alone.
-        lengths = torch.tensor([0, 2, 8], dtype=torch.int32)
-        kwargs = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 6, "max_length_k": 6}
-        mask = torch.tensor([[1] * 7 + [0]])
-        make()(self.IDS[3:], attention_mask=mask, attention_within_documents=True, **kwargs)
-        assert calls[0].tolist() == [0, 2, 7, 8]
-
-    def test_gradient_checkpointing_attends_alike(self, make, calls):
-        model = make().train()
-        model.gradient_checkpointing_enable()
-        model(
-            self.IDS, labels=self.IDS, attention_mask=self.MASK, attention_within_documents=True
-        ).loss.backward()
-        assert [call.tolist() for call in calls] == [self.RUNS] * 6
-
-    def test_compiles_and_in_one_graph_with_lengths_of_the_caller(self, make):
-        model = make().bfloat16()  # of float32 Transformers logs that it casts, which no graph can hold
-        kwargs = {"attention_mask": self.MASK, "attention_within_documents": True, "use_cache": False}
-        with torch.no_grad():
-            expected = model(self.IDS, **kwargs).logits
-            compiled = torch.compile(model, backend="eager")(self.IDS, **kwargs).logits
-            torch.testing.assert_close(compiled, expected)
-            lengths, longest = lengths_from_segments(self.MASK.cumsum(1) // 3)
-            kwargs |= {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
-            kwargs |= {"max_length_q": longest, "max_length_k": longest, "attention_mask": None}
-            expected = model(self.IDS, **kwargs).logits
-            torch.compiler.reset()
-            compiled = torch.compile(model, fullgraph=True, backend="eager")(self.IDS, **kwargs).logits
-            torch.testing.assert_close(compiled, expected)
-
-    def test_a_static_cache_is_refused(self, make):
-        model = make()
-        cache = StaticCache(model.config, max_cache_len=16)
-        with pytest.raises(ValueError, match="static cache"):
-            model(self.IDS, past_key_values=cache, attention_within_documents=True)
 
 
 _TWO_RANKS = """
