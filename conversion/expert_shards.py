@@ -10,7 +10,6 @@ files of the 14B model are well below what the Hub advises (`benchmarks/expert_s
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,11 +23,11 @@ from ..configuration import EmoConfig
 from ..subsets import Checkpoint, CheckpointError, TensorSpan
 from ..subsets.hub_files import is_hub_repo
 from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
+from ..subsets.model_folder import check_new, new_folder
 from ..subsets.safetensors_files import header_of, write_json
 
 BACKBONE = "model-backbone.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PLAN = ".plan.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _BUFFER = 16 << 20
 _FREE = 64 << 20  # bytes of the disk that are left alone
@@ -77,8 +76,7 @@ def shard_experts(
     out = Path(out)
     if type(experts_per_file) is not int or experts_per_file < 1:
         raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected a number from 1.")
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists already: name a folder that does not.")
+    check_new(out)
     if is_hub_repo(source):
         source = snapshot_download(
             os.fspath(source), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.md"], **hub_kwargs
@@ -89,23 +87,23 @@ def shard_experts(
     try:
         lazy_parameters(checkpoint, config, None)  # nothing is missing or of another shape
         files = plan_expert_files(checkpoint.tensors, config, experts_per_file)
-        partial = out.parent / f".{out.name}.partial"
-        _begin(partial, folder, checkpoint, files)
-        headers = {file: _header(names, checkpoint.tensors) for file, names in files.items()}
-        total = sum(len(header) for header in headers.values()) + _size(checkpoint.tensors)
-        free = shutil.disk_usage(partial).free
-        there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
-        if free < total - there + _FREE:
-            raise CheckpointError(
-                f"{out.parent} has room for {free} bytes, expected {total - there + _FREE}."
-            )
-        with tqdm(total=total, desc="Sharding", unit="B", unit_scale=True, disable=not progress) as bar:
-            for file, names in files.items():
-                _write(partial / file, headers[file], names, checkpoint, bar)
+        with new_folder(out, plan=_plan(folder, checkpoint, files)) as partial:
+            for left in partial.glob("*.partial"):
+                left.unlink()
+            headers = {file: _header(names, checkpoint.tensors) for file, names in files.items()}
+            total = sum(len(header) for header in headers.values()) + _size(checkpoint.tensors)
+            free = shutil.disk_usage(partial).free
+            there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+            if free < total - there + _FREE:
+                raise CheckpointError(
+                    f"{out.parent} has room for {free} bytes, expected {total - there + _FREE}."
+                )
+            with tqdm(total=total, desc="Sharding", unit="B", unit_scale=True, disable=not progress) as bar:
+                for file, names in files.items():
+                    _write(partial / file, headers[file], names, checkpoint, bar)
+            _finish(partial, folder, files, _size(checkpoint.tensors))
     finally:
         checkpoint.source.close()
-    _finish(partial, folder, files, _size(checkpoint.tensors))
-    os.rename(partial, out)
     return files
 
 
@@ -166,25 +164,15 @@ def _size(tensors: dict[str, TensorSpan]) -> int:
     return sum(span.end - span.start for span in tensors.values())
 
 
-def _begin(partial: Path, folder: Path, checkpoint: Checkpoint, files: dict[str, list[str]]) -> None:
-    """Make the folder, or keep one that an earlier run of the same work has left."""
+def _plan(folder: Path, checkpoint: Checkpoint, files: dict[str, list[str]]) -> dict[str, Any]:
+    """What is made from what: a run goes on only with what was left of the same work."""
     sources = {span.file for span in checkpoint.tensors.values()}
     stats = {file: os.stat(folder / file) for file in sorted(sources)}
-    plan = {
+    return {
         "folder": str(folder.resolve()),
         "sources": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
         "files": files,
     }
-    try:
-        known = json.loads((partial / _PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    if known != plan:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_json(partial / _PLAN, plan)
-    for left in partial.glob("*.partial"):
-        left.unlink()
 
 
 def _header(names: list[str], tensors: dict[str, TensorSpan]) -> bytes:
@@ -226,4 +214,3 @@ def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int)
             shutil.copyfile(path, partial / name)
     weight_map = {name: file for file, names in files.items() for name in names}
     write_json(partial / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    (partial / _PLAN).unlink()
