@@ -93,7 +93,7 @@ def parent(tmp_path):
     return tmp_path
 
 
-def is_refused(read, refusal: type[Exception], parent, case: str) -> bool:
+def is_refused(read, refusal: type[Exception], parent, case: int, damaged: bytes) -> bool:
     """Whether a damaged file is refused; any other error fails, and so does a file that was touched."""
     before = snapshot(parent)
     try:
@@ -101,7 +101,7 @@ def is_refused(read, refusal: type[Exception], parent, case: str) -> bool:
     except refusal:
         return True
     except Exception as error:
-        raise AssertionError(case) from error
+        raise AssertionError(f"case {case}: {damaged[:300]!r}") from error
     finally:
         assert snapshot(parent) == before
     return False
