@@ -124,9 +124,7 @@ def test_mutated_headers(parent, cases):
             claimed = rng.choice([len(text)] * 8 + [0, 2**40, 2**64 - 1])
             damaged = struct.pack("<Q", claimed) + text + data
         path.write_bytes(damaged)
-        refused += is_refused(
-            lambda: read_everything(path.parent), CheckpointError, parent, f"case {case}: {damaged[:300]!r}"
-        )
+        refused += is_refused(lambda: read_everything(path.parent), CheckpointError, parent, case, damaged)
     assert refused > cases // 2
 
 
@@ -144,9 +142,7 @@ def test_mutated_indexes(parent, cases):
     for case in range(cases):
         damaged = mutate(index, random.Random(case))
         path.write_bytes(damaged)
-        refused += is_refused(
-            lambda: read_everything(folder), CheckpointError, parent, f"case {case}: {damaged[:300]!r}"
-        )
+        refused += is_refused(lambda: read_everything(folder), CheckpointError, parent, case, damaged)
     assert refused > cases // 2
 
 
@@ -174,7 +170,8 @@ def test_mutated_subset_files(parent, cases):
             lambda: ExpertSubset.load(path).for_model(config),
             SubsetError,
             parent,
-            f"case {case}: {damaged[:300]!r}",
+            case,
+            damaged,
         )
     assert refused > cases // 4
 
