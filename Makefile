@@ -35,7 +35,7 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 	test -d build/transformers-$(OLDEST) || ( \
 	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
 	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
-	PYTHONPATH=build/transformers-$(OLDEST) $(BIN)/python -m pytest -m 'not slow' $(NOT_OLDEST:%=--ignore=tests/%)
+	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow' $(NOT_OLDEST:%=--ignore=tests/%)
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow
