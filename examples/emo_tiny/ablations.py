@@ -9,6 +9,8 @@ the table, and `OUT/retention.csv` its numbers by domain.
 
 import argparse
 import json
+import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from transformers_emo.training import EmoTrainer, Recipe, build_trainer, last_ch
 RECIPE = Path(__file__).parent / "emo-tiny.yaml"
 SPAN = 64  # tokens of each document in windows that are mixed
 SHARES = (0.25, 0.125)
+METHODS = ("layerwise", "random")
 
 Batch = dict[str, torch.Tensor]
 
@@ -46,7 +49,6 @@ class MixedWindows:
     def __init__(self, collate: Callable[[Any], Batch], pools: str):
         self.collate = collate
         self.pools = pools
-        self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, windows: Any) -> Batch:
         """Rows (B, S) whose span j is that of row i + j before."""
@@ -60,7 +62,10 @@ class MixedWindows:
         if self.pools == "document":
             batch["document_ids"] = batch["document_ids"] + length * span_S
         elif self.pools == "random":
-            cuts_BC = torch.rand(rows, length - 1, generator=self.generator).topk(int(span_S[-1])).indices + 1
+            # From the batch, so that a run that is resumed draws what it would have drawn.
+            seed = zlib.crc32(batch["input_ids"].numpy().tobytes())
+            drawn_BS = torch.rand(rows, length - 1, generator=torch.Generator().manual_seed(seed))
+            cuts_BC = drawn_BS.topk(int(span_S[-1])).indices + 1
             begins_BS = torch.zeros(rows, length, dtype=torch.long).scatter_(1, cuts_BC, 1)
             batch["document_ids"] = begins_BS.cumsum(1)
         else:
@@ -86,12 +91,14 @@ class Variant:
         changes (`dict`): of the recipe.
         trainer (`type[EmoTrainer]`): that trains it.
         mixed (`str`, *optional*): `MixedWindows.pools`.
+        annealed (`str`, *optional*): a run whose last tenth this one does again.
     """
 
     what: str
     changes: dict[str, Any] = field(default_factory=dict)
     trainer: type[EmoTrainer] = EmoTrainer
     mixed: str | None = None
+    annealed: str | None = None
 
 
 NO_POOLS = {"model.config.document_pool_min": 63}
@@ -104,6 +111,7 @@ VARIANTS = {
         "pools of 15 experts always",
         {"model.config.document_pool_min": 15, "model.config.document_pool_max": 15},
     ),
+    "annealed": Variant("no pools, then emo-tiny's for the last tenth", annealed="standard"),
     "across": Variant("attention across documents", ACROSS),
     "local": Variant(
         "micro-batches of one window, each balanced by its own picks", MICRO_BATCHES, LocalBalance
@@ -125,6 +133,11 @@ def run(name: str, out: Path, budget: dict[str, Any]) -> Path:
     write_text(said, json.dumps(budget))
     if (folder / "model.safetensors").exists():
         return folder
+    if variant.annealed is not None and last_checkpoint(folder) is None:
+        start = f"checkpoint-{budget['training.max_steps'] - budget['training.save_steps']}"
+        partial = folder / f"{start}.partial"
+        shutil.copytree(run(variant.annealed, out, budget) / start, partial, dirs_exist_ok=True)
+        partial.rename(folder / start)
     recipe = Recipe.read(RECIPE, budget | {"output_dir": str(folder)} | variant.changes)
     trainer = build_trainer(recipe, trainer_class=variant.trainer)
     if variant.mixed is not None:
@@ -141,20 +154,24 @@ def report(retention: Retention, cosines: dict[str, float], budget: dict[str, An
     rows = []
     for name, variant in VARIANTS.items():
         if name in found:
-            rises = [found[name]["methods"]["layerwise"]["rise"][f"{share:g}"] for share in SHARES]
-            cells = [f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in rises]
+            rises = [
+                found[name]["methods"][method]["rise"][f"{share:g}"] for share in SHARES for method in METHODS
+            ]
+            cells = [f"{r['value']:+.3f} ± {(r['high'] - r['low']) / 2:.3f}" for r in rises]
             rows.append(
                 [name, variant.what, f"{found[name]['full_loss']:.3f}", *cells, f"{cosines[name]:.2f}"]
             )
-    head = ["run", "changed", "all experts", *(f"at {100 * share:g} %" for share in SHARES), "topic cosine"]
+    chosen = [f"{100 * share:g} %, {method}" for share in SHARES for method in METHODS]
+    head = ["run", "changed", "all experts", *chosen, "topic cosine"]
     tokens = budget["training.max_steps"] * budget["training.windows_per_step"] * 512
     return "\n".join(
         [
             "# Ablations",
             "",
             f"Made by `examples/emo_tiny/ablations.py`: {tokens:,} tokens each, one seed. Test loss in nats "
-            "per token, mean over the domains, all experts; its rise with experts chosen layer by layer, "
-            "and 95 % of the bootstrap over documents; the mean cosine between domains of the experts used.",
+            "per token, mean over the domains, all experts; its rise with experts chosen layer by layer or "
+            "at random, ± half of what holds 95 % of the bootstrap over documents; the mean cosine "
+            "between domains of the experts used.",
             "",
             *table(head, rows),
             "",
@@ -170,14 +187,17 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path, default=Path("out/ablations"))
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these runs")
     parser.add_argument("--train-only", action="store_true", help="measure later")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--windows", type=int, default=8, help="windows a step; one from each mixed document")
+    parser.add_argument("--steps", type=int, default=600, help="of each run; ten at least")
+    parser.add_argument(
+        "--windows", type=int, default=16, help="windows a step; one from each mixed document"
+    )
     parser.add_argument("--texts", type=Path, default=Path("corpus"), help="documents to measure on")
     parser.add_argument("--test", type=int, default=16, help="test documents a domain")
     args = parser.parse_args()
     budget = {
         "training.max_steps": args.steps,
         "training.warmup_steps": args.steps // 20,
+        "training.save_steps": args.steps // 10,
         "training.windows_per_step": args.windows,
         "training.per_device_train_batch_size": args.windows,
         "training.disable_tqdm": True,
@@ -190,7 +210,7 @@ def main() -> None:
         folders,
         read_domains(args.texts, max_test=args.test),
         args.out,
-        methods=["layerwise"],
+        methods=METHODS,
         shares=SHARES,
         visit=lambda name, model, documents: cosines.update({name: topic_cosine(model, documents).mean}),
     )

@@ -8,6 +8,7 @@ on the domain's training documents and measured again. `OUT/README.md` holds the
 """
 
 import argparse
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -33,6 +34,12 @@ CALIBRATION = 8  # documents, as many as `emo retention` takes
 DOMAINS = ["python", "metamath", "scripture", "french"]
 SHARES = [1.0, 0.25, 0.125, 0.0625]
 STATES = ("before", "after")
+
+
+def digest(path: Path) -> str:
+    """Tells files apart."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def measure(
@@ -137,6 +144,14 @@ def main() -> None:
     journal = Journal(args.out / Journal.NAME)
     journal.require(
         {"steps": args.steps, "windows": args.windows, "learning rate": args.learning_rate, "test": args.test}
+    )
+    splits = ("train", "calibration", "test")
+    journal.require(
+        {f"weights of {name}": digest(Path(model) / "model.safetensors") for name, model in models.items()}
+        | {
+            f"texts of {name}": [digest(args.texts / split / f"{name}.jsonl") for split in splits]
+            for name in args.domains
+        }
     )
     domains = read_domains(args.texts, args.domains, max_test=args.test)
     for name, model in models.items():

@@ -46,19 +46,23 @@ def test_mixed_windows_hold_every_token_once_in_spans_of_different_windows(scrip
 
 
 def test_short_runs_make_the_table(small_corpus, tmp_path, monkeypatch, capsys):
-    names = ["standard", "local", "mixed-window"]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "out", "--steps", "2", "--test", "2", "--only", *names])
+    names = ["standard", "annealed", "local", "mixed-window"]
+    budget = ["--steps", "10", "--windows", "2"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "out", *budget, "--test", "2", "--only", *names])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     table = (tmp_path / "out" / "README.md").read_text()
     assert [line.split(" | ")[0][2:] for line in table.splitlines() if line.startswith("| ")][1:] == names
-    assert "8,192 tokens each" in table and table in capsys.readouterr().out
+    assert "10,240 tokens each" in table and table in capsys.readouterr().out
     pools = [
         json.loads((tmp_path / "out" / name / "config.json").read_text())["document_pool_min"]
         for name in names
     ]
-    assert pools == [63, 7, 7]
+    assert pools == [63, 7, 7, 7]
+    files = [tmp_path / "out" / name / "checkpoint-9" / "model.safetensors" for name in names[:2]]
+    assert files[0].read_bytes() == files[1].read_bytes()  # nine steps of one are the other's too
+    assert not (tmp_path / "out" / "annealed" / "checkpoint-8").exists()
     runpy.run_path(str(SCRIPT), run_name="__main__")  # goes on where it was: nothing is left to do
-    assert "ce_loss" not in capsys.readouterr().out.split("8,192 tokens each")[-1]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "out", "--steps", "3", "--only", *names])
+    assert "ce_loss" not in capsys.readouterr().out.split("10,240 tokens each")[-1]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "out", "--steps", "20", "--only", *names])
     with pytest.raises(ValueError, match="trained with another budget"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -430,7 +430,15 @@ def test_an_interrupted_unpacking_is_begun_again(tmp_path):
 
 def test_the_tokenizer_brings_any_text_back(tmp_path):
     build(tmp_path, {"a": make_documents("a")})
+    for folder in (
+        "tokenizer",
+        "tokenizer.partial",
+    ):  # an earlier one, and a part of one
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "old").write_text("")
     train_tokenizer(tmp_path, 400, tmp_path / "tokenizer")
+    assert sorted(path.name for path in tmp_path.glob("tokenizer*")) == ["tokenizer"]
+    assert not (tmp_path / "tokenizer" / "old").exists()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert len(tokenizer) == 400
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)

@@ -4,6 +4,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "emo_tiny"
 
@@ -24,6 +26,9 @@ def test_fine_tuned_subsets_are_measured_before_and_after(small_corpus, monkeypa
     capsys.readouterr()
     run(monkeypatch, "fine_tuned.py", *words)  # nothing is left to measure
     assert "emo before, coq" not in capsys.readouterr().out
+    (small_corpus / "train" / "coq.jsonl").write_text('{"text": "other"}')
+    with pytest.raises(ValueError, match="was measured with texts of coq"):
+        run(monkeypatch, "fine_tuned.py", *words)
 
 
 def test_prompts_of_every_length_choose_experts(small_corpus, monkeypatch):

@@ -1,5 +1,6 @@
 """The corpus' own tokenizer: byte-level BPE, every domain with the same share of its training text."""
 
+import shutil
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,7 +28,7 @@ def train_tokenizer(out: Path, vocab_size: int, folder: Path, sample_mb: float =
     Args:
         out: a built corpus.
         vocab_size: tokens, special ones included.
-        folder: where it is saved.
+        folder: where it is saved, whole, in place of what is there.
         sample_mb: text of each domain it is trained on, in units of 10^6 bytes.
 
     Raises:
@@ -54,7 +55,11 @@ def train_tokenizer(out: Path, vocab_size: int, folder: Path, sample_mb: float =
         show_progress=True,
     )
     tokenizer.train_from_iterator(texts, trainer, len(texts))
-    EmoTokenizer(tokenizer_object=tokenizer, model_max_length=CONTEXT).save_pretrained(str(folder))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    EmoTokenizer(tokenizer_object=tokenizer, model_max_length=CONTEXT).save_pretrained(str(partial))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def _sample(out: Path, name: str, sample_mb: float):
