@@ -55,6 +55,7 @@ bench: $(VENV)/.installed-dev  ## measure what the README claims
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/document_pools.py
 	$(BIN)/python benchmarks/serving.py
 
