@@ -13,9 +13,10 @@ from ..configuration import EmoConfig
 from .checkpoint import LazyTensor
 from .expert_subset import ExpertSubset
 from .expert_tensors import released_tensors
+from .fingerprint import warn_if_chosen_elsewhere
 from .hub_loading import fetch_ahead
 from .library import library_of
-from .loading import lazy_parameters, open_checkpoint, warn_if_chosen_elsewhere
+from .loading import lazy_parameters, open_checkpoint
 from .model_experts import local_experts, subset_config
 from .model_folder import (
     GENERATION_CONFIG,
@@ -84,7 +85,6 @@ def extract_subset(
             "extract from the unquantised model."
         )
     chosen = ExpertSubset.of(subset, *library_of(model, **hub_kwargs)).for_model(config)
-    warn_if_chosen_elsewhere(chosen, model)
     kept = local_experts(chosen, config)
     checkpoint = open_checkpoint(model, kept=kept, **hub_kwargs)
     try:
@@ -95,6 +95,7 @@ def extract_subset(
             small.dtype = next(iter(tensors.values())).dtype
         check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
         fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
+        warn_if_chosen_elsewhere(chosen, model, tensors, config.num_hidden_layers)
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)

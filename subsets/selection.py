@@ -33,6 +33,7 @@ from .calibration import (
 )
 from .exclusion import excluded_experts
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+from .fingerprint import attention_of, fingerprint_of, fingerprint_of_folder
 from .hidden_states import HiddenStates
 from .layers import CheckpointLayers, Layers, LoadedLayers
 from .library import library_of
@@ -204,7 +205,14 @@ def select_experts(
     choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
     _check_sizes(config, sizes, choice.excluded)
     if method == "random":
+        known_by = None
+        if isinstance(model, EmoPreTrainedModel):
+            known_by = fingerprint_of(model.state_dict(), config.num_hidden_layers)
+        elif os.path.isdir(model):
+            folder = os.path.join(model, hub_kwargs.get("subfolder") or "")
+            known_by = fingerprint_of_folder(folder, config.num_hidden_layers)
         subsets = choice.of_scores(_random_scores(config, seed))
+        subsets = [replace(subset, fingerprint=known_by) for subset in subsets]
         return subsets if several else subsets[0]
 
     if sum(given is not None for given in (texts, dataset, input_ids)) != 1:
@@ -239,6 +247,7 @@ def select_experts(
             subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
         finally:
             model.train(training)
+        known_by = fingerprint_of(model.state_dict(), config.num_hidden_layers)
     else:
         checkpoint = open_checkpoint(model, **hub_kwargs)
         try:
@@ -250,8 +259,11 @@ def select_experts(
                 device=device or "cpu",
             )
             subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
+            # Last, when these bytes have been read: of a repository nothing more is fetched.
+            known_by = fingerprint_of(attention_of(checkpoint), config.num_hidden_layers)
         finally:
             checkpoint.source.close()
+    subsets = [replace(subset, fingerprint=known_by) for subset in subsets]
     return subsets if several else subsets[0]
 
 
