@@ -28,6 +28,7 @@ from .model_folder import (
 )
 from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
 from .safetensors_header import CheckpointError
+from .source_files import at_one_commit
 
 _BUFFER_BYTES = 1 << 24
 
@@ -78,6 +79,7 @@ def extract_subset(
     out = Path(out)
     check_new(out)
     shard_bytes = size_in_bytes(max_shard_size)
+    hub_kwargs = at_one_commit(model, hub_kwargs)
     config = EmoConfig.from_pretrained(model, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(

@@ -16,8 +16,7 @@ from typing import Any, overload
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import logging
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
@@ -40,6 +39,7 @@ from .library import library_of
 from .loading import HUB_KWARGS, open_checkpoint
 from .ranking import best_experts, jaccard
 from .safetensors_header import CheckpointError
+from .source_files import at_one_commit
 from .statistics import always_kept, new_score
 from .streaming import pass_full_model, pass_layerwise
 
@@ -190,11 +190,8 @@ def select_experts(
     if stop_when_settled is not None and not 0 < stop_when_settled <= 1:
         raise ValueError(f"`stop_when_settled` is {stop_when_settled}, expected a number from 0 to 1.")
     config, source = _resolve(model, dtype, device, hub_kwargs)
-    if source is not None and not isinstance(model, EmoPreTrainedModel) and not os.path.isdir(source):
-        # From here on one commit, even if the repository changes meanwhile.
-        commit = extract_commit_hash(cached_file(source, "config.json", **hub_kwargs), None)
-        if commit is not None:
-            hub_kwargs["revision"] = commit
+    if source is not None and not isinstance(model, EmoPreTrainedModel):
+        hub_kwargs = at_one_commit(source, hub_kwargs)
     several = isinstance(num_experts, Sequence)
     sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     excluded = (
