@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
 from .checkpoint import LazyTensor
+from .completeness import check_whole
 from .expert_subset import ExpertSubset
 from .expert_tensors import released_tensors
 from .fingerprint import warn_if_chosen_elsewhere
@@ -93,6 +94,7 @@ def extract_subset(
         parameters = lazy_parameters(checkpoint, config, kept)
         tensors = released_tensors(parameters)
         small = subset_config(config, chosen)
+        check_whole(parameters, small, os.fspath(model))
         if small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
         check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))

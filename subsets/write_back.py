@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..configuration import EmoConfig
 from .adapter_record import held_experts
 from .checkpoint import Checkpoint, LazyTensor
+from .completeness import check_whole
 from .expert_subset import SubsetError
 from .expert_tensors import Part, PartOfModel, parts_of_model
 from .hub_files import HubFiles
@@ -146,7 +147,7 @@ def write_back(
         raise ValueError("Got no tuned model: give at least one.")
     opened: list[_Model] = []
     try:
-        opened.append(_open(full, **hub_kwargs))
+        opened.append(_open(full, whole=True, **hub_kwargs))
         shared_kwargs = {name: v for name, v in hub_kwargs.items() if name not in ("revision", "subfolder")}
         opened += [_open(model, **shared_kwargs) for model in several]
         base, *others = opened
@@ -178,7 +179,7 @@ def _parts(what: str) -> set[Part]:
     return {part for part in known if part in names}
 
 
-def _open(model: str | os.PathLike | PreTrainedModel, **hub_kwargs: Any) -> _Model:
+def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **hub_kwargs: Any) -> _Model:
     if isinstance(model, str | os.PathLike):
         label = os.fspath(model)
         if optional_file(model, "adapter_config.json", **hub_kwargs) is not None:
@@ -193,7 +194,10 @@ def _open(model: str | os.PathLike | PreTrainedModel, **hub_kwargs: Any) -> _Mod
         try:
             if isinstance(checkpoint.source, HubFiles):  # all of it will be read
                 checkpoint.source.download(span.file for span in checkpoint.tensors.values())
-            parts = parts_of_model(lazy_parameters(checkpoint, config, None), config)
+            parameters = lazy_parameters(checkpoint, config, None)
+            if whole:
+                check_whole(parameters, config, label)
+            parts = parts_of_model(parameters, config)
             identity = identity_of(model, checkpoint, **hub_kwargs)
         except BaseException:
             checkpoint.source.close()

@@ -210,7 +210,10 @@ def test_other_files_of_the_full_model_come_along(make_checkpoint, tmp_path, whe
     out = tmp_path / "out"
     code = f"""
 from transformers_emo import write_back
-write_back({{model!r}}, {str(tmp_path / "tuned")!r}, out={{out!r}}, subfolder={subfolder!r}, progress=False)
+tuned, rest = {str(tmp_path / "tuned")!r}, dict(subfolder={subfolder!r}, progress=False)
+write_back("user/emo", tuned, out={str(tmp_path / "online")!r}, **rest)
+# With what the run before has put into the cache.
+write_back("user/emo", tuned, out={str(out)!r}, local_files_only=True, **rest)
 """
     if where == "folder":
         repo = folder.parent if subfolder else folder
@@ -218,9 +221,7 @@ write_back({{model!r}}, {str(tmp_path / "tuned")!r}, out={{out!r}}, subfolder={s
     else:
         with HubServer() as hub:
             hub.commit("user/emo", folder.parent if subfolder else folder)
-            hub.run(code.format(model="user/emo", out=str(tmp_path / "online")))
-            # Offline, with what the run before has put into the cache.
-            hub.run(code.format(model="user/emo", out=str(out)), HF_HUB_OFFLINE="1")
+            hub.run(code)
         assert hashes(tmp_path / "online") == hashes(out)
         assert {p.name for p in (tmp_path / "online").rglob("*")} == {p.name for p in out.rglob("*")}
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -142,7 +142,7 @@ class TestInterruptions:
         code = f"""
 import sys
 from transformers_emo import write_back
-module, left = sys.modules[write_back.__module__], {{left}}
+module, left = sys.modules[write_back.__module__], 20
 original = module._copy
 def stopped(*args):
     global left
@@ -151,19 +151,19 @@ def stopped(*args):
         raise KeyboardInterrupt
     original(*args)
 module._copy = stopped
-try:
-    write_back("user/emo", {str(tuned)!r}, out={str(tmp_path / "out")!r}, progress=False)
-except (KeyboardInterrupt, FileExistsError) as error:
-    print(type(error).__name__, error)
+tuned, out = {str(tuned)!r}, {str(tmp_path / "out")!r}
+for revision in ("main", "later", "main"):
+    try:
+        write_back("user/emo", tuned, out=out, revision=revision, progress=False)
+    except (KeyboardInterrupt, FileExistsError) as error:
+        print(type(error).__name__, error)
 """
         with HubServer() as hub:
-            first = hub.commit("user/emo", full)
-            assert hub.run(code.format(left=20)).startswith("KeyboardInterrupt")
-            assert list((tmp_path / ".out.partial").glob("*.safetensors"))
-            hub.commit("user/emo", other)
-            assert "differs in full " in hub.run(code.format(left=0))
-            at_first = code.replace("out=", f"revision={first!r}, out=").format(left=0)
-            assert hub.run(at_first) == ""
+            hub.commit("user/emo", full)
+            hub.commit("user/emo", other, branch="later")
+            first, second = hub.run(code).splitlines()
+        assert first.startswith("KeyboardInterrupt")
+        assert second.startswith("FileExistsError") and "differs in full " in second
         assert same_files(tmp_path / "expected", tmp_path / "out")
 
     def test_two_runs_do_not_write_to_one_folder(self, models, tmp_path):
