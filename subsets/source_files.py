@@ -125,7 +125,7 @@ def side_files(model: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     if os.path.isdir(model):
         folder = Path(model, subfolder)
     elif hub_kwargs.get("local_files_only") or is_offline_mode():
-        folder = Path(cached_file(model, "config.json", **hub_kwargs)).parent
+        folder = Path(str(cached_file(model, "config.json", **hub_kwargs))).parent
     if folder is not None:
         found = (path for pattern in _SIDE_FILES for path in folder.glob(pattern))
         return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
