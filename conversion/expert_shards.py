@@ -25,6 +25,7 @@ from ..subsets.hub_files import is_hub_repo
 from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
 from ..subsets.model_folder import check_new, new_folder
 from ..subsets.safetensors_files import header_of, write_json
+from ..subsets.source_files import identity_of
 
 BACKBONE = "model-backbone.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -44,7 +45,8 @@ def shard_experts(
     """Cut a checkpoint into a backbone and experts, for downloads of only the chosen experts.
 
     Bytes are copied as they are, a few megabytes at a time. The folder appears under its name when it is
-    whole; a run that is killed leaves `.<name>.partial` beside it, and the same call goes on from there.
+    whole; a run that is killed leaves `.<name>.partial` beside it, and the same call goes on from there, if
+    the source is what it was.
 
     Args:
         source (`str` or `os.PathLike`): folder or Hub repository of an EMO model.
@@ -58,7 +60,7 @@ def shard_experts(
 
     Raises:
         CheckpointError: if the checkpoint is damaged, does not fit its config or has stacked experts.
-        FileExistsError: if `out` exists.
+        FileExistsError: if `out` exists, or another job for it was interrupted.
         ValueError: if `experts_per_file` is not at least 1.
 
     Example:
@@ -87,7 +89,8 @@ def shard_experts(
     try:
         lazy_parameters(checkpoint, config, None)  # nothing is missing or of another shape
         files = plan_expert_files(checkpoint.tensors, config, experts_per_file)
-        with new_folder(out, plan=_plan(folder, checkpoint, files)) as partial:
+        # The commit of a repository is in the folder's name.
+        with new_folder(out, plan={"source": identity_of(folder, checkpoint), "files": files}) as partial:
             for left in partial.glob("*.partial"):
                 left.unlink()
             headers = {file: _header(names, checkpoint.tensors) for file, names in files.items()}
@@ -162,17 +165,6 @@ def _by_numbers(name: str) -> tuple:
 
 def _size(tensors: dict[str, TensorSpan]) -> int:
     return sum(span.end - span.start for span in tensors.values())
-
-
-def _plan(folder: Path, checkpoint: Checkpoint, files: dict[str, list[str]]) -> dict[str, Any]:
-    """What is made from what: a run goes on only with what was left of the same work."""
-    sources = {span.file for span in checkpoint.tensors.values()}
-    stats = {file: os.stat(folder / file) for file in sorted(sources)}
-    return {
-        "folder": str(folder.resolve()),
-        "sources": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()},
-        "files": files,
-    }
 
 
 def _header(names: list[str], tensors: dict[str, TensorSpan]) -> bytes:

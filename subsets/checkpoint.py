@@ -15,7 +15,8 @@ import math
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from types import EllipsisType
@@ -28,6 +29,7 @@ from .safetensors_header import DTYPE_NAMES, CheckpointError, Source, TensorSpan
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_MOST_OPEN = 256  # files kept open at once: expert shards are thousands, and a process may have 1024
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
 
 
@@ -59,25 +61,26 @@ class LocalFiles:
 
     def size(self, file: str) -> int:
         """Size of `file` in bytes. Raises `CheckpointError` if it cannot be opened."""
-        return os.fstat(self._descriptor(file)).st_size
+        with self._descriptor(file) as descriptor:
+            return os.fstat(descriptor).st_size
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `start`, or raise `CheckpointError`."""
-        descriptor = self._descriptor(file)
         filled = 0
-        while filled < len(buffer):
-            try:
-                got = os.preadv(descriptor, [buffer[filled : filled + _MAX_READ]], start + filled)
-            except OSError as error:
-                raise CheckpointError(
-                    f"Reading {self.folder / file} failed at byte {start + filled}: {error}."
-                ) from error
-            if got == 0:
-                raise CheckpointError(
-                    f"{self.folder / file} ends at byte {start + filled}, expected {start + len(buffer)}: it "
-                    "was cut short while being read."
-                )
-            filled += got
+        with self._descriptor(file) as descriptor:
+            while filled < len(buffer):
+                try:
+                    got = os.preadv(descriptor, [buffer[filled : filled + _MAX_READ]], start + filled)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"Reading {self.folder / file} failed at byte {start + filled}: {error}."
+                    ) from error
+                if got == 0:
+                    raise CheckpointError(
+                        f"{self.folder / file} ends at byte {start + filled}, expected "
+                        f"{start + len(buffer)}: it was cut short while being read."
+                    )
+                filled += got
 
     def close(self) -> None:
         """Close the files; they are opened again when needed."""
@@ -85,20 +88,30 @@ class LocalFiles:
             while self._open:
                 os.close(self._open.popitem()[1])
 
-    def _descriptor(self, file: str) -> int:
+    @contextmanager
+    def _descriptor(self, file: str) -> Iterator[int]:
+        """The file opened: for good, or for as long as it is read if so many are open already."""
         with self._lock:
-            if file not in self._open:
+            descriptor = self._open.get(file)
+            keep = descriptor is not None or len(self._open) < _MOST_OPEN
+            if descriptor is None:
                 path = self.folder / file
                 try:
-                    self._open[file] = os.open(path, os.O_RDONLY)
+                    descriptor = os.open(path, os.O_RDONLY)
                 except OSError as error:
                     raise CheckpointError(
                         f"Cannot open the weights file {path}: {error.strerror}."
                     ) from error
                 if hasattr(os, "posix_fadvise"):
                     # Experts lie scattered over the file: reading ahead would fetch the ones not wanted.
-                    os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_RANDOM)
-            return self._open[file]
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+                if keep:
+                    self._open[file] = descriptor
+        try:
+            yield descriptor
+        finally:
+            if not keep:
+                os.close(descriptor)
 
 
 class LazyTensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from .expert_subset import ExpertSubset, SubsetError
+from .fingerprint import are_apart
 from .ranking import jaccard
 
 logger = logging.get_logger(__name__)
@@ -279,11 +280,12 @@ def _check_comparable(subsets: Sequence[ExpertSubset]) -> None:
     sizes = [s.root_experts_per_layer for s in subsets if s.root_experts_per_layer is not None]
     if any(list(size) != list(sizes[0]) for size in sizes):
         raise SubsetError(f"The subsets were made for models of different sizes: {sizes}.")
-    sources = {os.path.basename(os.path.normpath(s.source)) for s in subsets if s.source}
-    if len(sources) > 1:
+    known = [(subset.fingerprint, subset.source) for subset in subsets]
+    reasons = (are_apart(known[0], other) for other in known[1:])
+    if reason := next(filter(None, reasons), None):
         logger.warning(
-            f"The subsets were chosen on {sorted(sources)}: ids mean nothing in another model. Make sure "
-            "that these are the same, or subsets of one."
+            f"The subsets look as if chosen on different models ({sorted({str(s) for _, s in known})}): "
+            f"{reason}. Ids mean nothing in another model: make sure that it is one, or subsets of one."
         )
 
 
@@ -319,6 +321,7 @@ def _combined(
         num_texts=_total([s.num_texts for s in subsets]),
         source=_common([s.source for s in subsets]),
         revision=_common([s.revision for s in subsets]),
+        fingerprint=_first(s.fingerprint for s in subsets),
         drop_shared=any(s.drop_shared for s in subsets),
     )
 

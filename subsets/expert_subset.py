@@ -59,6 +59,8 @@ class ExpertSubset:
             and `num_tokens`, the `jaccard` of the choice with the one before.
         source (`str`, *optional*): folder or Hub repository of the model they were chosen on.
         revision (`str`, *optional*): its revision.
+        fingerprint (`str`, *optional*): what that model is known by under any name; its format is described
+            in `transformers_emo.subsets.fingerprint`. Files without one are read as ever.
         drop_shared (`bool`, defaults to `False`): allow the subset to leave out shared or always-active
             experts.
         local_ids (`bool`, defaults to `False`): the ids are in the numbering of the model the subset is
@@ -88,6 +90,7 @@ class ExpertSubset:
     settling: list[dict[str, float]] | None = None
     source: str | None = None
     revision: str | None = None
+    fingerprint: str | None = None
     drop_shared: bool = False
     local_ids: bool = False
 
@@ -111,6 +114,7 @@ class ExpertSubset:
             ("method", "a name", lambda v: isinstance(v, str)),
             ("source", "a name", lambda v: isinstance(v, str)),
             ("revision", "a name", lambda v: isinstance(v, str)),
+            ("fingerprint", "a text", lambda v: isinstance(v, str)),
         ):
             value = getattr(self, name)
             if value is not None and not fits(value):

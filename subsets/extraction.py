@@ -11,11 +11,13 @@ from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
 from .checkpoint import LazyTensor
+from .completeness import check_whole
 from .expert_subset import ExpertSubset
 from .expert_tensors import released_tensors
+from .fingerprint import warn_if_chosen_elsewhere
 from .hub_loading import fetch_ahead
 from .library import library_of
-from .loading import lazy_parameters, open_checkpoint, warn_if_chosen_elsewhere
+from .loading import lazy_parameters, open_checkpoint
 from .model_experts import local_experts, subset_config
 from .model_folder import (
     GENERATION_CONFIG,
@@ -27,6 +29,7 @@ from .model_folder import (
 )
 from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
 from .safetensors_header import CheckpointError
+from .source_files import at_one_commit
 
 _BUFFER_BYTES = 1 << 24
 
@@ -77,6 +80,7 @@ def extract_subset(
     out = Path(out)
     check_new(out)
     shard_bytes = size_in_bytes(max_shard_size)
+    hub_kwargs = at_one_commit(model, hub_kwargs)
     config = EmoConfig.from_pretrained(model, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
@@ -84,17 +88,18 @@ def extract_subset(
             "extract from the unquantised model."
         )
     chosen = ExpertSubset.of(subset, *library_of(model, **hub_kwargs)).for_model(config)
-    warn_if_chosen_elsewhere(chosen, model)
     kept = local_experts(chosen, config)
     checkpoint = open_checkpoint(model, kept=kept, **hub_kwargs)
     try:
         parameters = lazy_parameters(checkpoint, config, kept)
         tensors = released_tensors(parameters)
         small = subset_config(config, chosen)
+        check_whole(parameters, small, os.fspath(model))
         if small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
         check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
         fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
+        warn_if_chosen_elsewhere(chosen, model, tensors, config.num_hidden_layers)
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)

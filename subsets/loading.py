@@ -24,7 +24,8 @@ from ..configuration import EmoConfig
 from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
 from .exclusion import remaining_subset
-from .expert_subset import ExpertSubset, SubsetError
+from .expert_subset import SubsetError
+from .fingerprint import warn_if_chosen_elsewhere
 from .hub_files import HubFiles, is_hub_repo
 from .hub_loading import cache_view, fetch_ahead, open_part
 from .library import library_of
@@ -137,14 +138,17 @@ def from_pretrained(
     kept = local_experts(subset, config)
     if folder is not None:  # see that the files are whole before the network is built
         checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
-        checkpoint.source.close()
-        lazy_parameters(checkpoint, config, kept)
-    warn_if_chosen_elsewhere(subset, base)
+        try:
+            lazies = lazy_parameters(checkpoint, config, kept)
+            warn_if_chosen_elsewhere(subset, base, lazies, config.num_hidden_layers)
+        finally:
+            checkpoint.source.close()
     small = subset_config(config, subset)
     if is_hub_repo(base):
         files = HubFiles(os.fspath(base), hub)
         try:
             tensors = fetch_parameters(files, config, kept, variant=kwargs.pop("variant", None))
+            warn_if_chosen_elsewhere(subset, base, tensors, config.num_hidden_layers)
             dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
             with cache_view(files, dtype) as view:
                 return _load(
@@ -398,40 +402,12 @@ def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
                 )
 
 
-def warn_if_chosen_elsewhere(subset: ExpertSubset, model: str | os.PathLike) -> None:
-    """Say so where a subset was chosen on a model of another name.
-
-    Args:
-        subset (`ExpertSubset`): the subset.
-        model (`str` or `os.PathLike`): folder or Hub repository of the model it is used on.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import ExpertSubset
-    >>> from transformers_emo.subsets.loading import warn_if_chosen_elsewhere
-    >>> warn_if_chosen_elsewhere(ExpertSubset([[0, 1]], source="me/emo"), "/models/emo")
-
-    ```
-    """
-    if subset.source and _name(subset.source) != _name(model):
-        logger.warning(
-            f"The expert subset was chosen on {subset.source!r} and is used on {os.fspath(model)!r}: ids "
-            "mean nothing in another model. Make sure that both are the same."
-        )
-
-
 def _base_of_adapter(path: str | os.PathLike) -> str | os.PathLike:
     """The model that a folder with nothing but an adapter belongs to; any other path as it is."""
     adapter, config = Path(path, "adapter_config.json"), Path(path, "config.json")
     if adapter.is_file() and not config.is_file():
         return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
     return path
-
-
-def _name(source: str | os.PathLike) -> str:
-    """The last part of a path or repository id, by which a local copy of a repository is known too."""
-    return os.path.basename(os.path.normpath(os.fspath(source)))
 
 
 def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:

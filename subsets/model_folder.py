@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from huggingface_hub import is_offline_mode
 from transformers.utils import cached_file
 
 from .safetensors_files import write_json
+from .safetensors_header import CheckpointError
 
 try:
     import fcntl
@@ -34,24 +36,32 @@ _PLAN = ".plan.json"
 
 
 @contextmanager
-def new_folder(out: str | os.PathLike, *, plan: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def new_folder(
+    out: str | os.PathLike,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    hopeless: tuple[type[BaseException], ...] = (),
+) -> Iterator[Path]:
     """A folder to write to, which gets its name when all went well and is removed otherwise.
 
     It is `.<name>.partial` until then, and locked, so that two runs do not write to it at once. What a run
-    that was killed left of it is removed first.
+    without a plan left of it, when it was killed, is removed first.
 
     Args:
         out (`str` or `os.PathLike`): the name; its parents are made too.
         plan (`Mapping[str, Any]`, *optional*): what is made from what, in types of JSON, for runs that can be
-            gone on with. What an earlier run with the same plan left is kept then, and so is what this one
-            leaves if it fails.
+            gone on with; see `source_files.identity_of`. What an earlier run with the same plan left is kept
+            then, and so is what this one leaves if it fails.
+        hopeless (`tuple[type[BaseException], ...]`, *optional*): errors after which nothing is kept, since
+            the same run would only fail again.
 
     Yields:
         `Path`: the folder, empty but for what an earlier run with the same plan left.
 
     Raises:
-        FileExistsError: if `out` exists.
+        FileExistsError: if `out` exists, or a run with another plan left something.
         BlockingIOError: if another run is writing it.
+        OSError: whatever stopped the writing, with what is left and how to go on.
 
     Example:
 
@@ -72,21 +82,62 @@ def new_folder(out: str | os.PathLike, *, plan: Mapping[str, Any] | None = None)
     partial = out.with_name(f".{out.name}.partial")
     lock = _claim(partial, out)
     try:
-        if plan is None or _plan_of(partial) != json.loads(json.dumps(plan)):
-            _empty(partial)
-        if plan is not None:
-            write_json(partial / _PLAN, dict(plan))
-        yield partial
-        check_new(out)
-        (partial / _PLAN).unlink(missing_ok=True)
-        partial.rename(out)
-    except BaseException:
-        if plan is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _take_over(partial, out, plan)
+        try:
+            yield partial
+            check_new(out)
+            (partial / _PLAN).unlink(missing_ok=True)
+            partial.rename(out)
+        except BaseException as error:
+            kept = plan is not None and not isinstance(error, hopeless) and _holds_work(partial)
+            if not kept:
+                shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, FileExistsError):
+                raise _told(error, out, partial if kept else None) from error
+            raise
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _take_over(partial: Path, out: Path, plan: Mapping[str, Any] | None) -> None:
+    """Keep what an earlier run with the same plan left, remove what none can go on with."""
+    ours, left = json.loads(json.dumps(plan)), _plan_of(partial)
+    if left is not None and left != ours and _holds_work(partial):
+        wanted = ours or {}
+        differ = sorted(key for key in left.keys() | wanted.keys() if left.get(key) != wanted.get(key))
+        raise FileExistsError(
+            f"{partial} holds what another job left that was to make {out}: it differs in "
+            f"{', '.join(differ)} (other arguments, or a source that has changed since). Repeat that call to "
+            "go on with it, or remove the folder to begin anew."
+        )
+    if left is None or left != ours:
+        _empty(partial)
+        if plan is not None:  # under another name first: half a plan would lose the work of all runs before
+            write_json(partial / f"{_PLAN}.new", dict(plan))
+            (partial / f"{_PLAN}.new").rename(partial / _PLAN)
+
+
+def _holds_work(partial: Path) -> bool:
+    return any(path.is_file() and not path.name.startswith(_PLAN) for path in partial.rglob("*"))
+
+
+def _told(error: OSError, out: Path, kept: Path | None) -> OSError:
+    """The same error with what is left."""
+    what = str(error)
+    if error.errno is not None:  # from the system, and no sentence
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "The disk is full." if full else f"Writing {out} failed: {error}."
+    if kept is None:
+        left = f"Nothing of {out} is left."
+    else:
+        left = (
+            f"{kept} holds what was finished: mend the cause and call again with the same arguments to go "
+            "on, or remove it."
+        )
+    told = (CheckpointError if isinstance(error, CheckpointError) else OSError)(f"{what} {left}")
+    told.errno = error.errno
+    return told
 
 
 def _claim(partial: Path, out: Path) -> int | None:
@@ -122,11 +173,12 @@ def _is(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _plan_of(partial: Path) -> Any:
+def _plan_of(partial: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((partial / _PLAN).read_text(encoding="utf-8"))
+        plan = json.loads((partial / _PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+    return plan if isinstance(plan, dict) else None
 
 
 def _empty(folder: Path) -> None:
@@ -235,4 +287,5 @@ def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path
     for name in names:
         found = optional_file(model, name, **hub_kwargs)
         if found is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(found, folder / name)

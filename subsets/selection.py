@@ -16,8 +16,7 @@ from typing import Any, overload
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import logging
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
@@ -33,12 +32,14 @@ from .calibration import (
 )
 from .exclusion import excluded_experts
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+from .fingerprint import attention_of, fingerprint_of, fingerprint_of_folder
 from .hidden_states import HiddenStates
 from .layers import CheckpointLayers, Layers, LoadedLayers
 from .library import library_of
 from .loading import HUB_KWARGS, open_checkpoint
 from .ranking import best_experts, jaccard
 from .safetensors_header import CheckpointError
+from .source_files import at_one_commit
 from .statistics import always_kept, new_score
 from .streaming import pass_full_model, pass_layerwise
 
@@ -189,11 +190,8 @@ def select_experts(
     if stop_when_settled is not None and not 0 < stop_when_settled <= 1:
         raise ValueError(f"`stop_when_settled` is {stop_when_settled}, expected a number from 0 to 1.")
     config, source = _resolve(model, dtype, device, hub_kwargs)
-    if source is not None and not isinstance(model, EmoPreTrainedModel) and not os.path.isdir(source):
-        # From here on one commit, even if the repository changes meanwhile.
-        commit = extract_commit_hash(cached_file(source, "config.json", **hub_kwargs), None)
-        if commit is not None:
-            hub_kwargs["revision"] = commit
+    if source is not None and not isinstance(model, EmoPreTrainedModel):
+        hub_kwargs = at_one_commit(source, hub_kwargs)
     several = isinstance(num_experts, Sequence)
     sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     excluded = (
@@ -204,7 +202,14 @@ def select_experts(
     choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
     _check_sizes(config, sizes, choice.excluded)
     if method == "random":
+        known_by = None
+        if isinstance(model, EmoPreTrainedModel):
+            known_by = fingerprint_of(model.state_dict(), config.num_hidden_layers)
+        elif os.path.isdir(model):
+            folder = os.path.join(model, hub_kwargs.get("subfolder") or "")
+            known_by = fingerprint_of_folder(folder, config.num_hidden_layers)
         subsets = choice.of_scores(_random_scores(config, seed))
+        subsets = [replace(subset, fingerprint=known_by) for subset in subsets]
         return subsets if several else subsets[0]
 
     if sum(given is not None for given in (texts, dataset, input_ids)) != 1:
@@ -239,6 +244,7 @@ def select_experts(
             subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
         finally:
             model.train(training)
+        known_by = fingerprint_of(model.state_dict(), config.num_hidden_layers)
     else:
         checkpoint = open_checkpoint(model, **hub_kwargs)
         try:
@@ -250,8 +256,11 @@ def select_experts(
                 device=device or "cpu",
             )
             subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
+            # Last, when these bytes have been read: of a repository nothing more is fetched.
+            known_by = fingerprint_of(attention_of(checkpoint), config.num_hidden_layers)
         finally:
             checkpoint.source.close()
+    subsets = [replace(subset, fingerprint=known_by) for subset in subsets]
     return subsets if several else subsets[0]
 
 

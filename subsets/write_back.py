@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,21 +18,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..configuration import EmoConfig
 from .adapter_record import held_experts
 from .checkpoint import Checkpoint, LazyTensor
+from .completeness import check_whole
 from .expert_subset import SubsetError
 from .expert_tensors import Part, PartOfModel, parts_of_model
 from .hub_files import HubFiles
-from .library import LIBRARY, library_names
 from .loading import lazy_parameters, open_checkpoint
-from .model_folder import (
-    GENERATION_CONFIG,
-    TOKENIZER_FILES,
-    check_new,
-    check_space,
-    copy_companions,
-    new_folder,
-)
+from .model_folder import check_new, check_space, copy_companions, new_folder, optional_file
 from .safetensors_files import write_json
 from .safetensors_header import CheckpointError, TensorSpan
+from .source_files import at_one_commit, identity_of, side_files
 
 _BUFFER_BYTES = 1 << 24
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -64,8 +56,13 @@ class _Model:
     label: str
     config: EmoConfig
     parts: dict[str, PartOfModel]
-    checkpoint: Checkpoint | None  # None for a model in memory
-    fingerprint: Any
+    checkpoint: Checkpoint | None = None  # None for a model in memory, and so the next
+    identity: dict[str, Any] | None = None  # what it is known by when an interrupted run is gone on with
+    hub_kwargs: dict[str, Any] = field(default_factory=dict)  # of one commit
+
+
+class _SourceChangedError(CheckpointError):
+    """The files of a model changed while they were read."""
 
 
 def write_back(
@@ -85,14 +82,25 @@ def write_back(
     not trained does not change, also where the tuned model was saved in a shorter dtype. What several tuned
     models hold is the mean of theirs.
 
+    A trained value is taken as it is in the tuned model and rounded once, to the dtype that the full model
+    has on disk: bfloat16 into float32 exactly, float32 into bfloat16 to the nearest. A value that the tuned
+    model holds as what the old one becomes in its dtype counts as not trained. Means and blends are computed
+    in float64. What was trained and what only lost digits cannot be told apart where a model was loaded in a
+    shorter dtype and saved in a longer one: save it in the dtype it was trained in.
+
+    The config, generation config, tokenizer, model card, licence and library of subsets of the full model
+    come along as they are, from a folder and from a repository alike.
+
     A run that was interrupted, or killed, goes on with the file it was at when it is called again with the
-    same arguments; until then its files are in `.<name>.partial` beside `out`.
+    same arguments and none of the models has changed (config, files, commit of a repository); until then its
+    files are in `.<name>.partial` beside `out`. With a tuned model in memory, which no later run can know
+    again, nothing is kept.
 
     Args:
         full (`str` or `os.PathLike`): folder or Hub repository of the model, full or itself a subset that
             holds the tuned experts.
         tuned (`str`, `os.PathLike`, `PreTrainedModel` or a sequence of these): fine-tuned models: what
-            `save_pretrained` of a subset wrote, or the model itself.
+            `save_pretrained` of a subset wrote, or the model itself. Adapters must have been merged.
         out (`str` or `os.PathLike`): the folder to make; it must not exist.
         what (`str`, defaults to `"routed"`): what is written: `"routed"` experts, `"shared"` and
             always-active experts, the `"router"` rows of the tuned models' experts, the `"backbone"` (all the
@@ -110,9 +118,11 @@ def write_back(
     Raises:
         SubsetError: if a tuned model is of another root model, or holds experts that `full` has not.
         CheckpointError: if a checkpoint is damaged or quantised, or shapes differ.
-        ValueError: if an argument is not as said, or a tuned value is not finite.
-        FileExistsError: if `out` exists.
-        OSError: if the disk has no room, or another run is writing to `out`.
+        ValueError: if an argument is not as said, a tuned model has adapters, or a value to be written is not
+            finite; then nothing is left.
+        FileExistsError: if `out` exists, or another job for it was interrupted.
+        OSError: if the disk has no room, or another run is writing to `out`. Whatever stops the writing, the
+            error says what is left.
 
     Example:
 
@@ -137,21 +147,23 @@ def write_back(
         raise ValueError("Got no tuned model: give at least one.")
     opened: list[_Model] = []
     try:
-        opened.append(_open(full, **hub_kwargs))
+        opened.append(_open(full, whole=True, **hub_kwargs))
         shared_kwargs = {name: v for name, v in hub_kwargs.items() if name not in ("revision", "subfolder")}
         opened += [_open(model, **shared_kwargs) for model in several]
         base, *others = opened
         assert base.checkpoint is not None
         sources = _sources(base, others, parts, check_root)
-        plan = {
-            "what": sorted(parts),
-            "weight": weight,
-            "full": base.fingerprint,
-            "tuned": [model.fingerprint for model in others],
-        }
-        with new_folder(out, plan=plan) as work:
+        plan: dict[str, Any] | None = {"what": sorted(parts), "weight": weight}
+        for number, model in enumerate(opened):
+            if model.identity is None:
+                plan = None
+            elif plan is not None:
+                plan["full" if number == 0 else f"tuned model {number}"] = model.identity
+        names = _names_to_copy(base)
+        with new_folder(out, plan=plan, hopeless=(ValueError, _SourceChangedError)) as work:
             _write_files(base, sources, weight, work, out, progress)
-            _copy_rest(base, work, hub_kwargs)
+            _copy_rest(base, names, work)
+            _check_unchanged(opened)
     finally:
         for each in opened:
             if each.checkpoint is not None:
@@ -167,27 +179,47 @@ def _parts(what: str) -> set[Part]:
     return {part for part in known if part in names}
 
 
-def _open(model: str | os.PathLike | PreTrainedModel, **hub_kwargs: Any) -> _Model:
+def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **hub_kwargs: Any) -> _Model:
     if isinstance(model, str | os.PathLike):
+        label = os.fspath(model)
+        if optional_file(model, "adapter_config.json", **hub_kwargs) is not None:
+            raise ValueError(
+                f"{label} holds an adapter: merge it into its model (`merge_and_unload` of PEFT), and give "
+                "what `save_pretrained` of that writes."
+            )
+        hub_kwargs = at_one_commit(model, hub_kwargs)
         config = EmoConfig.from_pretrained(model, **hub_kwargs)
-        _check_plain(os.fspath(model), config)
+        _check_plain(label, config)
         checkpoint = open_checkpoint(model, **hub_kwargs)
-        if isinstance(checkpoint.source, HubFiles):  # all of it will be read
-            checkpoint.source.download(span.file for span in checkpoint.tensors.values())
-        parts = parts_of_model(lazy_parameters(checkpoint, config, None), config)
-        return _Model(os.fspath(model), config, parts, checkpoint, _fingerprint(checkpoint))
+        try:
+            if isinstance(checkpoint.source, HubFiles):  # all of it will be read
+                checkpoint.source.download(span.file for span in checkpoint.tensors.values())
+            parameters = lazy_parameters(checkpoint, config, None)
+            if whole:
+                check_whole(parameters, config, label)
+            parts = parts_of_model(parameters, config)
+            identity = identity_of(model, checkpoint, **hub_kwargs)
+        except BaseException:
+            checkpoint.source.close()
+            raise
+        return _Model(label, config, parts, checkpoint, identity, hub_kwargs)
     if not isinstance(model, PreTrainedModel) or not isinstance(model.config, EmoConfig):
         raise ValueError(
             f"Cannot write back a {type(model).__name__}: give a folder, a Hub repository or an EMO model. "
             "An adapter is merged into its model first (`merge_and_unload` of PEFT)."
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    state = model.state_dict()
+    if getattr(model, "_hf_peft_config_loaded", False) or any(".base_layer." in name for name in state):
         raise ValueError("The tuned model carries an adapter: merge it into the weights first.")
     _check_plain("the tuned model", model.config)
-    source = _Memory(model.state_dict())
-    parts = parts_of_model(source.tensors(), model.config)
-    # What is in memory cannot be found again: a run with it starts anew.
-    return _Model("the tuned model", model.config, parts, None, str(uuid.uuid4()))
+    for name, tensor in state.items():
+        if tensor.is_meta or type(tensor.data) is not torch.Tensor:
+            what = "offloaded" if tensor.is_meta else f"a {type(tensor.data).__name__}"
+            raise ValueError(
+                f"{name} of the tuned model is {what}: save the model with `save_pretrained` and give the "
+                "folder."
+            )
+    return _Model("the tuned model", model.config, parts_of_model(_Memory(state).tensors(), model.config))
 
 
 class _Memory:
@@ -220,13 +252,14 @@ def _check_plain(label: str, config: EmoConfig) -> None:
         raise CheckpointError(f"The weights of {label} are quantised: write back unquantised ones.")
 
 
-def _fingerprint(checkpoint: Checkpoint) -> list:
-    """The files by size and time: enough to tell whether they are those of an interrupted run."""
-    folder = getattr(checkpoint.source, "folder", None)
-    files = sorted({span.file for span in checkpoint.tensors.values()})
-    times = [None if folder is None else (Path(folder) / file).stat().st_mtime_ns for file in files]
-    sizes = [checkpoint.source.size(file) for file in files]
-    return [None if folder is None else str(Path(folder).resolve()), files, sizes, times]
+def _check_unchanged(models: Sequence[_Model]) -> None:
+    """See that what has been read is what it was at the beginning."""
+    for model in models:
+        if model.checkpoint is None or model.identity is None:
+            continue
+        model.checkpoint.source.close()  # so that files are opened anew: they may have been replaced
+        if identity_of(model.label, model.checkpoint, **model.hub_kwargs) != model.identity:
+            raise _SourceChangedError(f"{model.label} changed while it was read: call again when it is done.")
 
 
 def _sources(
@@ -309,7 +342,7 @@ def _write_files(
         patches.setdefault(span.file, []).append((span.start, name))
     sizes = {file: checkpoint.source.size(file) for file in {s.file for s in checkpoint.tensors.values()}}
     left = {file: size for file, size in sorted(sizes.items()) if not (work / file).exists()}
-    for partial in work.glob("*.partial"):
+    for partial in work.rglob("*.partial"):
         partial.unlink()
     check_space(out, sum(left.values()))
     total = sum(sizes.values())
@@ -319,26 +352,18 @@ def _write_files(
         for file, size in left.items():
             partial = work / f"{file}.partial"
             partial.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(partial, "wb") as to:
-                    position = 0
-                    for start, name in sorted(patches.get(file, [])):
-                        _copy(checkpoint, file, position, start, to, bar)
-                        position = start
-                        for new in _merged(base.parts[name].tensor, sources[name], weight, name):
-                            to.write(new)
-                            bar.update(len(new))
-                            position += len(new)
-                    _copy(checkpoint, file, position, size, to, bar)
-                    to.flush()
-                    os.fsync(to.fileno())  # a whole file is trusted later
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise OSError(
-                    f"The disk is full. {work} holds what was written: make room and call again with the "
-                    "same arguments to go on, or remove it."
-                ) from error
+            with open(partial, "wb") as to:
+                position = 0
+                for start, name in sorted(patches.get(file, [])):
+                    _copy(checkpoint, file, position, start, to, bar)
+                    position = start
+                    for new in _merged(base.parts[name].tensor, sources[name], weight, name, out):
+                        to.write(new)
+                        bar.update(len(new))
+                        position += len(new)
+                _copy(checkpoint, file, position, size, to, bar)
+                to.flush()
+                os.fsync(to.fileno())  # a whole file is trusted later
             partial.rename(work / file)
 
 
@@ -350,7 +375,9 @@ def _copy(checkpoint: Checkpoint, file: str, start: int, stop: int, to, bar) -> 
         bar.update(len(buffer))
 
 
-def _merged(old: LazyTensor, tuned: Sequence[LazyTensor], weight: float, name: str) -> Iterator[memoryview]:
+def _merged(
+    old: LazyTensor, tuned: Sequence[LazyTensor], weight: float, name: str, out: Path
+) -> Iterator[memoryview]:
     """The bytes to write, in the dtype of the full model, some rows at a time."""
     row_bytes = max(math.prod(old.shape[1:]) * old.dtype.itemsize, 1)
     step = max(_BUFFER_BYTES // row_bytes, 1)
@@ -367,25 +394,41 @@ def _merged(old: LazyTensor, tuned: Sequence[LazyTensor], weight: float, name: s
                 # What only lost digits when the tuned model was saved was not trained.
                 total += torch.where(new == before.to(new.dtype), exact, new.double())
             mean = total / len(tuned)
-            merged = (mean if weight == 1 else exact + weight * (mean - exact)).to(old.dtype)
+            merged = _rounded(mean if weight == 1 else exact + weight * (mean - exact), old.dtype)
         if not merged.isfinite().all():
             raise ValueError(
                 f"{name} would hold values that are not finite (NaN, infinity or beyond {old.dtype}): the "
-                "tuned model is damaged or its training diverged."
+                f"tuned model is damaged or its training diverged. Nothing of {out} is left: give a model "
+                "that is whole, or leave this one out."
             )
         yield memoryview(merged.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _copy_rest(base: _Model, work: Path, hub_kwargs: dict[str, Any]) -> None:
-    """The config and other files of the full model, as they are, and its library of subsets."""
-    names = ["config.json", GENERATION_CONFIG, *TOKENIZER_FILES]
-    if not (work / SAFE_WEIGHTS_NAME).exists():
-        names.append(SAFE_WEIGHTS_INDEX_NAME)
-    folder = Path(base.label, hub_kwargs.get("subfolder") or "")
-    if folder.is_dir() and library_names(folder):
-        (work / LIBRARY).mkdir(exist_ok=True)
-        names += [f"{LIBRARY}/{name}.json" for name in library_names(folder)]
-    copy_companions(base.label, names, work, **hub_kwargs)
+def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 to the nearest of a dtype.
+
+    Torch goes to 16 bits by way of float32, and so rounds twice; rounding to odd on the way keeps what tells
+    which side of a tie a number is on (Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819).
+    """
+    if dtype.itemsize > 2:
+        return exact.to(dtype)
+    single = exact.float()
+    even = single.view(torch.int32) % 2 == 0
+    beside = torch.nextafter(single, (exact - single.double()).sign().float() * torch.inf)
+    return torch.where(even & (single.double() != exact), beside, single).to(dtype)
+
+
+def _names_to_copy(base: _Model) -> list[str]:
+    """What goes along with the weights, which are in files of the same names and need the same index."""
+    assert base.checkpoint is not None
+    names = side_files(base.label, **base.hub_kwargs)
+    files = {span.file for span in base.checkpoint.tensors.values()}
+    return names if files == {SAFE_WEIGHTS_NAME} else [*names, SAFE_WEIGHTS_INDEX_NAME]
+
+
+def _copy_rest(base: _Model, names: Sequence[str], work: Path) -> None:
+    """The config and other files of the full model, as they are."""
+    copy_companions(base.label, names, work, **base.hub_kwargs)
     config = json.loads((work / "config.json").read_text(encoding="utf-8"))
     if config.pop("auto_map", None) is not None:  # the code that it names stays behind: Transformers has it
         write_json(work / "config.json", config)

@@ -1,6 +1,5 @@
 """Cutting a checkpoint by expert."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers_emo import CheckpointError, EmoConfig, EmoForCausalLM
-from transformers_emo.conversion import shard_experts
+from transformers_emo.conversion import expert_shards, shard_experts
 from transformers_emo.conversion.expert_shards import BACKBONE, plan_expert_files
 
 
@@ -92,13 +91,29 @@ expert_shards.shard_experts({str(source)!r}, {str(out)!r}, progress=False)
     assert same(tensors_of(source), tensors_of(out))
 
 
-def test_what_a_run_on_other_weights_left_is_not_used(make_checkpoint, tmp_path):
-    first, second = make_checkpoint(0), make_checkpoint(1)
-    shard_experts(first, tmp_path / "first", progress=False)
-    shutil.copytree(tmp_path / "first", tmp_path / ".out.partial")
-    (tmp_path / ".out.partial" / ".plan.json").write_text(json.dumps({"folder": str(first)}))
-    shard_experts(second, tmp_path / "out", progress=False)
-    assert same(tensors_of(second), tensors_of(tmp_path / "out"))
+@pytest.mark.parametrize("changed", ["weights", "config"])
+def test_what_a_run_on_another_source_left_is_not_used(
+    make_checkpoint, tmp_path, monkeypatch, edit_json, changed
+):
+    source, original = make_checkpoint(), expert_shards._write
+
+    def stopped(path, *args):
+        if "layer01" in path.name:
+            raise KeyboardInterrupt
+        original(path, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(expert_shards, "_write", stopped)
+        shard_experts(source, tmp_path / "out", progress=False)
+    if changed == "config":
+        edit_json(source / "config.json", rope_theta=12345.0)
+    else:
+        shutil.copy(make_checkpoint(1) / "model.safetensors", source / "model.safetensors")
+    with pytest.raises(FileExistsError, match="another job left .* differs in source"):
+        shard_experts(source, tmp_path / "out", progress=False)
+    shutil.rmtree(tmp_path / ".out.partial")
+    shard_experts(source, tmp_path / "out", progress=False)
+    assert same(tensors_of(source), tensors_of(tmp_path / "out"))
 
 
 def test_bad_input_is_refused_and_nothing_is_written(make_checkpoint, tmp_path):

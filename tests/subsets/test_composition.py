@@ -102,7 +102,7 @@ def test_subsets_of_models_with_different_names_are_warned_of(caplog):
     union(ExpertSubset([[0]], source="a/emo"), ExpertSubset([[1]], source="/models/emo/"))
     assert not caplog.records
     union(ExpertSubset([[0]], source="a/emo"), ExpertSubset([[1]], source="a/std"))
-    assert "ids mean nothing in another model" in caplog.text
+    assert "Ids mean nothing in another model" in caplog.text
 
 
 @pytest.mark.parametrize(

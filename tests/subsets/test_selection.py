@@ -1,6 +1,7 @@
 """Choosing experts: the authors' choices, every kind of input and model, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -388,7 +389,8 @@ def test_offloaded_models_are_run_where_they_are(make_checkpoint, tmp_path):
     offloaded = cpu_offload(AutoModelForCausalLM.from_pretrained(folder), torch.device("cpu"))
     for method in ("layerwise", "reap"):
         arguments = {"input_ids": [INPUT_IDS], "num_experts": 4, "method": method, "progress": False}
-        assert select_experts(offloaded, **arguments) == select_experts(whole, **arguments)
+        expected = replace(select_experts(whole, **arguments), fingerprint=None)  # weights are elsewhere
+        assert select_experts(offloaded, **arguments) == expected
 
 
 def test_texts_chats_datasets_and_files_are_read(tmp_path):

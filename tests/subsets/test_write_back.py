@@ -1,11 +1,8 @@
 """Fine-tuned subsets go back into the full model: only what is meant to changes, to the byte."""
 
-import errno
-import hashlib
 import json
+import re
 import shutil
-import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,73 +10,20 @@ import torch
 from hub_server import HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from transformers_emo import (
-    CheckpointError,
-    EmoForCausalLM,
-    ExpertSubset,
-    SubsetError,
-    extract_subset,
-    write_back,
+from safetensors.torch import load_file
+from transformers_emo import EmoForCausalLM, ExpertSubset, extract_subset, write_back
+from tuned_models import (
+    FIRST,
+    INPUT_IDS,
+    MATRICES,
+    SECOND,
+    changed,
+    expert_names,
+    hashes,
+    router_names,
+    same_files,
+    trained,
 )
-from transformers_emo.subsets import model_folder
-from transformers_emo.subsets.checkpoint import LocalFiles
-from transformers_emo.training import train_only
-
-INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
-FIRST = [[0, 3, 4, 11], [1, 5, 11], [0, 6, 9, 10, 11]]
-SECOND = [[3, 7, 11], [5, 6, 8, 11], [2, 11]]
-MATRICES = ("gate_proj", "up_proj", "down_proj")
-
-
-def hashes(folder) -> dict[str, str]:
-    """The SHA-256 of every tensor, router rows one by one."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            rows = {f"{name}[{i}]": row for i, row in enumerate(tensor)} if "mlp.gate." in name else {}
-            for key, value in (rows or {name: tensor}).items():
-                raw = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-                found[key] = hashlib.sha256(raw).hexdigest()
-    return found
-
-
-def changed(before, after) -> set[str]:
-    before, after = hashes(before), hashes(after)
-    assert before.keys() == after.keys()
-    return {name for name in before if before[name] != after[name]}
-
-
-def expert_names(experts, *, drop=()) -> set[str]:
-    return {
-        f"model.layers.{layer}.mlp.experts.{e}.{matrix}.weight"
-        for layer, ids in enumerate(experts)
-        for e in ids or ()
-        if e not in drop
-        for matrix in MATRICES
-    }
-
-
-def router_names(experts) -> set[str]:
-    return {f"model.layers.{i}.mlp.gate.weight[{e}]" for i, ids in enumerate(experts) for e in ids or ()}
-
-
-def trained(folder, experts, out, what="all", steps: int = 1):
-    """A subset after training steps, in memory and saved."""
-    model = EmoForCausalLM.from_pretrained(folder, expert_subset=experts)
-    train_only(model, what)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(steps):
-        model(INPUT_IDS, labels=INPUT_IDS).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    model.save_pretrained(out)
-    return model
-
-
-def same_files(first, second, files=("*.safetensors", "*.json")) -> bool:
-    names = sorted(path.name for pattern in files for path in first.glob(pattern))
-    return bool(names) and all((first / n).read_bytes() == (second / n).read_bytes() for n in names)
 
 
 @pytest.mark.parametrize(
@@ -236,15 +180,55 @@ def test_what_was_trained_in_half_precision_is_taken_and_the_rest_keeps_its_digi
     assert after[0, 0] == 2.0 and (before != after).sum() == 1
 
 
-def test_other_files_of_the_full_model_come_along(make_checkpoint, tmp_path):
+SIDE_FILES = {
+    "README.md": "---\nlicense: apache-2.0\n---\n",
+    "LICENSE": "Apache",
+    "generation_config.json": '{"top_p": 0.5}',
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "subsets/math.json": None,
+    "subsets/code.json": None,
+}
+LEFT_BEHIND = {"modeling_emo.py": "", "pytorch_model.bin": "", "subsets/note.txt": "", "results/a.json": "{}"}
+
+
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_other_files_of_the_full_model_come_along(make_checkpoint, tmp_path, where, subfolder):
     full = make_checkpoint(shards=True)
-    (full / "tokenizer_config.json").write_text("{}")
-    ExpertSubset(FIRST).save(full / "subsets" / "math.json")
+    for name, content in (SIDE_FILES | LEFT_BEHIND).items():
+        (full / name).parent.mkdir(exist_ok=True)
+        if content is None:
+            ExpertSubset(FIRST).save(full / name)
+        else:
+            (full / name).write_text(content)
     trained(full, FIRST, tmp_path / "tuned")
-    write_back(full, tmp_path / "tuned", out=tmp_path / "out", progress=False)
-    files = {path.relative_to(full) for path in full.rglob("*")}
-    assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} == files
-    assert EmoForCausalLM.from_pretrained(tmp_path / "out", expert_subset="math")
+    (tmp_path / "repo").mkdir()
+    shutil.move(full, tmp_path / "repo" / subfolder)
+    folder = tmp_path / "repo" / subfolder if subfolder else tmp_path / "repo" / full.name
+    out = tmp_path / "out"
+    code = f"""
+from transformers_emo import write_back
+tuned, rest = {str(tmp_path / "tuned")!r}, dict(subfolder={subfolder!r}, progress=False)
+write_back("user/emo", tuned, out={str(tmp_path / "online")!r}, **rest)
+# With what the run before has put into the cache.
+write_back("user/emo", tuned, out={str(out)!r}, local_files_only=True, **rest)
+"""
+    if where == "folder":
+        repo = folder.parent if subfolder else folder
+        write_back(repo, tmp_path / "tuned", out=out, subfolder=subfolder, progress=False)
+    else:
+        with HubServer() as hub:
+            hub.commit("user/emo", folder.parent if subfolder else folder)
+            hub.run(code)
+        assert hashes(tmp_path / "online") == hashes(out)
+        assert {p.name for p in (tmp_path / "online").rglob("*")} == {p.name for p in out.rglob("*")}
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    copied = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert copied == files - LEFT_BEHIND.keys() and SIDE_FILES.keys() <= copied
+    assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in SIDE_FILES)
+    assert EmoForCausalLM.from_pretrained(out, expert_subset="math").config.retained_experts == FIRST
 
 
 def test_code_that_stays_behind_is_not_named(make_checkpoint, tmp_path, edit_json):
@@ -257,230 +241,55 @@ def test_code_that_stays_behind_is_not_named(make_checkpoint, tmp_path, edit_jso
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
 
 
-class TestInterruptions:
-    """A run can be stopped at any time, and goes on where it was."""
-
-    @staticmethod
-    def stop_after(monkeypatch, bytes_read: int):
-        """Stop as a signal would, after so many bytes of the full model were copied."""
-        count = 0
-        original = LocalFiles.read_into
-
-        def counted(self, file, start, buffer):
-            nonlocal count
-            count += len(buffer) if self.folder.name == "full" else 0
-            if count > bytes_read:
-                raise KeyboardInterrupt
-            original(self, file, start, buffer)
-
-        monkeypatch.setattr(LocalFiles, "read_into", counted)
-
-    @pytest.fixture
-    def models(self, make_checkpoint, tmp_path):
-        full = tmp_path / "full"
-        shutil.copytree(make_checkpoint(shards=True), full)
-        trained(full, FIRST, tmp_path / "tuned")
-        write_back(full, tmp_path / "tuned", out=tmp_path / "expected", progress=False)
-        return full, tmp_path / "tuned"
-
-    def test_the_next_run_goes_on_with_the_file_it_was_at(self, models, tmp_path, monkeypatch):
-        full, tuned = models
-        files = sorted(full.glob("*.safetensors"))
-        assert len(files) > 4
-        work, out = tmp_path / ".out.partial", tmp_path / "out"
-        finished: dict[str, int] = {}
-        rounds = 0
-        while not out.exists():
-            rounds += 1
-            with monkeypatch.context() as patch:
-                self.stop_after(patch, 150_000)
-                try:
-                    write_back(full, tuned, out=out, progress=False)
-                except KeyboardInterrupt:
-                    assert not out.exists()
-            folder = out if out.exists() else work
-            whole = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-            assert finished.items() <= whole.items() and len(whole) > len(finished)
-            finished = whole
-        assert rounds > 2
-        assert same_files(tmp_path / "expected", out) and not work.exists()
-        assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "expected").iterdir()}
-
-    @pytest.mark.parametrize("change", ["weight", "tuned", "full"])
-    def test_a_run_with_other_arguments_begins_anew(self, models, tmp_path, monkeypatch, change):
-        full, tuned = models
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            self.stop_after(patch, 250_000)
-            write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert list((tmp_path / ".out.partial").glob("*.safetensors"))
-        weight = 0.5 if change == "weight" else 1.0
-        if change == "tuned":
-            trained(full, FIRST, tuned, steps=2)
-        elif change == "full":
-            for file in full.glob("*.safetensors"):
-                tensors = {n: t * 2 if "q_proj" in n else t for n, t in load_file(file).items()}
-                save_file(tensors, file, metadata={"format": "pt"})
-        write_back(full, tuned, out=tmp_path / "out", weight=weight, progress=False)
-        write_back(full, tuned, out=tmp_path / "afresh", weight=weight, progress=False)
-        assert same_files(tmp_path / "afresh", tmp_path / "out")
-        assert not same_files(tmp_path / "expected", tmp_path / "out")
-
-    def test_two_runs_do_not_write_to_one_folder(self, models, tmp_path):
-        full, tuned = models
-        with pytest.raises(KeyboardInterrupt), model_folder.new_folder(tmp_path / "out") as work:
-            (work / "of another run").touch()
-            with pytest.raises(OSError, match="Another run is writing"):
-                write_back(full, tuned, out=tmp_path / "out", progress=False)
-            assert [path.name for path in work.iterdir()] == ["of another run"]
-            raise KeyboardInterrupt
-        write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert same_files(tmp_path / "expected", tmp_path / "out")
-
-    def test_a_killed_process_leaves_what_the_next_one_goes_on_with(self, models, tmp_path):
-        full, tuned = models
-        code = f"""
-import os, signal
-from transformers_emo import write_back
-from transformers_emo.subsets import checkpoint
-original, count = checkpoint.LocalFiles.read_into, 0
-
-def counted(self, file, start, buffer):
-    global count
-    count += len(buffer)
-    if count > 300_000:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(self, file, start, buffer)
-
-checkpoint.LocalFiles.read_into = counted
-write_back({str(full)!r}, {str(tuned)!r}, out={str(tmp_path / "out")!r}, progress=False)
-"""
-        process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300, check=False)
-        assert process.returncode == -signal.SIGKILL, process.stderr
-        assert not (tmp_path / "out").exists()
-        whole = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.partial").glob("*.safetensors")}
-        assert whole
-        write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in whole.items())
-        assert same_files(tmp_path / "expected", tmp_path / "out")
-
-    def test_a_disk_that_fills_up_on_the_way_loses_nothing(self, models, tmp_path, monkeypatch):
-        full, tuned = models
-
-        def no_room(checkpoint, file, *args):
-            if "00003" in file:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            original(checkpoint, file, *args)
-
-        module = sys.modules[write_back.__module__]
-        original = module._copy
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full.*to go on"):
-            patch.setattr(module, "_copy", no_room)
-            write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 2
-        write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert same_files(tmp_path / "expected", tmp_path / "out")
-
-    def test_a_disk_without_room_is_told_beforehand(self, models, tmp_path, monkeypatch):
-        full, tuned = models
-        with monkeypatch.context() as patch:
-            usage = shutil.disk_usage(tmp_path)
-            patch.setattr(model_folder.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-            with pytest.raises(OSError, match="make room"):
-                write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert not (tmp_path / "out").exists()
-        write_back(full, tuned, out=tmp_path / "out", progress=False)
-        assert same_files(tmp_path / "expected", tmp_path / "out")
-
-
-class TestRefusals:
-    """What cannot be right is said before anything is written."""
-
-    @staticmethod
-    def refused(tmp_path, error, message, *args, **kwargs):
-        with pytest.raises(error, match=message):
-            write_back(*args, out=tmp_path / "new" / "out", progress=False, **kwargs)
-        assert not (tmp_path / "new").exists()
-
-    @pytest.mark.parametrize(
-        ("changes", "error", "message"),
-        [
-            ({"num_experts": 16}, SubsetError, "made for another model"),
-            ({"num_hidden_layers": 2}, SubsetError, "2 layers, the model 3"),
-            ({"hidden_size": 64}, CheckpointError, "`hidden_size` 64, expected 32"),
-            ({"intermediate_size": 16}, CheckpointError, "`intermediate_size` 16, expected 24"),
-        ],
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("tuned_in", ["float32", "bfloat16", "float16", "float64", "mixed"])
+@pytest.mark.parametrize("kept_in", ["float32", "bfloat16", "float16"])
+def test_overlaps_of_any_dtypes_are_averaged_exactly(make_model, tmp_path, kept_in, tuned_in, weight):
+    full, kept_in = tmp_path / "full", getattr(torch, kept_in)
+    make_model().to(kept_in).save_pretrained(full)
+    dtypes = [torch.float32, torch.bfloat16] if tuned_in == "mixed" else [getattr(torch, tuned_in)] * 2
+    tuned = []
+    for number, (experts, dtype) in enumerate(zip((FIRST, SECOND), dtypes, strict=True)):
+        # As a fine-tune does: loaded in a dtype at least as long, trained, saved in another.
+        long = torch.promote_types(kept_in, dtype)
+        model = EmoForCausalLM.from_pretrained(full, expert_subset=experts, dtype=long)
+        generator = torch.Generator().manual_seed(number)
+        for layer in model.model.layers:
+            for parameter in layer.mlp.experts.parameters():  # every other value is trained
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data += (noise * (noise > 0)).to(long)
+        model.to(dtype).save_pretrained(tmp_path / str(number))
+        tuned.append(tmp_path / str(number))
+    result = write_back(full, tuned, out=tmp_path / "out", weight=weight, progress=False)
+    before, after = (load_file(folder / "model.safetensors") for folder in (full, tmp_path / "out"))
+    values: dict[str, list[torch.Tensor]] = {}
+    for folder, experts in zip(tuned, (FIRST, SECOND), strict=True):
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            if match := re.fullmatch(r"(model\.layers\.(\d+)\.mlp\.experts\.)(\d+)(\..*)", name):
+                root = experts[int(match[2])][int(match[3])]
+                if root != 11:
+                    values.setdefault(f"{match[1]}{root}{match[4]}", []).append(tensor)
+    assert set(values) == {f"model.{name}" for name in result.written}
+    assert (
+        {f"model.{name}" for name in result.averaged}
+        == {n for n, v in values.items() if len(v) == 2}
+        != set()
     )
-    def test_models_of_other_sizes(self, make_checkpoint, tmp_path, changes, error, message):
-        other = make_checkpoint(**changes)
-        self.refused(tmp_path, error, message, make_checkpoint(), other)
-
-    def test_another_model_of_the_same_sizes(self, make_checkpoint, tmp_path):
-        full, other = make_checkpoint(), make_checkpoint(seed=1)
-        extract_subset(other, FIRST, tmp_path / "tuned", progress=False)
-        self.refused(tmp_path, SubsetError, "does not come from", full, tmp_path / "tuned")
-        write_back(full, tmp_path / "tuned", out=tmp_path / "out", check_root=False, progress=False)
-
-    def test_the_right_model_with_the_wrong_ids(self, make_checkpoint, tmp_path, edit_json):
-        full = make_checkpoint()
-        extract_subset(full, FIRST, tmp_path / "tuned", progress=False)
-        wrong = [FIRST[0], [2, 7, 11], FIRST[2]]
-        edit_json(tmp_path / "tuned" / "config.json", retained_experts=wrong)
-        self.refused(tmp_path, SubsetError, "router rows of layer 1", full, tmp_path / "tuned")
-
-    def test_experts_that_the_full_model_has_not(self, make_checkpoint, tmp_path):
-        root = make_checkpoint()
-        extract_subset(root, FIRST, tmp_path / "a", progress=False)
-        extract_subset(root, SECOND, tmp_path / "b", progress=False)
-        self.refused(tmp_path, SubsetError, "Expert 7 of layer 0 is not in", tmp_path / "a", tmp_path / "b")
-
-    def test_a_backbone_of_another_shape(self, make_checkpoint, tmp_path):
-        full = make_checkpoint()
-        model = EmoForCausalLM.from_pretrained(full, expert_subset=FIRST)
-        model.resize_token_embeddings(100)
-        self.refused(tmp_path, CheckpointError, r"embed_tokens.weight has shape", full, model, what="all")
-        write_back(full, model, out=tmp_path / "out", progress=False)  # the experts are as they were
-        assert same_files(full, tmp_path / "out")
-
-    @pytest.mark.parametrize(
-        ("kwargs", "message"),
-        [
-            ({"what": "experts"}, "`what` is 'experts'"),
-            ({"what": ""}, "`what` is ''"),
-            ({"weight": 1.5}, "`weight` is 1.5"),
-            ({"weight": float("nan")}, "`weight` is nan"),
-            ({"weight": "1"}, "`weight` is '1'"),
-        ],
-    )
-    def test_arguments(self, make_checkpoint, tmp_path, kwargs, message):
-        full = make_checkpoint()
-        self.refused(tmp_path, ValueError, message, full, full, **kwargs)
-
-    def test_what_is_no_model(self, make_checkpoint, tmp_path):
-        full = make_checkpoint()
-        self.refused(tmp_path, ValueError, "at least one", full, [])
-        self.refused(tmp_path, ValueError, "Cannot write back a Linear", full, torch.nn.Linear(2, 2))
-
-    def test_nothing_to_write(self, make_checkpoint, tmp_path):
-        full = make_checkpoint(num_shared_experts=0)
-        self.refused(tmp_path, ValueError, "Nothing to write", full, full, what="shared")
-
-    def test_a_folder_that_is_there(self, make_checkpoint, tmp_path):
-        full = make_checkpoint()
-        with pytest.raises(FileExistsError, match="exists already"):
-            write_back(full, full, out=full, progress=False)
-
-    def test_quantised_models(self, make_checkpoint, tmp_path, edit_json):
-        full, tuned = make_checkpoint(), make_checkpoint()
-        edit_json(tuned / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-        self.refused(tmp_path, CheckpointError, "quantised", full, tuned)
-
-    def test_values_that_are_not_finite(self, make_checkpoint, tmp_path):
-        full = make_checkpoint()
-        model = EmoForCausalLM.from_pretrained(full, expert_subset=FIRST)
-        model.model.layers[1].mlp.experts.down_proj.data[0, 0, 0] = float("nan")
-        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.1\.down_proj\.weight would hold"):
-            write_back(full, model, out=tmp_path / "out", progress=False)
-        assert not (tmp_path / "out").exists()
+    for name, old in before.items():
+        assert after[name].dtype == old.dtype == kept_in
+        exact = old.double()
+        if name in values:
+            news = [torch.where(v == old.to(v.dtype), exact, v.double()) for v in values[name]]
+            exact = (1 - weight) * exact + weight * sum(news) / len(news)
+            untrained = torch.stack([v == old.to(v.dtype) for v in values[name]]).all(0)
+            assert untrained.any() and not untrained.all()
+            assert torch.equal(after[name][untrained], old[untrained])
+            # To the nearest: no further away than its neighbours.
+            for neighbour in (torch.inf, -torch.inf):
+                beside = torch.nextafter(after[name], torch.tensor(neighbour, dtype=kept_in)).double()
+                assert ((after[name].double() - exact).abs() <= (beside - exact).abs() + 1e-12).all()
+        else:
+            assert torch.equal(after[name], old)
 
 
 def test_models_on_the_hub_are_taken_apart_and_put_together(make_checkpoint, tmp_path):

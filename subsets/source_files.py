@@ -1,0 +1,136 @@
+"""The model that something is made of: held to one commit, known again, and what goes with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, is_offline_mode
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .checkpoint import Checkpoint, LocalFiles
+from .library import LIBRARY
+from .model_folder import GENERATION_CONFIG, TOKENIZER_FILES, optional_file
+
+_SIDE_FILES = (
+    "config.json",
+    GENERATION_CONFIG,
+    *TOKENIZER_FILES,
+    "README.md",
+    "LICENSE*",
+    f"{LIBRARY}/*.json",
+)
+
+
+def at_one_commit(model: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that read a Hub repository as it is now, even if it changes meanwhile.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        hub_kwargs (`Mapping[str, Any]`): `revision`, `token`, `subfolder` and so on, as for
+            `from_pretrained`.
+
+    Returns:
+        `dict[str, Any]`: the same, with the hash of the commit as `revision`; those of a folder unchanged.
+
+    Raises:
+        OSError: if there is no such repository, or no `config.json` in it.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.source_files import at_one_commit
+    >>> at_one_commit("model_cards/toy-emo", {"subfolder": ""})
+    {'subfolder': ''}
+
+    ```
+    """
+    if os.path.isdir(model):
+        return dict(hub_kwargs)
+    commit = extract_commit_hash(cached_file(model, "config.json", **hub_kwargs), None)
+    return dict(hub_kwargs) | ({} if commit is None else {"revision": commit})
+
+
+def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: Any) -> dict[str, Any]:
+    """What a source of a plan is known by: if any of it differs, it is another source.
+
+    Args:
+        model (`str` or `os.PathLike`): its folder or Hub repository.
+        checkpoint (`Checkpoint`): its weights.
+        hub_kwargs: `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `dict[str, Any]`: the folder's path, or the repository and the commit; the hash of `config.json`, of
+        where every tensor lies, and of each file of weights the size and, in a folder, the time of change.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets import Checkpoint
+    >>> from transformers_emo.subsets.source_files import identity_of
+    >>> toy = "model_cards/toy-emo"
+    >>> sorted(identity_of(toy, Checkpoint.from_folder(toy)))
+    ['config', 'files', 'headers', 'source']
+
+    ```
+    """
+    source = checkpoint.source
+    files = sorted({span.file for span in checkpoint.tensors.values()})
+    config = Path(optional_file(model, "config.json", **hub_kwargs) or os.devnull).read_bytes()
+    headers = repr(sorted((name, repr(span)) for name, span in checkpoint.tensors.items()))
+    times: dict[str, int | None] = dict.fromkeys(files)
+    if isinstance(source, LocalFiles):
+        times |= {file: os.stat(source.folder / file).st_mtime_ns for file in files}
+        where = [str(source.folder.resolve())]
+    else:
+        where = [os.fspath(model), str(getattr(source, "commit", None)), hub_kwargs.get("subfolder") or ""]
+    return {
+        "source": where,
+        "config": hashlib.sha256(config).hexdigest(),
+        "headers": hashlib.sha256(headers.encode()).hexdigest(),
+        "files": {file: [source.size(file), times[file]] for file in files},
+    }
+
+
+def side_files(model: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
+    """What a model has beside its weights and that goes with it: config, generation config, tokenizer, model
+    card, licence and its library of subsets. Code is not among it.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `list[str]`: paths in the folder, or in the repository's `subfolder`, sorted; for `copy_companions`.
+        Offline, of a repository, those in the cache.
+
+    Raises:
+        OSError: if the repository cannot be reached.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.source_files import side_files
+    >>> side_files("model_cards/toy-emo")
+    ['README.md', 'config.json', 'tokenizer.json', 'tokenizer_config.json']
+
+    ```
+    """
+    subfolder = hub_kwargs.get("subfolder") or ""
+    folder: Path | None = None
+    if os.path.isdir(model):
+        folder = Path(model, subfolder)
+    elif hub_kwargs.get("local_files_only") or is_offline_mode():
+        folder = Path(str(cached_file(model, "config.json", **hub_kwargs))).parent
+    if folder is not None:
+        found = (path for pattern in _SIDE_FILES for path in folder.glob(pattern))
+        return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+    revision, token = hub_kwargs.get("revision"), hub_kwargs.get("token")
+    names = HfApi(token=token).list_repo_files(os.fspath(model), revision=revision)
+    start = f"{subfolder.strip('/')}/" if subfolder else ""
+    inside = [PurePosixPath(name.removeprefix(start)) for name in names if name.startswith(start)]
+    return sorted(str(p) for p in inside for kind in _SIDE_FILES if PurePosixPath("/", p).match(f"/{kind}"))
