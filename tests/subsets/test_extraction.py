@@ -158,7 +158,7 @@ def test_little_is_read_and_little_is_held(make_checkpoint, tmp_path, monkeypatc
         ([[0, 12]] * 3, "has no expert 12"),
         ([[0, 1]] * 3, "drops expert 11 of layer 0"),
         ([[11]] * 3, "keeps no routed expert"),
-        ("nowhere", "No such file"),
+        ("nowhere", "no expert subset 'nowhere'"),
     ],
 )
 def test_subsets_that_do_not_fit_are_refused_and_nothing_is_written(
