@@ -160,6 +160,15 @@ def test_one_text_and_one_batch_are_taken_as_such(make_model):
         ({"texts": ["a"], "dtype": "float31"}, "Unknown dtype 'float31'"),
         ({"texts": ["a"], "num_experts": 4.0}, "`num_experts` is 4.0"),
         ({"input_ids": [INPUT_IDS], "attention_mask": [INPUT_IDS[:, :3]]}, "expected the same"),
+        ({"texts": ["a"], "dtype": "int8"}, "Unknown dtype 'int8'"),
+        ({"texts": ["a"], "device": "gpu"}, "Cannot run on the device 'gpu'"),
+        ({"texts": ["a"], "batch_size": 0}, "`batch_size` is 0, expected an integer from 1"),
+        ({"texts": ["a"], "max_texts": -1}, "`max_texts` is -1"),
+        ({"texts": ["a"], "max_length": 1.5}, "`max_length` is 1.5"),
+        ({"texts": ["a"], "hidden_memory": float("nan")}, "`hidden_memory` is nan, expected bytes"),
+        ({"texts": ["a"], "labels": [INPUT_IDS]}, "`labels` goes with `input_ids`, which is not given"),
+        ({"input_ids": [INPUT_IDS], "answers": ["a"]}, "`answers` goes with `texts`"),
+        ({"texts": ["a"], "answer_column": "b"}, "`answer_column` goes with `dataset`"),
     ],
 )
 def test_misuse_has_a_clear_error(kwargs, message):
