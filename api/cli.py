@@ -139,6 +139,7 @@ def _add_extract(commands: Any) -> None:
     extract.add_argument("subset", help="JSON file, or the name of one in the model's subsets/")
     extract.add_argument("out", help="the folder to make")
     extract.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
+    extract.add_argument("--dtype", help="to convert to, such as bfloat16 (default as they are)")
     extract.add_argument("--revision", help="of the Hub repository")
     extract.set_defaults(run=_extract)
 
@@ -395,7 +396,12 @@ def _extract(parsed: argparse.Namespace) -> None:
 
     revision = {} if parsed.revision is None else {"revision": parsed.revision}
     config = extract_subset(
-        parsed.model, parsed.subset, parsed.out, max_shard_size=parsed.max_shard_size, **revision
+        parsed.model,
+        parsed.subset,
+        parsed.out,
+        max_shard_size=parsed.max_shard_size,
+        dtype=parsed.dtype,
+        **revision,
     )
     print(f"{parsed.out}: {_experts(config.layer_experts)} experts a layer")
 

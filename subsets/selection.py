@@ -192,18 +192,18 @@ def select_experts(
         raise ValueError(f"The budget 'mass' needs scores of all layers at once: {method!r} has none.")
     if stop_when_settled is not None and not 0 < stop_when_settled <= 1:
         raise ValueError(f"`stop_when_settled` is {stop_when_settled}, expected a number from 0 to 1.")
-    for name, value in (("max_texts", max_texts), ("max_length", max_length), ("batch_size", batch_size)):
-        if value is not None and (not is_id(value) or value < 1):
-            raise ValueError(f"`{name}` is {value!r}, expected an integer from 1.")
+    for name, count in (("max_texts", max_texts), ("max_length", max_length), ("batch_size", batch_size)):
+        if count is not None and (not is_id(count) or count < 1):
+            raise ValueError(f"`{name}` is {count!r}, expected an integer from 1.")
     if not hidden_memory >= 0:
         raise ValueError(f"`hidden_memory` is {hidden_memory!r}, expected bytes, from 0.")
-    for name, value, owner, owned in (
+    for name, given, owner, owned in (
         ("answers", answers, "texts", texts),
         ("answer_column", answer_column, "dataset", dataset),
         ("attention_mask", attention_mask, "input_ids", input_ids),
         ("labels", labels, "input_ids", input_ids),
     ):
-        if value is not None and owned is None:
+        if given is not None and owned is None:
             raise ValueError(f"`{name}` goes with `{owner}`, which is not given: leave it out, or give both.")
     run_in = None if dtype is None else floating_dtype(dtype)
     config, source = _resolve(model, dtype, device, hub_kwargs)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import TOY
 from transformers_emo import EmoForCausalLM, ExpertSubset, cli, training
 
@@ -112,6 +113,13 @@ def test_extract_and_write_back_are_each_others_inverse(tmp_path, capsys):
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (TOY / weights).read_bytes()
     assert EmoForCausalLM.from_pretrained(small).config.retained_experts[3] == [6, 31]
+
+
+def test_extract_converts(tmp_path):
+    ExpertSubset([[0, 1, 31]] * 4).save(tmp_path / "c.json")
+    words = ["extract", str(TOY), str(tmp_path / "c.json"), str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert cli.main(words) == 0
+    assert EmoForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_extract_and_write_back_say_what_does_not_fit(tmp_path, capsys):
