@@ -45,8 +45,8 @@ def extract_subset(
 ) -> EmoConfig:
     """Write a subset of a model as a stand-alone model.
 
-    It is what `from_pretrained(model, expert_subset=subset, dtype=dtype).save_pretrained(out)` writes, in the
-    released layout and bit for bit, but neither model is built: the bytes of the kept experts and of their
+    It is what `from_pretrained(model, expert_subset=subset, dtype=dtype).save_pretrained(out)` writes, in
+    the released layout and bit for bit, but neither model is built: the bytes of the kept experts and of their
     router rows are copied from file to file, with a few MB of memory. The tokenizer and the generation config come along.
     The folder appears under its name when it is whole.
 
@@ -55,8 +55,8 @@ def extract_subset(
         subset: whatever `ExpertSubset.of` takes, also the name of one in the model's `subsets/`.
         out (`str` or `os.PathLike`): the folder to make; it must not exist.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
-        dtype (`str` or `torch.dtype`, *optional*): convert the weights to it, such as `"bfloat16"`; by default
-            every tensor keeps its own.
+        dtype (`str` or `torch.dtype`, *optional*): convert the weights to it, such as `"bfloat16"`; by
+            default every tensor keeps its own.
         progress (`bool`, defaults to `True`): show a progress bar.
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
