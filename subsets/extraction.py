@@ -46,9 +46,9 @@ def extract_subset(
     """Write a subset of a model as a stand-alone model.
 
     It is what `from_pretrained(model, expert_subset=subset, dtype=dtype).save_pretrained(out)` writes, in
-    the released layout and bit for bit, but neither model is built: the bytes of the kept experts and of their
-    router rows are copied from file to file, with a few MB of memory. The tokenizer and the generation config come along.
-    The folder appears under its name when it is whole.
+    the released layout and bit for bit, but neither model is built: the bytes of the kept experts and of
+    their router rows are copied from file to file, with a few MB of memory. The tokenizer and the generation
+    config come along. The folder appears under its name when it is whole.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository; full, or a subset itself.
