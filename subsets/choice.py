@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..configuration import EmoConfig
+from ..modeling_emo import EmoPreTrainedModel
 from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
 from .ranking import best_experts
 from .statistics import always_kept
@@ -120,6 +121,31 @@ class Choice:
                 f"The scores of layer {index} are not finite: the model's numbers overflow. Run it in "
                 "float32."
             )
+
+
+def masked_experts(model: EmoPreTrainedModel) -> list[set[int]]:
+    """For each layer the experts, in root numbering, that an open `use_experts` leaves out.
+
+    Args:
+        model (`EmoPreTrainedModel`): the model.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.subsets.choice import masked_experts
+    >>> model = EmoModel.from_pretrained("model_cards/toy-emo")
+    >>> with model.use_experts(exclude_experts={1: [3, 5]}):
+    ...     masked_experts(model)
+    [set(), {3, 5}, set(), set()]
+
+    ```
+    """
+    base: Any = model.base_model
+    return [
+        set() if mask is None else {e for e, used in zip(present, mask.tolist(), strict=True) if not used}
+        for present, mask in zip(present_experts(model.config), base.expert_masks, strict=True)
+    ]
 
 
 def check_sizes(config: EmoConfig, sizes: Sequence[int], excluded: Sequence[set[int]]) -> None:

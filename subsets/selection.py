@@ -31,7 +31,7 @@ from .calibration import (
     ready_batches,
     tokenizer_of,
 )
-from .choice import Choice, check_sizes, random_scores
+from .choice import Choice, check_sizes, masked_experts, random_scores
 from .exclusion import excluded_experts
 from .expert_subset import ExpertSubset
 from .hidden_states import HiddenStates
@@ -116,7 +116,7 @@ def select_experts(
 
     Args:
         model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to
-            load it from.
+            load it from. Under an open `use_experts` the choice is that of the model with those experts.
         texts (`Sequence` or `str`, *optional*): calibration texts, or chats (lists of messages) for the
             tokenizer's chat template; one few-shot prompt of the domain with its answer is often enough.
         num_experts (`int` or `Sequence[int]`, defaults to 16): experts to keep in each layer; several numbers
@@ -226,6 +226,8 @@ def select_experts(
         if exclude_experts is None
         else excluded_experts(exclude_experts, config, *library_of(source, **hub_kwargs))
     )
+    if isinstance(model, EmoPreTrainedModel):
+        excluded = [never | masked for never, masked in zip(excluded, masked_experts(model), strict=True)]
     choice = Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
     check_sizes(config, sizes, choice.excluded)
     if method == "random":

@@ -84,7 +84,7 @@ def _run_full_block(decoder, experts, score, mask, hidden_BSD, batch) -> torch.T
         weight_T = batch.weight[batch.attention_mask]
         logits_TE, weights_TK, index_TK, _ = decoder.mlp.gate(x_TD, mask)
         if isinstance(score, RouterProbability):
-            score.add_logits(logits_TE, weight_T)
+            score.add_logits(_masked(logits_TE, mask), weight_T)
             if experts is None:
                 return hidden_BSD
             output_TD = experts(x_TD, index_TK, weights_TK)
@@ -174,7 +174,8 @@ def pass_layerwise(
                     hidden_BSD = _run_full_block(decoder, None, None, None, hidden_BSD, batch)
                 else:
                     x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
-                    score.add_logits(decoder.mlp.gate(x_TD)[0], batch.weight[batch.attention_mask])
+                    logits_TE = _masked(decoder.mlp.gate(x_TD)[0], layers.mask(index))
+                    score.add_logits(logits_TE, batch.weight[batch.attention_mask])
                 states[stream, number] = hidden_BSD
                 bar.update(len(choices))
             if score is not None:
@@ -248,6 +249,13 @@ def _add_to_text(hidden_BSD: torch.Tensor, output_TD: torch.Tensor, batch: Batch
     result_BSD = hidden_BSD.clone()
     result_BSD[batch.attention_mask.to(hidden_BSD.device)] += output_TD
     return result_BSD
+
+
+def _masked(logits_TE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Router logits with minus infinity for experts that the model does not route to."""
+    if mask is None:
+        return logits_TE
+    return logits_TE.masked_fill(~mask.to(logits_TE.device), float("-inf"))
 
 
 def _mask_of(kept: Sequence[int], num_experts: int) -> torch.Tensor | None:

@@ -399,12 +399,23 @@ def test_in_bfloat16_a_folder_and_a_model_agree_to_the_last_bit(make_model, tmp_
     assert select_experts(tmp_path, dtype="bfloat16", **arguments) == select_experts(model, **arguments)
 
 
-def test_a_full_model_under_a_mask_is_measured_under_it(make_model):
-    model, kept = make_model(), [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+@pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap", "random"])
+def test_a_model_under_a_mask_is_the_model_with_those_experts(make_checkpoint, method):
+    folder, kept = make_checkpoint(), [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    arguments = {} if method == "random" else {"input_ids": [INPUT_IDS]}
+    arguments |= {"num_experts": [3, 4], "method": method, "progress": False}
     with model.use_experts(kept):
-        masked = select_experts(model, input_ids=[INPUT_IDS], num_experts=4, method="reap", progress=False)
-    for scores, ids in zip(masked.scores, kept, strict=True):
-        assert {e for e, score in enumerate(scores) if score} <= set(ids)
+        masked = select_experts(model, **arguments)
+        with pytest.raises(SubsetError, match="Cannot keep 6 experts in layer 0: it has 5"):
+            select_experts(model, **arguments | {"num_experts": 6})
+    small = AutoModelForCausalLM.from_pretrained(folder, expert_subset=kept)
+    for subset, expected in zip(masked, select_experts(small, **arguments), strict=True):
+        assert all(set(ids) <= set(there) for ids, there in zip(subset.experts, kept, strict=True))
+        if method != "random":
+            assert subset.experts == expected.experts
+            for a, b in zip(subset.scores, expected.scores, strict=True):
+                assert a == pytest.approx(b, abs=1e-6)
 
 
 def test_offloaded_models_are_run_where_they_are(make_checkpoint, tmp_path):
