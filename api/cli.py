@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .select_command import add_select
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_train,
-        _add_select,
+        add_select,
         _add_extract,
         _add_write_back,
         _add_convert,
@@ -127,29 +128,6 @@ def _add_retention(commands: Any) -> None:
     retention.set_defaults(run=_retention)
 
 
-def _add_select(commands: Any) -> None:
-    select = commands.add_parser(
-        "select",
-        help="choose the experts of a domain from text",
-        description="Choose the experts of a domain from text, and write them as a JSON file that "
-        "`from_pretrained(expert_subset=...)` takes. The model is read layer by layer.",
-    )
-    select.add_argument("model", help="folder or Hub repository")
-    select.add_argument("out", help="JSON file to write; with several numbers of experts, {} is the number")
-    select.add_argument("--text", action="append", metavar="TEXT", help="calibration text; may be repeated")
-    select.add_argument("--data", metavar="FILE", help="JSONL file of calibration texts, instead of --text")
-    select.add_argument("--column", default="text", help="its column of texts or chats (%(default)s)")
-    select.add_argument("--answer-column", help="its column of answers, if it has one")
-    select.add_argument("--max-texts", type=int, metavar="N", help="take only the first N texts")
-    select.add_argument("--experts", type=int, nargs="+", default=[16], metavar="K", help="experts to keep")
-    select.add_argument("--method", default="layerwise", help="layerwise, global, easy_ep, reap or random")
-    select.add_argument("--tokens", default="all", help="tokens that count: all, prompt or answer")
-    select.add_argument("--settle", type=float, metavar="JACCARD", help="stop when the choice has settled")
-    select.add_argument("--dtype", help="to run in, such as float32; the model's own by default")
-    select.add_argument("--revision", help="of the Hub repository")
-    select.set_defaults(run=_select)
-
-
 def _add_extract(commands: Any) -> None:
     extract = commands.add_parser(
         "extract",
@@ -161,6 +139,7 @@ def _add_extract(commands: Any) -> None:
     extract.add_argument("subset", help="JSON file, or the name of one in the model's subsets/")
     extract.add_argument("out", help="the folder to make")
     extract.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
+    extract.add_argument("--dtype", help="to convert to, such as bfloat16 (default as they are)")
     extract.add_argument("--revision", help="of the Hub repository")
     extract.set_defaults(run=_extract)
 
@@ -412,43 +391,17 @@ def _retention(parsed: argparse.Namespace) -> None:
     )
 
 
-def _select(parsed: argparse.Namespace) -> None:
-    from .subsets import select_experts
-
-    if len(parsed.experts) > 1 and "{}" not in parsed.out:
-        raise ValueError(
-            f"{parsed.out!r} is one file for {len(parsed.experts)} subsets: put {{}} in its name."
-        )
-    paths = [parsed.out.replace("{}", str(size)) for size in parsed.experts]
-    for path in paths:  # told before the model is run, not after
-        folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
-        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"Cannot write {path!r}: name a JSON file in a folder that can be written to.")
-    subsets = select_experts(
-        parsed.model,
-        parsed.text,
-        parsed.experts,
-        dataset=parsed.data,
-        column=parsed.column,
-        answer_column=parsed.answer_column,
-        max_texts=parsed.max_texts,
-        method=parsed.method,
-        tokens=parsed.tokens,
-        stop_when_settled=parsed.settle,
-        dtype=parsed.dtype,
-        **({} if parsed.revision is None else {"revision": parsed.revision}),
-    )
-    for path, size, subset in zip(paths, parsed.experts, subsets, strict=True):
-        subset.save(path)
-        print(f"{path}: {size} experts a layer, from {subset.num_tokens or 0} tokens")
-
-
 def _extract(parsed: argparse.Namespace) -> None:
     from .subsets import extract_subset
 
     revision = {} if parsed.revision is None else {"revision": parsed.revision}
     config = extract_subset(
-        parsed.model, parsed.subset, parsed.out, max_shard_size=parsed.max_shard_size, **revision
+        parsed.model,
+        parsed.subset,
+        parsed.out,
+        max_shard_size=parsed.max_shard_size,
+        dtype=parsed.dtype,
+        **revision,
     )
     print(f"{parsed.out}: {_experts(config.layer_experts)} experts a layer")
 

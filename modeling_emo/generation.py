@@ -51,6 +51,7 @@ class _PoolRequest:
         return {"prompt_pool": PromptPool(self.sizes, prompt_BS, self.tokens_at_once)}
 
 
+_PAGED = "Continuous batching keeps sequences in no cache of their own, where their document pools could be"
 # Of the `generate` in progress: each thread has its own, and a nested call (an assistant's) sets it anew.
 _request: ContextVar[_PoolRequest | None] = ContextVar("pool_request", default=None)
 
@@ -95,8 +96,9 @@ class EmoGenerationMixin(GenerationMixin):
 
         Raises:
             SubsetError: if the subset or the exclusion does not fit the model.
-            ValueError: if a pool size is impossible, or the cache holds tokens read without pools or pools of
-                other sizes.
+            ValueError: if a pool size is impossible, the cache holds tokens read without pools or pools of
+                other sizes, or generation is of a kind that reads other prompts than those given (continuous
+                batching, `guidance_scale`, `token_healing`).
 
         Example:
 
@@ -124,8 +126,9 @@ class EmoGenerationMixin(GenerationMixin):
             settings = kwargs.get("generation_config") or model.generation_config
             document_pool = getattr(settings, "document_pool", None)
         if document_pool is not None:
-            _refuse_paged_cache(kwargs)
             sizes = None if document_pool is False else pool_sizes(model.config, document_pool)
+            if sizes is not None:
+                _refuse_other_prompts(kwargs, model.generation_config)
             request = _PoolRequest(sizes, _prompt_length(args, kwargs))
         masked: Any = nullcontext()
         if expert_subset is not None or exclude_experts is not None:
@@ -146,6 +149,24 @@ class EmoGenerationMixin(GenerationMixin):
             inputs |= request.model_inputs(inputs, kwargs.get("attention_mask"))
         return inputs
 
+    def init_continuous_batching(self, generation_config=None, *args, **kwargs):
+        """As in Transformers, once it is known that nothing asks for pools, which it cannot keep.
+
+        Args:
+            generation_config (`GenerationConfig`, *optional*): that of the model by default.
+            args, kwargs: as for every Transformers model.
+
+        Raises:
+            ValueError: if `generation_config.document_pool` asks for pools.
+
+        Example: see `GenerationMixin.generate_batch`.
+        """
+        model: Any = self
+        settings, request = generation_config or model.generation_config, _request.get()
+        if request is None and getattr(settings, "document_pool", None):
+            raise ValueError(f"{_PAGED}: set `generation_config.document_pool = None`, or use `generate`.")
+        return super().init_continuous_batching(generation_config, *args, **kwargs)  # type: ignore[misc]
+
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         request, cache = _request.get(), model_kwargs.get("past_key_values")
         chunk_size = generation_config.prefill_chunk_size
@@ -165,11 +186,24 @@ def _prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
     return next((prompt.shape[1] for prompt in given if prompt is not None), 1)
 
 
-def _refuse_paged_cache(kwargs: dict[str, Any]) -> None:
-    settings = kwargs.get("generation_config")
-    named = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
-    if named is not None and "paged" in named:
+def _refuse_other_prompts(kwargs: dict[str, Any], generation_config: Any) -> None:
+    """See that the prompt that is given is what is read."""
+    settings = kwargs.get("generation_config") or generation_config
+
+    def said(name: str) -> Any:
+        return getattr(settings, name, None) if kwargs.get(name) is None else kwargs[name]
+
+    if "paged" in (said("cache_implementation") or ""):
         raise ValueError(
-            "Continuous batching keeps sequences in no cache of their own, where their document pools could "
-            f"be: use another `cache_implementation` than {named!r}."
+            f"{_PAGED}: use another `cache_implementation` than {said('cache_implementation')!r}."
+        )
+    if said("guidance_scale") not in (None, 1):
+        raise ValueError(
+            f"`guidance_scale={said('guidance_scale')}` reads a second prompt, for which no document pools "
+            "are chosen: leave out one of the two."
+        )
+    if said("token_healing"):
+        raise ValueError(
+            "`token_healing` writes the prompt anew, from which document pools are to be chosen: heal it "
+            "beforehand with `model.heal_tokens`, or leave out one of the two."
         )

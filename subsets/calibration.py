@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # Above this many tokens with padding a batch gets no further text: activations stay below half a gigabyte at
 # EMO's width.
@@ -42,7 +44,11 @@ class Example:
 
 
 def read_column(
-    dataset: Iterable[dict] | str | os.PathLike, columns: Sequence[str], limit: int | None = None
+    dataset: Iterable[dict] | str | os.PathLike,
+    columns: Sequence[str],
+    limit: int | None = None,
+    *,
+    progress: bool = False,
 ) -> list[list[Any]]:
     """Columns of a dataset or a JSONL file.
 
@@ -51,6 +57,7 @@ def read_column(
             streamed one; or a file with a JSON object in each line.
         columns (`Sequence[str]`): the columns to read.
         limit (`int`, *optional*): read so many rows at most.
+        progress (`bool`, defaults to `False`): show a progress bar, if it takes longer than two seconds.
 
     Returns:
         `list[list[Any]]`: the values of each column.
@@ -70,7 +77,9 @@ def read_column(
     """
     rows: Iterable = _json_lines(Path(dataset)) if isinstance(dataset, str | os.PathLike) else dataset
     values: list[list[Any]] = [[] for _ in columns]
-    for number, row in enumerate(islice(rows, limit)):
+    # A streamed dataset may come slowly, and may be longer than anybody waits for.
+    rows = tqdm(islice(rows, limit), desc="Reading texts", unit="text", delay=2, disable=not progress)
+    for number, row in enumerate(rows):
         for column, column_values in zip(columns, values, strict=True):
             if not isinstance(row, dict) or column not in row:
                 found = sorted(row) if isinstance(row, dict) else f"a {type(row).__name__}"
@@ -179,6 +188,35 @@ def _encode_chats(chats, tokenizer, tokens, max_length) -> list[Example]:
         counts = is_answer if tokens == "answer" else [not answer for answer in is_answer]
         examples.append(Example(row["input_ids"].tolist(), counts))
     return examples
+
+
+def tokenizer_of(source: str | os.PathLike | None, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Args:
+        source (`str` or `os.PathLike`, *optional*): folder or Hub repository of the model.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.calibration import tokenizer_of
+    >>> tokenizer_of("model_cards/toy-emo").decode([5])
+    '%'
+
+    ```
+    """
+    if not source:
+        raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
+    try:
+        return AutoTokenizer.from_pretrained(source, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no tokenizer in {os.fspath(source)} ({error}): give the `tokenizer` too."
+        ) from error
 
 
 def make_batches(examples: Sequence[Example], batch_size: int, weight_by: str) -> list[Batch]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import EmoConfig
-from .library import Fetch, find_subset, known_subsets, library_file
+from .library import Fetch, subset_file
 from .model_experts import (
     local_experts,
     present_experts,
@@ -263,13 +263,7 @@ class ExpertSubset:
         if isinstance(value, dict):
             return cls.from_dict(value)
         if isinstance(value, str | os.PathLike):
-            found = find_subset(value, folder, fetch)
-            known = known_subsets(folder, fetch) if found is None else None
-            if known is not None and library_file(os.fspath(value)) is not None:
-                raise SubsetError(
-                    f"There is no expert subset {os.fspath(value)!r}: it is no file, and {known}."
-                )
-            return cls.load(value if found is None else found)
+            return cls.load(subset_file(value, folder, fetch))
         if isinstance(value, Sequence) or hasattr(value, "tolist"):
             return cls(as_layers(value))
         raise SubsetError(

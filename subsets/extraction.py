@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
@@ -15,6 +16,7 @@ from .completeness import check_whole
 from .expert_subset import ExpertSubset
 from .expert_tensors import released_tensors
 from .fingerprint import warn_if_chosen_elsewhere
+from .hub_files import pinned
 from .hub_loading import fetch_ahead
 from .library import library_of
 from .loading import lazy_parameters, open_checkpoint
@@ -27,11 +29,10 @@ from .model_folder import (
     copy_companions,
     new_folder,
 )
-from .safetensors_files import divide, header_of, length_of, size_in_bytes, write_index
+from .safetensors_files import divide, floating_dtype, header_of, length_of, size_in_bytes, write_index
 from .safetensors_header import CheckpointError
-from .source_files import at_one_commit
 
-_BUFFER_BYTES = 1 << 24
+_BUFFER_BYTES = 1 << 24  # whole numbers of every dtype
 
 
 def extract_subset(
@@ -40,21 +41,24 @@ def extract_subset(
     out: str | os.PathLike,
     *,
     max_shard_size: int | str = "5GB",
+    dtype: str | torch.dtype | None = None,
     progress: bool = True,
     **hub_kwargs: Any,
 ) -> EmoConfig:
     """Write a subset of a model as a stand-alone model.
 
-    It is what `from_pretrained(model, expert_subset=subset).save_pretrained(out)` writes, in the released
-    layout and bit for bit, but neither model is built: the bytes of the kept experts and of their router rows
-    are copied from file to file, with a few MB of memory. The tokenizer and the generation config come along.
-    The folder appears under its name when it is whole.
+    It is what `from_pretrained(model, expert_subset=subset, dtype=dtype).save_pretrained(out)` writes, in
+    the released layout and bit for bit, but neither model is built: the bytes of the kept experts and of
+    their router rows are copied from file to file, with a few MB of memory. The tokenizer and the generation
+    config come along. The folder appears under its name when it is whole.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository; full, or a subset itself.
         subset: whatever `ExpertSubset.of` takes, also the name of one in the model's `subsets/`.
         out (`str` or `os.PathLike`): the folder to make; it must not exist.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
+        dtype (`str` or `torch.dtype`, *optional*): convert the weights to it, such as `"bfloat16"`; by
+            default every tensor keeps its own.
         progress (`bool`, defaults to `True`): show a progress bar.
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
@@ -64,6 +68,7 @@ def extract_subset(
     Raises:
         SubsetError: if the subset does not fit the model.
         CheckpointError: if the checkpoint is damaged, incomplete, quantised or no safetensors.
+        ValueError: if `dtype` is none of floating point, or `max_shard_size` no size.
         FileExistsError: if `out` exists.
         OSError: if the disk has no room for it.
 
@@ -80,7 +85,8 @@ def extract_subset(
     out = Path(out)
     check_new(out)
     shard_bytes = size_in_bytes(max_shard_size)
-    hub_kwargs = at_one_commit(model, hub_kwargs)
+    cast_to = None if dtype is None else floating_dtype(dtype)
+    hub_kwargs = pinned(model, hub_kwargs)
     config = EmoConfig.from_pretrained(model, **hub_kwargs)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
@@ -95,9 +101,13 @@ def extract_subset(
         tensors = released_tensors(parameters)
         small = subset_config(config, chosen)
         check_whole(parameters, small, os.fspath(model))
-        if small.dtype is None:
+        if cast_to is not None:
+            small.dtype = cast_to
+        elif small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
-        check_space(out, sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values()))
+        for tensor in tensors.values():
+            tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
+        check_space(out, sum(map(length_of, _layouts(tensors).values())))
         fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
         warn_if_chosen_elsewhere(chosen, model, tensors, config.num_hidden_layers)
         with new_folder(out) as work:
@@ -109,11 +119,16 @@ def extract_subset(
     return small
 
 
+def _layouts(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes as written."""
+    return {name: (tensor.cast_to or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
 def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, progress: bool) -> None:
-    layouts = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    layouts = _layouts(tensors)
     shards = divide(((name, length_of(layout)) for name, layout in layouts.items()), shard_bytes)
     buffer = memoryview(bytearray(_BUFFER_BYTES))
-    total = sum(map(length_of, layouts.values()))
+    total = sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values())
     with tqdm(
         total=total, desc="Extracting", unit="B", unit_scale=True, disable=not progress, delay=1
     ) as bar:
@@ -125,9 +140,17 @@ def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, pr
                         for start in range(piece.start, piece.end, _BUFFER_BYTES):
                             part = buffer[: min(_BUFFER_BYTES, piece.end - start)]
                             tensors[name].source.read_into(piece.file, start, part)
-                            _write_all(to, part)
+                            _write_all(to, _converted(part, tensors[name]))
                             bar.update(len(part))
     write_index(folder, shards, layouts)
+
+
+def _converted(part: memoryview, tensor: LazyTensor) -> memoryview:
+    """Some of the bytes of a tensor, whole numbers of it, in the dtype they are written in."""
+    if tensor.cast_to in (None, tensor.dtype):
+        return part
+    numbers = torch.frombuffer(part, dtype=tensor.dtype).to(tensor.cast_to)
+    return memoryview(numbers.view(torch.uint8).numpy().data)
 
 
 def _write_all(to, data: memoryview) -> None:

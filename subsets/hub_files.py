@@ -272,3 +272,28 @@ def is_hub_repo(path: str | os.PathLike) -> bool:
     ```
     """
     return not os.path.exists(path)
+
+
+def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where to download from, for several steps that must see one commit, even if the repository changes.
+
+    Args:
+        path (`str` or `os.PathLike`): folder or Hub repository of a model.
+        hub_kwargs (`dict[str, Any]`): `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Returns:
+        `dict[str, Any]`: the same, for a repository with the newest commit of its revision.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.hub_files import pinned
+    >>> pinned("model_cards/toy-emo", {"token": None})
+    {'token': None}
+
+    ```
+    """
+    if not is_hub_repo(path):
+        return hub_kwargs
+    commit = extract_commit_hash(cached_file(path, "config.json", **hub_kwargs), None)
+    return hub_kwargs if commit is None else hub_kwargs | {"revision": commit}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..configuration import EmoConfig, LayerExperts
+from ..configuration import EmoConfig
 from ..modeling_emo import EmoModel, EmoPreTrainedModel
-from ..modeling_emo.modeling_emo import EmoRotaryEmbedding, EmoSparseMoeBlock
+from ..modeling_emo.modeling_emo import EmoExperts, EmoRotaryEmbedding
 from .checkpoint import Checkpoint, LazyTensor
 from .hub_loading import fetch_ahead
 from .loading import lazy_parameters
@@ -39,7 +39,7 @@ class Layers(Protocol):
         """The layer with attention, norms, and the router or the dense network."""
 
     def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
-        """A feed-forward block that holds at least the experts `kept`, and the ids of those it holds."""
+        """Stacked experts, at least those `kept`, and the ids of those there are, in their order."""
 
     def mask(self, index: int) -> torch.Tensor | None:
         """The mask (E,) of experts under which the whole model runs."""
@@ -83,8 +83,8 @@ class LoadedLayers:
         return self.base.layers[index]
 
     def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
-        """The layer's own block, with all of its experts."""
-        return self.base.layers[index].mlp, list(range(self.config.layer_experts[index].num_experts))
+        """All experts of the layer."""
+        return self.base.layers[index].mlp.experts, list(range(self.config.layer_experts[index].num_experts))
 
     def mask(self, index: int) -> torch.Tensor | None:
         """The mask of `use_experts`, if one is open."""
@@ -117,8 +117,8 @@ class CheckpointLayers:
     >>> layers = CheckpointLayers(Checkpoint.from_folder(path), EmoConfig.from_pretrained(path), ids)
     >>> layers.embed(ids).shape
     torch.Size([1, 2, 128])
-    >>> block, held = layers.experts(0, [3, 7, 31])
-    >>> block.experts.down_proj.shape
+    >>> experts, held = layers.experts(0, [3, 7, 31])
+    >>> experts.down_proj.shape
     torch.Size([3, 128, 64])
 
     ```
@@ -173,22 +173,14 @@ class CheckpointLayers:
         return self._open
 
     def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
-        """Read these experts: a block with them alone, with the router rows cut to them."""
-        kept, layer = sorted(kept), self.config.layer_experts[index]
+        """Read these experts, and no others."""
+        kept = sorted(kept)
         with torch.device("meta"):
-            block = EmoSparseMoeBlock(
-                self.config,
-                LayerExperts(
-                    num_experts=len(kept),
-                    num_shared=sum(e >= layer.num_routed for e in kept),
-                    always_active=tuple(kept.index(e) for e in layer.always_active),
-                    top_k=min(layer.top_k, len(kept)),
-                ),
-            ).eval()
-        prefix = f"layers.{index}.mlp."
-        names = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-        self._fill(block, prefix, {name: self.tensors[prefix + name].take(kept) for name in names})
-        return block, kept
+            experts = EmoExperts(self.config, len(kept)).eval()
+        prefix = f"layers.{index}.mlp.experts."
+        names = ("gate_up_proj", "down_proj")
+        self._fill(experts, prefix, {name: self.tensors[prefix + name].take(kept) for name in names})
+        return experts, kept
 
     def mask(self, index: int) -> torch.Tensor | None:
         """No mask."""

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..configuration import EmoConfig
 from .model_folder import optional_file
+from .subset_checks import SubsetError
 
 LIBRARY = "subsets"
+_LONGEST_SHOWN = 200  # characters of what was given for a name
 # From the path of a file in a repository to its path on this machine, `None` if the repository has none.
 Fetch = Callable[[str], str | os.PathLike | None]
 # A name is one part of a path: nothing outside the library can be named.
@@ -59,6 +67,59 @@ def library_names(folder: str | os.PathLike) -> list[str]:
     return sorted(path.stem for path in Path(folder, LIBRARY).glob("*.json") if library_file(path.stem))
 
 
+@dataclass(frozen=True)
+class HubLibrary:
+    """The library in a Hub repository: a `Fetch` that can also say what there is.
+
+    Args:
+        repo (`str`): the repository.
+        hub_kwargs (`dict[str, Any]`): `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.library import HubLibrary
+    >>> HubLibrary("user/emo", {"local_files_only": True, "cache_dir": tmp_path}).names()
+    []
+
+    ```
+    """
+
+    repo: str
+    hub_kwargs: dict[str, Any]
+
+    def __call__(self, file: str) -> str | None:
+        """Where a file of the repository is on this machine, `None` if there is none."""
+        # The cache first: it knows the newest commit since the model's config was asked for, and the Hub need
+        # not be asked again for every `generate`.
+        in_cache = self.hub_kwargs | {"local_files_only": True, "force_download": False}
+        return optional_file(self.repo, file, **in_cache) or optional_file(self.repo, file, **self.hub_kwargs)
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether only the cache can be asked."""
+        return bool(self.hub_kwargs.get("local_files_only")) or is_offline_mode()
+
+    def names(self) -> list[str]:
+        """The names of the subsets in it, sorted; of those in the cache, if the Hub cannot be asked."""
+        subfolder = self.hub_kwargs.get("subfolder") or ""
+        if not self.is_offline:
+            revision, token = self.hub_kwargs.get("revision"), self.hub_kwargs.get("token")
+            try:
+                tree = HfApi().list_repo_tree(
+                    self.repo, f"{subfolder}/{LIBRARY}".lstrip("/"), revision=revision, token=token
+                )
+                paths = [Path(entry.path) for entry in tree]
+                return sorted(p.stem for p in paths if p.suffix == ".json" and library_file(p.stem))
+            except EntryNotFoundError:
+                return []
+            except (HfHubHTTPError, OSError):  # it is to say what is there, not why it cannot be said
+                pass
+        in_cache = self.hub_kwargs | {"local_files_only": True, "force_download": False}
+        config = optional_file(self.repo, "config.json", **in_cache)
+        return [] if config is None else library_names(Path(config).parent)
+
+
 def library_of(model: str | os.PathLike | None, **hub_kwargs: Any) -> tuple[Path | None, Fetch | None]:
     """Where the library of a model is: the `folder` and the `fetch` that `find_subset` takes.
 
@@ -82,39 +143,37 @@ def library_of(model: str | os.PathLike | None, **hub_kwargs: Any) -> tuple[Path
     """
     if not model or os.path.isfile(model):
         return None, None
-    if os.path.isdir(model):
+    if os.path.isdir(model) or not _can_be_repo(model):  # a folder, or one that is gone
         return Path(model, hub_kwargs.get("subfolder") or ""), None
-
-    def fetch(file: str) -> str | None:
-        # The cache first: it knows the newest commit since the model's config was asked for, and the Hub need
-        # not be asked again for every `generate`.
-        in_cache = hub_kwargs | {"local_files_only": True, "force_download": False}
-        return optional_file(model, file, **in_cache) or optional_file(model, file, **hub_kwargs)
-
-    return None, fetch
+    return None, HubLibrary(os.fspath(model), hub_kwargs)
 
 
-def known_subsets(folder: str | os.PathLike | None = None, fetch: Fetch | None = None) -> str | None:
-    """What can be said of the library in which a name was not found, to end a sentence with.
+def library_of_loaded(config: EmoConfig) -> tuple[Path | None, Fetch | None]:
+    """`library_of` the folder or repository that a model was loaded from, at the commit that was loaded.
 
     Args:
-        folder, fetch: as for `find_subset`.
+        config (`EmoConfig`): the model's config.
 
     Example:
 
     ```python
-    >>> from transformers_emo.subsets.library import known_subsets
-    >>> known_subsets(fetch=lambda file: None)
-    "the model's repository, or offline its cache, has no subset of this name"
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.subsets.library import library_of_loaded
+    >>> library_of_loaded(EmoModel.from_pretrained("model_cards/toy-emo").config)
+    (PosixPath('model_cards/toy-emo'), None)
 
     ```
     """
-    names = [] if folder is None else library_names(folder)
-    if names:
-        return f"the library of {folder} holds {', '.join(names)}"
-    if fetch is not None:
-        return "the model's repository, or offline its cache, has no subset of this name"
-    return None
+    commit = getattr(config, "_commit_hash", None)
+    return library_of(config.name_or_path, **({} if commit is None else {"revision": commit}))
+
+
+def _can_be_repo(name: str | os.PathLike) -> bool:
+    try:
+        validate_repo_id(os.fspath(name))
+    except HFValidationError:
+        return False
+    return True
 
 
 def find_subset(
@@ -144,7 +203,7 @@ def find_subset(
 
     ```
     """
-    if Path(name).is_file():
+    if _is_file(name):
         return Path(name)
     file = library_file(os.fspath(name))
     if file is None:
@@ -153,3 +212,72 @@ def find_subset(
         return Path(folder, file)
     fetched = None if fetch is None else fetch(file)
     return None if fetched is None else Path(fetched)
+
+
+def subset_file(
+    name: str | os.PathLike, folder: str | os.PathLike | None = None, fetch: Fetch | None = None
+) -> Path:
+    """What `find_subset` finds, or an error that says where was looked, what is there and what to do.
+
+    Args:
+        name, folder, fetch: as for `find_subset`.
+
+    Raises:
+        SubsetError: if there is no such file.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset
+    >>> from transformers_emo.subsets.library import subset_file
+    >>> ExpertSubset([[0, 31]]).save(tmp_path / "subsets" / "math.json")
+    >>> subset_file("math", tmp_path).name
+    'math.json'
+
+    ```
+    """
+    found = find_subset(name, folder, fetch)
+    if found is not None:
+        return found
+    given = os.fspath(name)
+    shown = repr(given if len(given) <= _LONGEST_SHOWN else f"{given[:_LONGEST_SHOWN]}...")
+    if os.path.isdir(given) and library_file(given) is None:
+        raise SubsetError(f"{shown} is a folder: give the JSON file of an expert subset.")
+    if library_file(given) is None:
+        raise SubsetError(
+            f"There is no file {shown} (seen from {os.getcwd()}): give the JSON file of an expert subset, or "
+            f"the name of one in the model's {LIBRARY}/."
+        )
+    place, names = _place_and_names(folder, fetch)
+    no_subset = f"There is no expert subset {shown}: it is no file in {os.getcwd()}, and "
+    if place is None:
+        raise SubsetError(
+            f"{no_subset}no folder or repository is known whose {LIBRARY}/ could have it (the model was not "
+            "loaded from any): give the file, or the experts themselves."
+        )
+    if names:
+        raise SubsetError(f"{no_subset}{place} holds {', '.join(names)}. Give one of these, or a file.")
+    is_missing = folder is not None and not Path(folder, LIBRARY).is_dir()
+    raise SubsetError(
+        f"{no_subset}{place} {'is not there' if is_missing else 'holds none'}. Give a file, or choose "
+        f"experts with `select_experts` or `emo select`, and save them as {LIBRARY}/<name>.json beside the "
+        "model."
+    )
+
+
+def _place_and_names(folder: str | os.PathLike | None, fetch: Fetch | None) -> tuple[str | None, list[str]]:
+    if folder is not None:
+        return os.fspath(Path(folder, LIBRARY)), library_names(folder)
+    if isinstance(fetch, HubLibrary):
+        revision = fetch.hub_kwargs.get("revision")
+        place = f"{LIBRARY}/ of {fetch.repo}" + (f" at {revision}" if revision else "")
+        place += " (offline: in the cache)" if fetch.is_offline else ""
+        return place, fetch.names()
+    return None if fetch is None else f"{LIBRARY}/ of the model's repository", []
+
+
+def _is_file(name: str | os.PathLike) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # too long for a name
+        return False

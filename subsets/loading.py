@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging
+from transformers.utils.hub import extract_commit_hash
 
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
@@ -28,7 +29,7 @@ from .expert_subset import SubsetError
 from .fingerprint import warn_if_chosen_elsewhere
 from .hub_files import HubFiles, is_hub_repo
 from .hub_loading import cache_view, fetch_ahead, open_part
-from .library import library_of
+from .library import library_of, library_of_loaded
 from .model_experts import local_experts, subset_config
 from .safetensors_header import CheckpointError
 
@@ -79,7 +80,7 @@ def kept_experts(
 
     ```
     """
-    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(config.name_or_path))
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of_loaded(config))
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     return local_experts(subset, config)
@@ -240,6 +241,8 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
     request = _request.get() or _Request(model.config, None)
     config, kept = request.config, request.kept
     _request.set(None)  # an adapter that this load may go on to read is not part of the checkpoint
+    # What is swapped in or named later is of this commit, whatever the repository holds by then.
+    model.config._commit_hash = extract_commit_hash(next(iter(checkpoint_files or ()), None), None)
     on_disk = "disk" in (load_config.device_map or {}).values()
     if kept is None:
         left_alone = (

@@ -24,11 +24,12 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 Layout = tuple[torch.dtype, tuple[int, ...]]
 
 
-def size_in_bytes(size: int | str) -> int:
+def size_in_bytes(size: int | str, *, name: str = "max_shard_size") -> int:
     """A size as users give it, in bytes.
 
     Args:
         size (`int` or `str`): bytes, or a string such as `"5GB"` or `"300MiB"`.
+        name (`str`, defaults to `"max_shard_size"`): what it is the size of, for the error.
 
     Raises:
         ValueError: if it is neither, or not above 0.
@@ -48,8 +49,32 @@ def size_in_bytes(size: int | str) -> int:
     except ValueError:
         number = 0
     if number <= 0:
-        raise ValueError(f"max_shard_size is {size!r}, expected bytes, or a string such as '5GB'.")
+        raise ValueError(f"{name} is {size!r}, expected bytes, or a string such as '5GB'.")
     return number
+
+
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype as users give it.
+
+    Args:
+        dtype (`str` or `torch.dtype`): the dtype, or its name such as `"bfloat16"`.
+
+    Raises:
+        ValueError: if it is none, or none of floating point.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.safetensors_files import floating_dtype
+    >>> floating_dtype("bfloat16")
+    torch.bfloat16
+
+    ```
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"Unknown dtype {dtype!r}, expected a name such as 'float32' or 'bfloat16'.")
+    return found
 
 
 def length_of(layout: Layout) -> int:

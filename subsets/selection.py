@@ -1,7 +1,7 @@
 """Choosing the experts of a domain from calibration text (paper section 4, https://arxiv.org/abs/2605.06663).
 
-What is chosen on stands in `calibration.py`, what experts are chosen by in `statistics.py`, and how the model
-is run for it in `streaming.py`.
+What is chosen on stands in `calibration.py`, what experts are chosen by in `statistics.py`, how the model is
+run for it in `streaming.py`, and how a choice is made of scores in `choice.py`.
 
 Shape suffixes: E experts of a layer.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
@@ -29,19 +29,23 @@ from .calibration import (
     make_batches,
     read_column,
     ready_batches,
+    tokenizer_of,
 )
+from .choice import Choice, check_sizes, masked_experts, random_scores
 from .exclusion import excluded_experts
-from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+from .expert_subset import ExpertSubset
 from .fingerprint import attention_of, fingerprint_of, fingerprint_of_folder
 from .hidden_states import HiddenStates
+from .hub_files import pinned
 from .layers import CheckpointLayers, Layers, LoadedLayers
 from .library import library_of
 from .loading import HUB_KWARGS, open_checkpoint
-from .ranking import best_experts, jaccard
+from .ranking import jaccard
+from .safetensors_files import floating_dtype
 from .safetensors_header import CheckpointError
-from .source_files import at_one_commit
-from .statistics import always_kept, new_score
+from .statistics import new_score
 from .streaming import pass_full_model, pass_layerwise
+from .subset_checks import is_id
 
 logger = logging.get_logger(__name__)
 
@@ -104,9 +108,16 @@ def select_experts(
     `"layerwise"` reads attention, norms and router of a layer, and then the experts that it keeps; the other
     methods read all experts of a layer. The hidden states of all texts are kept between layers.
 
+    A folder gives what the model loaded from it gives, to the last bit where both run in one dtype, on the
+    same batches and with the same implementation of experts. On a CPU a folder is run with `"eager"`, which
+    sums a token's experts one after the other in the dtype it runs in, and a loaded model with its own: in
+    bfloat16 scores differ by up to 1e-4 (emo-tiny, where they sum to 1 in a layer) and kept ids only where
+    experts are that close. `model.set_experts_implementation("eager")` makes them equal. Other batches have
+    other padding, and matrix products of other shapes round differently too.
+
     Args:
         model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to
-            load it from.
+            load it from. Under an open `use_experts` the choice is that of the model with those experts.
         texts (`Sequence` or `str`, *optional*): calibration texts, or chats (lists of messages) for the
             tokenizer's chat template; one few-shot prompt of the domain with its answer is often enough.
         num_experts (`int` or `Sequence[int]`, defaults to 16): experts to keep in each layer; several numbers
@@ -189,9 +200,26 @@ def select_experts(
         raise ValueError(f"The budget 'mass' needs scores of all layers at once: {method!r} has none.")
     if stop_when_settled is not None and not 0 < stop_when_settled <= 1:
         raise ValueError(f"`stop_when_settled` is {stop_when_settled}, expected a number from 0 to 1.")
+    for name, count in (("max_texts", max_texts), ("max_length", max_length), ("batch_size", batch_size)):
+        if count is not None and (not is_id(count) or count < 1):
+            raise ValueError(f"`{name}` is {count!r}, expected an integer from 1.")
+    if not hidden_memory >= 0:
+        raise ValueError(f"`hidden_memory` is {hidden_memory!r}, expected bytes, from 0.")
+    for name, given, owner, owned in (
+        ("answers", answers, "texts", texts),
+        ("answer_column", answer_column, "dataset", dataset),
+        ("attention_mask", attention_mask, "input_ids", input_ids),
+        ("labels", labels, "input_ids", input_ids),
+    ):
+        if given is not None and owned is None:
+            raise ValueError(f"`{name}` goes with `{owner}`, which is not given: leave it out, or give both.")
+    run_in = None if dtype is None else floating_dtype(dtype)
     config, source = _resolve(model, dtype, device, hub_kwargs)
-    if source is not None and not isinstance(model, EmoPreTrainedModel):
-        hub_kwargs = at_one_commit(source, hub_kwargs)
+    if isinstance(model, EmoPreTrainedModel):
+        commit = getattr(config, "_commit_hash", None)
+        hub_kwargs = {} if commit is None else {"revision": commit}
+    elif source is not None:
+        hub_kwargs = pinned(source, hub_kwargs)
     several = isinstance(num_experts, Sequence)
     sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     excluded = (
@@ -199,8 +227,10 @@ def select_experts(
         if exclude_experts is None
         else excluded_experts(exclude_experts, config, *library_of(source, **hub_kwargs))
     )
-    choice = _Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
-    _check_sizes(config, sizes, choice.excluded)
+    if isinstance(model, EmoPreTrainedModel):
+        excluded = [never | masked for never, masked in zip(excluded, masked_experts(model), strict=True)]
+    choice = Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
+    check_sizes(config, sizes, choice.excluded)
     if method == "random":
         known_by = None
         if isinstance(model, EmoPreTrainedModel):
@@ -208,7 +238,7 @@ def select_experts(
         elif os.path.isdir(model):
             folder = os.path.join(model, hub_kwargs.get("subfolder") or "")
             known_by = fingerprint_of_folder(folder, config.num_hidden_layers)
-        subsets = choice.of_scores(_random_scores(config, seed))
+        subsets = choice.of_scores(random_scores(config, seed))
         subsets = [replace(subset, fingerprint=known_by) for subset in subsets]
         return subsets if several else subsets[0]
 
@@ -216,14 +246,14 @@ def select_experts(
         raise ValueError("Give either calibration `texts`, a `dataset` or ready `input_ids`.")
     if dataset is not None:
         columns = [column] if answer_column is None else [column, answer_column]
-        texts, *rest = read_column(dataset, columns, max_texts)
+        texts, *rest = read_column(dataset, columns, max_texts, progress=progress)
         answers = rest[0] if rest else answers
     if texts is not None:
         texts, answers = _several(texts), None if answers is None else _several(answers)
         examples = encode(
             texts[:max_texts],
             None if answers is None else answers[:max_texts],
-            tokenizer or _tokenizer_of(source, hub_kwargs),
+            tokenizer or tokenizer_of(source, **hub_kwargs),
             tokens,
             max_length or config.max_position_embeddings,
         )
@@ -252,7 +282,7 @@ def select_experts(
                 checkpoint,
                 config,
                 torch.cat([batch.input_ids.flatten() for batch in batches]),
-                dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+                dtype=run_in,
                 device=device or "cpu",
             )
             subsets = _choose(layers, chunks, choice, stop_when_settled, hidden_memory, progress)
@@ -281,8 +311,10 @@ def _resolve(model: Any, dtype: Any, device: Any, hub_kwargs: dict[str, Any]) ->
             f"Cannot choose experts of {type(model).__name__}: give an EMO model (the one inside a wrapper), "
             "a folder or a Hub repository."
         )
-    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"Unknown dtype {dtype!r}, expected a name such as 'float32' or 'bfloat16'.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or PyTorch built without it
+        raise ValueError(f"Cannot run on the device {device!r}: {str(error).splitlines()[0]}") from error
     if os.path.isdir(model) and not os.path.isfile(
         os.path.join(model, hub_kwargs.get("subfolder") or "", "config.json")
     ):
@@ -306,103 +338,10 @@ def _several(texts: Sequence | str) -> list:
     return [texts] if isinstance(texts, str) or is_chat else list(texts)
 
 
-def _tokenizer_of(source: str | None, hub_kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
-    if not source:
-        raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
-    try:
-        return AutoTokenizer.from_pretrained(source, **hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no tokenizer in {source} ({error}): give the `tokenizer` too.") from error
-
-
-@dataclass
-class _Choice:
-    """Makes subsets of scores; knows the model they belong to, and what has been asked for."""
-
-    config: EmoConfig
-    method: str
-    budget: str
-    sizes: Sequence[int]
-    source: str | None
-    revision: str | None
-    excluded: list[set[int]]  # never chosen, in root numbering
-
-    def __post_init__(self):
-        self.present = present_experts(self.config)
-        self.excluded = [ids & set(there) for ids, there in zip(self.excluded, self.present, strict=True)]
-        self.always = [always_kept(layer) for layer in self.config.layer_experts]
-        # Under a budget for all layers, how many routed experts each keeps: as many as a token takes.
-        self.least = min(
-            (
-                layer.top_k - len(always)
-                for layer, always in zip(self.config.layer_experts, self.always, strict=True)
-                if not layer.is_dense
-            ),
-            default=1,
-        )
-
-    def pick(self, index: int, scores_E: torch.Tensor, size: int) -> list[int]:
-        """The best experts of a layer, in its own numbering."""
-        self._check_finite(index, scores_E)
-        never, present = self.excluded[index], self.present[index]
-        scores = [None if e in never else score for e, score in zip(present, scores_E.tolist(), strict=True)]
-        return best_experts(scores, self.always[index], size)
-
-    def of_scores(self, scores: list[torch.Tensor | None], **said: Any) -> list[ExpertSubset]:
-        """The best experts of all layers, for each size."""
-        for index, score_E in enumerate(scores):
-            if score_E is not None:
-                self._check_finite(index, score_E)
-        full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **said)
-        most = max(len(always) for always in self.always)
-        return [
-            full.top(size, budget=self.budget, least=max(1, min(self.least, size - most)))
-            for size in self.sizes
-        ]
-
-    def subset(
-        self, scores: list[torch.Tensor | None], kept: list[list[int] | None], **said: Any
-    ) -> ExpertSubset:
-        """The subset of these experts, in root numbering."""
-        roots = root_experts(self.config)
-        experts: list[list[int] | None] = []
-        root_scores: list[list[float | None] | None] = []
-        for score_E, ids, present, never, size in zip(
-            scores, kept, self.present, self.excluded, roots, strict=True
-        ):
-            if score_E is None or ids is None:
-                experts.append(None)
-                root_scores.append(None)
-                continue
-            experts.append([present[e] for e in ids])
-            by_root = dict(zip(present, score_E.tolist(), strict=True))
-            root_scores.append([None if e in never else by_root.get(e) for e in range(size)])
-        return ExpertSubset(
-            experts,
-            scores=root_scores,
-            always_kept=[
-                None if score is None else sorted(present[e] for e in always)
-                for score, present, always in zip(scores, self.present, self.always, strict=True)
-            ],
-            root_experts_per_layer=roots,
-            method=self.method,
-            source=self.source,
-            revision=self.revision,
-            **said,
-        )
-
-    def _check_finite(self, index: int, scores_E: torch.Tensor) -> None:
-        if not scores_E.isfinite().all():
-            raise ValueError(
-                f"The scores of layer {index} are not finite: the model's numbers overflow. Run it in "
-                "float32."
-            )
-
-
 def _choose(
     layers: Layers,
     chunks: list[list[Batch]],
-    choice: _Choice,
+    choice: Choice,
     stop_at: float | None,
     hidden_memory: float,
     progress: bool,
@@ -458,32 +397,9 @@ def _routed(subset: ExpertSubset) -> list[set[int] | None]:
     ]
 
 
-def _bar(choice: _Choice, num_batches: int, progress: bool) -> tqdm:
+def _bar(choice: Choice, num_batches: int, progress: bool) -> tqdm:
     # Layers behind the last one with experts have no part in the choice.
     layers = max(
         (i + 1 for i, layer in enumerate(choice.config.layer_experts) if not layer.is_dense), default=0
     )
     return tqdm(total=layers * num_batches, desc="Choosing experts", unit="batch", disable=not progress)
-
-
-def _check_sizes(config: EmoConfig, sizes: Sequence[int], excluded: Sequence[set[int]]) -> None:
-    if not sizes:
-        raise SubsetError("`num_experts` is empty: give at least one number.")
-    for size in sizes:
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise SubsetError(f"`num_experts` is {size!r}, expected an integer.")
-        for index, layer in enumerate(config.layer_experts):
-            protected, there = len(always_kept(layer)), layer.num_experts - len(excluded[index])
-            if not layer.is_dense and not protected < size <= there:
-                raise SubsetError(
-                    f"Cannot keep {size} experts in layer {index}: it has {there} to choose from, of which "
-                    f"{protected} are always kept; expected {protected + 1} to {there}."
-                )
-
-
-def _random_scores(config: EmoConfig, seed: int) -> list[torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        None if layer.is_dense else torch.rand(layer.num_experts, generator=generator, dtype=torch.float64)
-        for layer in config.layer_experts
-    ]

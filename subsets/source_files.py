@@ -1,16 +1,14 @@
-"""The model that something is made of: held to one commit, known again, and what goes with its weights."""
+"""The model that something is made of: known again, and what goes with its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
 from transformers.utils import cached_file
-from transformers.utils.hub import extract_commit_hash
 
 from .checkpoint import Checkpoint, LocalFiles
 from .library import LIBRARY
@@ -24,35 +22,6 @@ _SIDE_FILES = (
     "LICENSE*",
     f"{LIBRARY}/*.json",
 )
-
-
-def at_one_commit(model: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that read a Hub repository as it is now, even if it changes meanwhile.
-
-    Args:
-        model (`str` or `os.PathLike`): folder or Hub repository of the model.
-        hub_kwargs (`Mapping[str, Any]`): `revision`, `token`, `subfolder` and so on, as for
-            `from_pretrained`.
-
-    Returns:
-        `dict[str, Any]`: the same, with the hash of the commit as `revision`; those of a folder unchanged.
-
-    Raises:
-        OSError: if there is no such repository, or no `config.json` in it.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.source_files import at_one_commit
-    >>> at_one_commit("model_cards/toy-emo", {"subfolder": ""})
-    {'subfolder': ''}
-
-    ```
-    """
-    if os.path.isdir(model):
-        return dict(hub_kwargs)
-    commit = extract_commit_hash(cached_file(model, "config.json", **hub_kwargs), None)
-    return dict(hub_kwargs) | ({} if commit is None else {"revision": commit})
 
 
 def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: Any) -> dict[str, Any]:

@@ -66,32 +66,30 @@ def pass_full_model(
         states[number] = layers.embed(batch.input_ids)
     last = _last_with_experts(layers.config)
     for index, layer in enumerate(layers.config.layer_experts[: last + 1]):
-        decoder, block, score = layers.decoder(index), None, scores[index]
-        if layer.is_dense:
-            block = decoder.mlp
-        elif index < last or isinstance(score, ExpertOutput):
-            block, _ = layers.experts(index, range(layer.num_experts))
+        decoder, experts, score = layers.decoder(index), None, scores[index]
+        if not layer.is_dense and (index < last or isinstance(score, ExpertOutput)):
+            experts, _ = layers.experts(index, range(layer.num_experts))
         for number, batch in enumerate(batches):
             hidden_BSD = _attend(layers, decoder, states.pop(number), batch)
-            states[number] = _run_full_block(decoder, block, score, layers.mask(index), hidden_BSD, batch)
+            states[number] = _run_full_block(decoder, experts, score, layers.mask(index), hidden_BSD, batch)
             bar.update()
-        block = None  # gone before the next layer is read
+        experts = None  # gone before the next layer is read
 
 
-def _run_full_block(decoder, block, score, mask, hidden_BSD, batch) -> torch.Tensor:
+def _run_full_block(decoder, experts, score, mask, hidden_BSD, batch) -> torch.Tensor:
     x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
     if score is None:
-        output_TD, _ = block(x_TD)
+        output_TD, _ = decoder.mlp(x_TD)
     else:
         weight_T = batch.weight[batch.attention_mask]
         logits_TE, weights_TK, index_TK, _ = decoder.mlp.gate(x_TD, mask)
         if isinstance(score, RouterProbability):
-            score.add_logits(logits_TE, weight_T)
-            if block is None:
+            score.add_logits(_masked(logits_TE, mask), weight_T)
+            if experts is None:
                 return hidden_BSD
-            output_TD = block.experts(x_TD, index_TK, weights_TK)
+            output_TD = experts(x_TD, index_TK, weights_TK)
         else:
-            output_TD, norm_TK = _run_each_expert(block.experts, x_TD, index_TK, weights_TK)
+            output_TD, norm_TK = _run_each_expert(experts, x_TD, index_TK, weights_TK)
             score.add_outputs(x_TD, output_TD, index_TK, weights_TK, norm_TK, weight_T)
     return _add_to_text(hidden_BSD, output_TD, batch)
 
@@ -173,10 +171,11 @@ def pass_layerwise(
             for number, batch in enumerate(batches):
                 hidden_BSD = _attend(layers, decoder, states.pop((stream, number)), batch)
                 if score is None:
-                    hidden_BSD = _run_block(decoder, decoder.mlp, None, hidden_BSD, batch)
+                    hidden_BSD = _run_full_block(decoder, None, None, None, hidden_BSD, batch)
                 else:
                     x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
-                    score.add_logits(decoder.mlp.gate(x_TD)[0], batch.weight[batch.attention_mask])
+                    logits_TE = _masked(decoder.mlp.gate(x_TD)[0], layers.mask(index))
+                    score.add_logits(logits_TE, batch.weight[batch.attention_mask])
                 states[stream, number] = hidden_BSD
                 bar.update(len(choices))
             if score is not None:
@@ -186,15 +185,17 @@ def pass_layerwise(
         if layer.is_dense or index == last:
             continue
         kept_here = [ids[index] or [] for ids in kept]
-        block, held = layers.experts(index, sorted({e for ids in kept_here for e in ids}))
-        masks = [_mask_of(ids, held) for ids in kept_here]
+        experts, held = layers.experts(index, sorted({e for ids in kept_here for e in ids}))
+        masks = [_mask_of(ids, layer.num_experts) for ids in kept_here]
         for stream, choices in streams.items():
             for number, batch in enumerate(batches):
                 hidden_BSD = states.pop((stream, number))
                 for choice in choices:
-                    states[choice, number] = _run_block(decoder, block, masks[choice], hidden_BSD, batch)
+                    states[choice, number] = _run_kept(
+                        decoder, experts, held, masks[choice], hidden_BSD, batch
+                    )
         streams = {choice: [choice] for choice in range(len(sizes))}
-        block = None  # gone before the next layer is read
+        experts = None  # gone before the next layer is read
     return list(zip(scores, kept, strict=True))
 
 
@@ -219,11 +220,19 @@ def _attend(layers: Layers, decoder: Any, hidden_BSD: torch.Tensor, batch: Batch
     return hidden_BSD + attended_BSD
 
 
-def _run_block(decoder, block, mask, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The second half of a layer, for tokens that are no padding."""
+def _run_kept(decoder, experts, held, mask, hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The second half of a layer with the experts of a mask, for tokens that are no padding."""
     hidden_BSD = hidden_BSD.to(device_of(decoder.pre_feedforward_layernorm, hidden_BSD.device))
-    output_TD, _ = block(decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch)), mask)
-    return _add_to_text(hidden_BSD, output_TD, batch)
+    x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
+    # The whole router under a mask, wherever experts come from: in a low precision its products depend on how
+    # many rows it has.
+    _, weights_TK, index_TK, _ = decoder.mlp.gate(x_TD, mask)
+    if len(held) < len(decoder.mlp.gate.weight):
+        # What a token picks beyond the experts there are has weight 0: any of those held will do.
+        row_E = index_TK.new_zeros(len(decoder.mlp.gate.weight))
+        row_E[torch.tensor(held, device=row_E.device)] = torch.arange(len(held), device=row_E.device)
+        index_TK = row_E[index_TK]
+    return _add_to_text(hidden_BSD, experts(x_TD, index_TK, weights_TK), batch)
 
 
 def _text_of(hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -242,11 +251,17 @@ def _add_to_text(hidden_BSD: torch.Tensor, output_TD: torch.Tensor, batch: Batch
     return result_BSD
 
 
-def _mask_of(kept: Sequence[int], held: Sequence[int]) -> torch.Tensor | None:
-    if len(kept) == len(held):
+def _masked(logits_TE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Router logits with minus infinity for experts that the model does not route to."""
+    if mask is None:
+        return logits_TE
+    return logits_TE.masked_fill(~mask.to(logits_TE.device), float("-inf"))
+
+
+def _mask_of(kept: Sequence[int], num_experts: int) -> torch.Tensor | None:
+    if len(kept) == num_experts:
         return None
-    wanted = set(kept)
-    return torch.tensor([e in wanted for e in held])
+    return torch.zeros(num_experts, dtype=torch.bool).index_fill_(0, torch.tensor(kept), True)
 
 
 def _last_with_experts(config: EmoConfig) -> int:

@@ -28,6 +28,7 @@ from .expert_subset import (
     root_experts,
     subset_config,
 )
+from .hub_files import pinned
 from .hub_loading import fetch_ahead
 from .library import library_of
 from .loading import HUB_KWARGS, lazy_parameters, open_checkpoint
@@ -107,7 +108,7 @@ def swap_experts(
     """
     if any(mask is not None for mask in model.base_model.expert_masks):
         raise ValueError("The experts are masked by an open `use_experts`: leave it, then swap.")
-    config, layers, source = _prepare(
+    config, layers, place = _prepare(
         model, expert_subset, exclude_experts, source, progress, hub_kwargs, "swap_experts"
     )
     # Nothing of the model changes before this line, and what follows allocates nothing.
@@ -124,7 +125,7 @@ def swap_experts(
             else:
                 layer.write_into(name, parameter)
                 parameter.grad = None
-    _set_config(model, config, layers, source)
+    _set_config(model, config, layers, place)
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def share_backbone(
 
     Example: see `ExpertServing.share_backbone`.
     """
-    config, layers, source = _prepare(
+    config, layers, place = _prepare(
         model, expert_subset, exclude_experts, source, progress, hub_kwargs, "share_backbone"
     )
     own = {
@@ -167,7 +168,7 @@ def share_backbone(
     twin.__dict__.pop("_compiled_call", None)
     for (index, name), tensor in own.items():
         _set_parameter(twin, index, name, tensor)
-    _set_config(twin, config, layers, source)
+    _set_config(twin, config, layers, place)
     return twin
 
 
@@ -179,8 +180,9 @@ def _prepare(
     progress: bool,
     hub_kwargs: dict[str, Any],
     caller: str,
-) -> tuple[EmoConfig, list[_Layer], str | os.PathLike | None]:
-    """The config of the model with the new experts, its layers with all that must be read, and from where."""
+) -> tuple[EmoConfig, list[_Layer], tuple[str | os.PathLike, str | None] | None]:
+    """The config of the model with the new experts, its layers with all that must be read, and, if they are
+    read, from where and of which commit."""
     unknown = sorted(set(hub_kwargs) - set(HUB_KWARGS))
     if unknown:
         raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
@@ -190,10 +192,10 @@ def _prepare(
     here = None
     if source is None:
         source = model.config.name_or_path or None
-        here = _subset_of(expert_subset, exclude_experts, model.config, source, hub_kwargs)
         commit = getattr(model.config, "_commit_hash", None)
         if commit is not None and "revision" not in hub_kwargs:
             hub_kwargs = hub_kwargs | {"revision": commit}
+        here = _subset_of(expert_subset, exclude_experts, model.config, source, hub_kwargs)
     if here is not None:  # the model holds them all
         config = subset_config(model.config, here)
         return config, _plan(model, config, here), None
@@ -202,6 +204,7 @@ def _prepare(
             "The model does not hold these experts and was not loaded from anywhere: give the `source` to "
             "read them from."
         )
+    hub_kwargs = pinned(source, hub_kwargs)
     source_config = _source_config(model, source, hub_kwargs)
     library = library_of(source, **hub_kwargs)
     try:
@@ -215,7 +218,7 @@ def _prepare(
     if any(layer.new_rows for layer in layers):
         local = local_experts(subset, source_config)
         _read(model, layers, source, source_config, local, progress, hub_kwargs)
-    return config, layers, source
+    return config, layers, (source, hub_kwargs.get("revision"))
 
 
 def _subset_of(
@@ -351,7 +354,7 @@ def _set_parameter(model: Any, index: int, name: str, tensor: torch.Tensor) -> N
     setattr(owner, attribute, nn.Parameter(tensor, getattr(owner, attribute).requires_grad))
 
 
-def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], source: Any) -> None:
+def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], place: tuple | None) -> None:
     """Say what the model holds now, in its config (one object, which all of its modules have) and modules."""
     for name in _EXPERT_SETTINGS:
         setattr(model.config, name, copy.deepcopy(getattr(config, name)))
@@ -359,5 +362,6 @@ def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], source: Any
         block = model.base_model.layers[layer.index].mlp
         block.gate.layer = layer.experts
         block.experts.num_experts = layer.experts.num_experts
-    if source is not None:  # where the next swap reads from
-        model.config.name_or_path = model.name_or_path = os.fspath(source)
+    if place is not None:  # where the next swap reads from
+        model.config.name_or_path = model.name_or_path = os.fspath(place[0])
+        model.config._commit_hash = place[1]

@@ -21,12 +21,12 @@ from .checkpoint import Checkpoint, LazyTensor
 from .completeness import check_whole
 from .expert_subset import SubsetError
 from .expert_tensors import Part, PartOfModel, parts_of_model
-from .hub_files import HubFiles
+from .hub_files import HubFiles, pinned
 from .loading import lazy_parameters, open_checkpoint
 from .model_folder import check_new, check_space, copy_companions, new_folder, optional_file
 from .safetensors_files import write_json
 from .safetensors_header import CheckpointError, TensorSpan
-from .source_files import at_one_commit, identity_of, side_files
+from .source_files import identity_of, side_files
 
 _BUFFER_BYTES = 1 << 24
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,7 +187,7 @@ def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **
                 f"{label} holds an adapter: merge it into its model (`merge_and_unload` of PEFT), and give "
                 "what `save_pretrained` of that writes."
             )
-        hub_kwargs = at_one_commit(model, hub_kwargs)
+        hub_kwargs = pinned(model, hub_kwargs)
         config = EmoConfig.from_pretrained(model, **hub_kwargs)
         _check_plain(label, config)
         checkpoint = open_checkpoint(model, **hub_kwargs)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import TOY
-from transformers_emo import EmoForCausalLM, ExpertSubset, cli, select_experts, training
+from transformers_emo import EmoForCausalLM, ExpertSubset, cli, training
 
 
 def test_train_hands_over_the_recipe_and_its_changes(monkeypatch):
@@ -97,31 +98,6 @@ def test_retention_refuses_what_cannot_be_measured(tmp_path, capsys, words, mess
     assert not list(tmp_path.iterdir())
 
 
-def test_select_writes_subsets_from_a_file_of_texts(tmp_path, capsys):
-    data = "model_cards/toy-emo/documents/c.jsonl"
-    words = ["select", "model_cards/toy-emo", str(tmp_path / "c-{}.json"), "--data", data, "--max-texts", "2"]
-    assert cli.main([*words, "--experts", "4", "8", "--method", "global"]) == 0
-    small, large = (ExpertSubset.load(tmp_path / f"c-{size}.json") for size in (4, 8))
-    expected = select_experts(
-        "model_cards/toy-emo", dataset=data, max_texts=2, num_experts=8, method="global"
-    )
-    assert large == expected and small.experts == expected.top(4).experts
-    assert f"c-8.json: 8 experts a layer, from {expected.num_tokens} tokens" in capsys.readouterr().out
-
-
-def test_select_says_before_it_begins_that_it_cannot_write(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path, tmp_path / "file" / "c.json"):
-        assert cli.main(["select", "no-such-model", str(out), "--text", "a"]) == 1
-        assert f"Cannot write '{out}'" in capsys.readouterr().err
-
-
-def test_select_refuses_one_file_for_two_subsets_before_it_begins(tmp_path, capsys):
-    words = ["select", "no-such-model", str(tmp_path / "c.json"), "--text", "a", "--experts", "4", "8"]
-    assert cli.main(words) == 1
-    assert "put {} in its name" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
 def test_extract_and_write_back_are_each_others_inverse(tmp_path, capsys):
     ExpertSubset([[0, 1, 31], [0, 1, 2, 31], [5, 31], [6, 31]]).save(tmp_path / "c.json")
     small, out = str(tmp_path / "small"), str(tmp_path / "out")
@@ -139,9 +115,16 @@ def test_extract_and_write_back_are_each_others_inverse(tmp_path, capsys):
     assert EmoForCausalLM.from_pretrained(small).config.retained_experts[3] == [6, 31]
 
 
+def test_extract_converts(tmp_path):
+    ExpertSubset([[0, 1, 31]] * 4).save(tmp_path / "c.json")
+    words = ["extract", str(TOY), str(tmp_path / "c.json"), str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert cli.main(words) == 0
+    assert EmoForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
 def test_extract_and_write_back_say_what_does_not_fit(tmp_path, capsys):
     assert cli.main(["extract", str(TOY), "no-such-file", str(tmp_path / "out")]) == 1
-    assert "emo extract: Cannot read the expert subset 'no-such-file'" in capsys.readouterr().err
+    assert "emo extract: There is no expert subset 'no-such-file'" in capsys.readouterr().err
     words = ["write-back", str(TOY), str(TOY), "--out", str(tmp_path / "out"), "--what", "experts"]
     assert cli.main(words) == 1
     assert "emo write-back: `what` is 'experts'" in capsys.readouterr().err

@@ -121,7 +121,14 @@ def test_pools_are_those_of_training_with_the_prompt_as_one_document(make_model)
     "way",
     [
         {"use_cache": False},
+        {"cache_implementation": "dynamic"},
         {"cache_implementation": "static"},
+        {"cache_implementation": "static", "max_cache_len": 64},
+        {"cache_implementation": "sliding_window"},
+        {"cache_implementation": "hybrid"},
+        {"cache_implementation": "hybrid_chunked"},
+        {"cache_implementation": "offloaded"},
+        {"cache_implementation": "offloaded_static"},
         {"past_key_values": DynamicCache},
         {"past_key_values": StaticCache},
         {"prefill_chunk_size": 1},
@@ -130,7 +137,11 @@ def test_pools_are_those_of_training_with_the_prompt_as_one_document(make_model)
     ],
     ids=str,
 )
-def test_every_cache_gives_the_same_tokens(make_model, way, two_shared):
+def test_every_cache_gives_the_same_tokens(make_model, monkeypatch, way, two_shared):
+    if "offloaded" in way.get("cache_implementation", ""):
+        # Layers are moved while others compute, in order: on a CPU that is done at once.
+        monkeypatch.setattr(torch, "Stream", mock.MagicMock)
+        monkeypatch.setattr(torch.cuda, "default_stream", mock.MagicMock())
     model = make_model(**{"num_shared_experts": 2} if two_shared else {})
     expected = model.generate(**batch(), document_pool=4, **DICT)
     if way.get("past_key_values") is StaticCache:
@@ -177,6 +188,54 @@ def test_beams_keep_the_pools_of_their_prompt(make_model, changes):
     torch.testing.assert_close(out.sequences_scores[returned:], alone.sequences_scores)
 
 
+def replayed(model, sequence, prompt, dropped):
+    """The log-probabilities of what was generated behind a prompt, in one run without a cache."""
+    tokens = sequence.tolist()[-len(prompt) - 7 :]
+    with torch.no_grad(), fixed(model, dropped):
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -8:-1]
+    return logits, logits.log_softmax(-1).gather(1, torch.tensor(tokens[-7:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"num_beams": 3, "num_return_sequences": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "do_sample": True},
+        {"num_beams": 3, "num_return_sequences": 2, "cache_implementation": "static"},
+        {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.0, "use_cache": False},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 2, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_all_sequences_returned_are_scored_within_the_pools_of_their_prompt(make_model, way):
+    model, returned = make_model(), way["num_return_sequences"]
+    torch.manual_seed(0)
+    out = model.generate(**batch(), document_pool=4, output_scores=True, **DICT | way)
+    assert len(out.sequences) == 2 * returned
+    for row, prompt in enumerate(PROMPTS):
+        dropped = naive_pools(model, prompt, [4, 4, 4])
+        for number in range(row * returned, (row + 1) * returned):
+            logits, chosen = replayed(model, out.sequences[number], prompt, dropped)
+            if "num_beams" not in way:
+                got = torch.stack(out.logits)[:, number]
+                torch.testing.assert_close(got, logits, atol=2e-5, rtol=1e-5)
+            else:
+                length = 7 ** way.get("length_penalty", 1.0)
+                score = out.sequences_scores[number]
+                torch.testing.assert_close(score, chosen.sum() / length, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_prompts_may_be_embeddings(make_model, use_cache):
+    model = make_model()
+    words = batch()
+    words["inputs_embeds"] = model.model.embed_tokens(words.pop("input_ids")).detach()
+    out = model.generate(**words, document_pool=4, use_cache=use_cache, **DICT)
+    expected = model.generate(**batch(), document_pool=4, **DICT)
+    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=2e-5, rtol=1e-5)
+
+
 def test_sampled_sequences_of_one_prompt_share_its_pools(make_model):
     model = make_model()
     out = model.generate(**batch(), document_pool=4, **DICT | {"do_sample": True, "num_return_sequences": 3})
@@ -184,7 +243,7 @@ def test_sampled_sequences_of_one_prompt_share_its_pools(make_model):
     assert (outside_BR == outside_BR[:, :1]).all() and not torch.equal(outside_BR[0], outside_BR[1])
 
 
-@pytest.mark.parametrize("assistant", ["another EMO", "prompt lookup"])
+@pytest.mark.parametrize("assistant", ["another EMO", "its own first layer", "prompt lookup"])
 def test_assisted_generation_chooses_from_the_prompt_alone(make_model, assistant):
     model = make_model()
     prompt = torch.tensor([[5, 17, 60, 5, 17, 60, 5, 17]])
@@ -192,6 +251,8 @@ def test_assisted_generation_chooses_from_the_prompt_alone(make_model, assistant
     with_help = {"prompt_lookup_num_tokens": 3}
     if assistant == "another EMO":
         with_help = {"assistant_model": make_model(1)}
+    elif assistant == "its own first layer":
+        with_help = {"assistant_early_exit": 1}
     out = model.generate(prompt, document_pool=4, **DICT | with_help)
     assert torch.equal(out.sequences, expected.sequences)
     for got, same in zip(
@@ -222,6 +283,18 @@ def test_the_pipeline_takes_a_pool():
     options.pop("return_full_text")
     expected = model.generate(**ids, **options)[0, ids["input_ids"].shape[1] :]
     assert got["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_pipeline_made_with_a_pool_gives_every_text_of_a_batch_its_own():
+    model = EmoForCausalLM.from_pretrained(TOY)
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    prompts = ["Theorem plus_comm : forall", "import os"]
+    options = {"document_pool": 4, "max_new_tokens": 5, "do_sample": False}
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2, **options)
+    for prompt, [got] in zip(prompts, write(prompts), strict=True):
+        expected = model.generate(**tokenizer(prompt, return_tensors="pt"), **options)[0]
+        assert got["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 class TestConversation:
@@ -381,9 +454,45 @@ def test_impossible_sizes_are_refused(make_model, changes, pool, message):
     assert model.generate(**batch(), **NEW).shape == (2, 15)  # and nothing is left behind
 
 
-def test_continuous_batching_is_refused(make_model):
-    with pytest.raises(ValueError, match="Continuous batching"):
-        make_model().generate(**batch(), document_pool=4, cache_implementation="paged", **NEW)
+@pytest.mark.parametrize("where", ["call", "config of the call", "config of the model"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"cache_implementation": "paged"}, "Continuous batching"),
+        ({"guidance_scale": 1.5}, "`guidance_scale=1.5` reads a second prompt"),
+        ({"token_healing": True}, "`token_healing` writes the prompt anew"),
+    ],
+    ids=["paged", "guidance", "healing"],
+)
+def test_what_reads_other_prompts_is_refused(make_model, setting, message, where):
+    model, options = make_model(), {"document_pool": 4, **batch()}
+    if where == "call":
+        options |= NEW | setting
+    elif where == "config of the call":
+        options["generation_config"] = GenerationConfig(**NEW, **setting)
+    else:
+        model.generation_config.update(**setting)
+    with pytest.raises(ValueError, match=message):
+        model.generate(**options)
+
+
+def test_continuous_batching_never_leaves_out_pools_that_are_asked_for(make_model):
+    model = make_model()
+    model.generation_config.document_pool = 4
+    for call in (model.generate_batch, lambda prompts: model.init_continuous_batching()):
+        with pytest.raises(ValueError, match="Continuous batching.*`generation_config.document_pool = None`"):
+            call(PROMPTS)
+    model.generation_config.document_pool = None
+    model.init_continuous_batching()
+
+
+def test_guidance_without_pools_is_left_alone(make_model):
+    model = make_model()
+    expected = model.generate(**batch(), guidance_scale=1.5, **NEW)
+    model.generation_config.document_pool = 4
+    assert torch.equal(model.generate(**batch(), document_pool=False, guidance_scale=1.5, **NEW), expected)
+    plain = model.generate(**batch(), **NEW)
+    assert torch.equal(model.generate(**batch(), guidance_scale=1.0, **NEW), plain)
 
 
 @settings(deadline=None)

@@ -113,8 +113,10 @@ def test_files_that_are_no_subsets_are_refused_with_their_name(tmp_path, content
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(SubsetError, match="No such file"):
+    with pytest.raises(SubsetError, match="no file .*none.json"):
         ExpertSubset.of(tmp_path / "none.json")
+    with pytest.raises(SubsetError, match="No such file"):
+        ExpertSubset.load(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ import torch
 from conftest import GOLDENS, TOY
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers_emo import CheckpointError, EmoForCausalLM, ExpertSubset, SubsetError, extract_subset
+from transformers_emo import (
+    CheckpointError,
+    EmoForCausalLM,
+    ExpertSubset,
+    SubsetError,
+    extract_subset,
+    select_experts,
+)
 from transformers_emo.subsets import Checkpoint, extraction, model_folder
 from transformers_emo.subsets.checkpoint import LocalFiles
 
@@ -57,6 +64,69 @@ def test_the_folder_is_what_loading_and_saving_gives(make_model, tmp_path, varia
     for file in ("config.json", "generation_config.json"):
         ours, expected = (json.loads((tmp_path / d / file).read_text()) for d in ("out", "expected"))
         assert ours == expected
+
+
+@pytest.mark.parametrize(
+    ("saved", "dtype"),
+    [
+        (torch.float32, "bfloat16"),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, "float32"),
+        (torch.bfloat16, "bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("buffer_bytes", [1 << 24, 1000])
+def test_another_dtype_is_that_of_loading_and_saving(
+    make_model, tmp_path, monkeypatch, saved, dtype, buffer_bytes
+):
+    monkeypatch.setattr(extraction, "_BUFFER_BYTES", buffer_bytes)
+    changes, experts = VARIANTS["dense first"]
+    make_model(**changes).to(saved).save_pretrained(tmp_path / "full")
+    extract_subset(
+        tmp_path / "full", experts, tmp_path / "out", dtype=dtype, max_shard_size="30KB", progress=False
+    )
+    model = EmoForCausalLM.from_pretrained(tmp_path / "full", expert_subset=experts, dtype=dtype)
+    model.save_pretrained(tmp_path / "expected")
+    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+    ours, expected = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("out", "expected"))
+    assert ours == expected
+    assert EmoForCausalLM.from_pretrained(tmp_path / "out").dtype == model.dtype
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    sizes = [t.numel() * t.element_size() for t in tensors_in(tmp_path / "out").values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float31", 16])
+def test_what_is_no_dtype_of_weights_is_refused(make_checkpoint, tmp_path, dtype):
+    with pytest.raises(ValueError, match="Unknown dtype"):
+        extract_subset(make_checkpoint(), UNIFORM, tmp_path / "out", dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["global", "layerwise"])
+def test_choices_with_exclusions_and_budgets_come_out_as_they_load(make_checkpoint, tmp_path, method):
+    folder = make_checkpoint()
+    by_layer = {"budget": "mass"} if method == "global" else {}
+    excluded = {0: [1, 2], 2: [0]}
+    chosen = select_experts(
+        folder,
+        input_ids=INPUT_IDS,
+        num_experts=6,
+        method=method,
+        exclude_experts=excluded,
+        progress=False,
+        **by_layer,
+    )
+    chosen.save(tmp_path / "chosen.json")
+    assert all(not set(ids) & set(chosen.experts[layer]) for layer, ids in excluded.items())
+    config = extract_subset(folder, tmp_path / "chosen.json", tmp_path / "out", progress=False)
+    assert config.retained_experts == chosen.experts
+    full, small = EmoForCausalLM.from_pretrained(folder), EmoForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad(), full.use_experts(chosen):
+        expected = full(INPUT_IDS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(small(INPUT_IDS).logits, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -158,7 +228,7 @@ def test_little_is_read_and_little_is_held(make_checkpoint, tmp_path, monkeypatc
         ([[0, 12]] * 3, "has no expert 12"),
         ([[0, 1]] * 3, "drops expert 11 of layer 0"),
         ([[11]] * 3, "keeps no routed expert"),
-        ("nowhere", "No such file"),
+        ("nowhere", "no expert subset 'nowhere'"),
     ],
 )
 def test_subsets_that_do_not_fit_are_refused_and_nothing_is_written(

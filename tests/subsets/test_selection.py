@@ -161,6 +161,15 @@ def test_one_text_and_one_batch_are_taken_as_such(make_model):
         ({"texts": ["a"], "dtype": "float31"}, "Unknown dtype 'float31'"),
         ({"texts": ["a"], "num_experts": 4.0}, "`num_experts` is 4.0"),
         ({"input_ids": [INPUT_IDS], "attention_mask": [INPUT_IDS[:, :3]]}, "expected the same"),
+        ({"texts": ["a"], "dtype": "int8"}, "Unknown dtype 'int8'"),
+        ({"texts": ["a"], "device": "gpu"}, "Cannot run on the device 'gpu'"),
+        ({"texts": ["a"], "batch_size": 0}, "`batch_size` is 0, expected an integer from 1"),
+        ({"texts": ["a"], "max_texts": -1}, "`max_texts` is -1"),
+        ({"texts": ["a"], "max_length": 1.5}, "`max_length` is 1.5"),
+        ({"texts": ["a"], "hidden_memory": float("nan")}, "`hidden_memory` is nan, expected bytes"),
+        ({"texts": ["a"], "labels": [INPUT_IDS]}, "`labels` goes with `input_ids`, which is not given"),
+        ({"input_ids": [INPUT_IDS], "answers": ["a"]}, "`answers` goes with `texts`"),
+        ({"texts": ["a"], "answer_column": "b"}, "`answer_column` goes with `dataset`"),
     ],
 )
 def test_misuse_has_a_clear_error(kwargs, message):
@@ -375,12 +384,39 @@ def test_a_bfloat16_model_can_be_run_in_float32(make_model, tmp_path):
     assert not torch.allclose(torch.tensor(coarse.scores), torch.tensor(expected.scores), atol=1e-5)
 
 
-def test_a_full_model_under_a_mask_is_measured_under_it(make_model):
-    model, kept = make_model(), [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+@pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap"])
+@pytest.mark.parametrize("changes", [{}, {"num_shared_experts": 2}, {"num_experts_per_tok": 6}], ids=str)
+def test_in_bfloat16_a_folder_and_a_model_agree_to_the_last_bit(make_model, tmp_path, method, changes):
+    """Where both use the same batches and the same implementation of experts."""
+    make_model(hidden_size=128, intermediate_size=64, num_experts=48, **changes).save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(2, 96, (3, 40), generator=generator), torch.ones(3, 40)
+    mask[1, 29:] = 0
+    arguments = {"input_ids": ids, "attention_mask": mask, "method": method, "progress": False}
+    arguments["num_experts"] = [5, 12, 30]  # of which the first is fewer than a token picks, in one variant
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, experts_implementation="eager"
+    )
+    assert select_experts(tmp_path, dtype="bfloat16", **arguments) == select_experts(model, **arguments)
+
+
+@pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap", "random"])
+def test_a_model_under_a_mask_is_the_model_with_those_experts(make_checkpoint, method):
+    folder, kept = make_checkpoint(), [[0, 3, 4, 8, 11], [1, 2, 5, 7, 11], [0, 6, 9, 10, 11]]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    arguments = {} if method == "random" else {"input_ids": [INPUT_IDS]}
+    arguments |= {"num_experts": [3, 4], "method": method, "progress": False}
     with model.use_experts(kept):
-        masked = select_experts(model, input_ids=[INPUT_IDS], num_experts=4, method="reap", progress=False)
-    for scores, ids in zip(masked.scores, kept, strict=True):
-        assert {e for e, score in enumerate(scores) if score} <= set(ids)
+        masked = select_experts(model, **arguments)
+        with pytest.raises(SubsetError, match="Cannot keep 6 experts in layer 0: it has 5"):
+            select_experts(model, **arguments | {"num_experts": 6})
+    small = AutoModelForCausalLM.from_pretrained(folder, expert_subset=kept)
+    for subset, expected in zip(masked, select_experts(small, **arguments), strict=True):
+        assert all(set(ids) <= set(there) for ids, there in zip(subset.experts, kept, strict=True))
+        if method != "random":
+            assert subset.experts == expected.experts
+            for a, b in zip(subset.scores, expected.scores, strict=True):
+                assert a == pytest.approx(b, abs=1e-6)
 
 
 def test_offloaded_models_are_run_where_they_are(make_checkpoint, tmp_path):

@@ -172,20 +172,20 @@ def test_only_the_experts_that_are_kept_are_read(make_checkpoint, monkeypatch, s
     ("method", "sizes"), [("layerwise", [5] * 3), ("global", [12] * 3), ("reap", [12] * 4)]
 )
 def test_no_more_than_one_layer_is_held(make_checkpoint, monkeypatch, method, sizes):
-    blocks, held = [], []
+    read, held = [], []
     experts = CheckpointLayers.experts
 
     def note(self, index, kept):
         gc.collect()
-        assert all(block() is None for block in blocks)
+        assert all(stacked() is None for stacked in read)
         parameters = [
             p for i, layer in enumerate(self.network.layers) for p in layer.parameters() if i != index
         ]
         assert all(p.is_meta for p in parameters) and self.embedding_VD is None
-        block, ids = experts(self, index, kept)
-        blocks.append(weakref.ref(block))
-        held.append(block.experts.num_experts)
-        return block, ids
+        stacked, ids = experts(self, index, kept)
+        read.append(weakref.ref(stacked))
+        held.append(stacked.num_experts)
+        return stacked, ids
 
     monkeypatch.setattr(CheckpointLayers, "experts", note)
     batches = padded_batches()

@@ -369,15 +369,37 @@ import json, torch
 from transformers_emo import EmoForCausalLM
 
 first, second = [[0, 1, 11]] * 3, [[1, 2, 4, 11]] * 3
-ids = torch.tensor([[5, 17, 60]])
-model = EmoForCausalLM.from_pretrained("user/emo", expert_subset=first)
-model.swap_experts(second)
-expected = EmoForCausalLM.from_pretrained("user/emo", expert_subset=second)
-print(json.dumps(torch.equal(model(ids).logits, expected(ids).logits)))
+
+def load(repo, experts, revision):
+    return EmoForCausalLM.from_pretrained(repo, expert_subset=experts, revision=revision)
+
+def holds(model, repo, revision, of):
+    # Routed experts alone: others are not read again when they come from elsewhere.
+    expected = load(repo, of, revision)
+    pairs = zip(model.model.layers, expected.model.layers)
+    rows = len(of[0]) - 1
+    return all(torch.equal(a.mlp.experts.down_proj[:rows], b.mlp.experts.down_proj[:rows]) for a, b in pairs)
+
+held = []
+for model, revision in (
+    (load("user/emo", first, "main"), "main"),
+    (load("user/emo", first, "old"), "old"),
+    (EmoForCausalLM.from_pretrained("user/emo", revision="old"), "old"),
+):
+    model.swap_experts(first)
+    model.swap_experts(second)
+    held.append(holds(model, "user/emo", revision, second))
+model.swap_experts([[5, 11]] * 3, source="user/other", revision="old")
+model.swap_experts(second)  # which is read from there too
+held.append(holds(model, "user/other", "old", second))
+print(json.dumps(held))
 """
 
 
-def test_experts_come_from_the_hub(make_checkpoint):
+def test_experts_come_from_the_commit_of_the_hub_that_was_loaded(make_checkpoint):
     with HubServer() as hub:
-        hub.commit("user/emo", make_checkpoint(shards=True))
-        assert json.loads(hub.run(FROM_THE_HUB).strip().splitlines()[-1]) is True
+        hub.commit("user/emo", make_checkpoint(1, shards=True))
+        hub.commit("user/emo", make_checkpoint(2, shards=True), branch="old")
+        hub.commit("user/other", make_checkpoint(3))
+        hub.commit("user/other", make_checkpoint(4), branch="old")
+        assert json.loads(hub.run(FROM_THE_HUB).strip().splitlines()[-1]) == [True] * 4
