@@ -395,6 +395,9 @@ class EmoConfig(PreTrainedConfig):
             raise ValueError(
                 f"`model_type` of the config is {config_dict['model_type']!r:.60}, expected a name."
             )
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(config_dict.get(name), int | float | list):
+                raise ValueError(f"`{name}` of the config is {config_dict[name]!r:.60}, expected a name.")
         for name, most in _MOST_IN_FILES.items():
             value = kwargs.get(name, config_dict.get(name))
             if isinstance(value, int | float) and not value <= most:
