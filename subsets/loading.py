@@ -25,7 +25,7 @@ from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
 from .exclusion import remaining_subset
 from .expert_subset import ExpertSubset, SubsetError
-from .hub_files import HubFiles, is_hub_repo
+from .hub_files import HubFiles, cached_commit, is_hub_repo
 from .hub_loading import cache_view, fetch_ahead, open_part
 from .library import library_of
 from .model_experts import local_experts, subset_config
@@ -108,7 +108,10 @@ def from_pretrained(
     """
     if expert_subset is None and exclude_experts is None:
         with weights_known(kwargs):
-            return load(path, *args, **kwargs)
+            result = load(path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        _remember_commit(model, cached_commit(model.config.name_or_path, **kwargs))
+        return result
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -152,12 +155,20 @@ def from_pretrained(
             tensors = fetch_parameters(files, config, kept, variant=kwargs.pop("variant", None))
             dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
             with cache_view(files, dtype) as view:
-                return _load(
+                result = _load(
                     load, path, _Request(config, kept, tensors), *args, config=small, **kwargs | view
                 )
+            _remember_commit(result[0] if isinstance(result, tuple) else result, files.commit)
+            return result
         finally:
             files.close()
     return _load(load, path, _Request(config, kept), *args, config=small, **kwargs)
+
+
+def _remember_commit(model: Any, commit: str | None) -> None:
+    """Keep the commit that a model was loaded from, for `swap_experts`: its branch may move on."""
+    if commit is not None and getattr(model.config, "_commit_hash", None) is None:
+        model.config._commit_hash = commit  # the name under which Transformers kept it; it is never saved
 
 
 def _load(load: Callable, path: str | os.PathLike, request: _Request, *args, **kwargs):

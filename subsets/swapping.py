@@ -28,6 +28,7 @@ from .expert_subset import (
     root_experts,
     subset_config,
 )
+from .hub_files import cached_commit
 from .hub_loading import fetch_ahead
 from .library import library_of
 from .loading import HUB_KWARGS, lazy_parameters, open_checkpoint
@@ -107,7 +108,7 @@ def swap_experts(
     """
     if any(mask is not None for mask in model.base_model.expert_masks):
         raise ValueError("The experts are masked by an open `use_experts`: leave it, then swap.")
-    config, layers, source = _prepare(
+    config, layers, origin = _prepare(
         model, expert_subset, exclude_experts, source, progress, hub_kwargs, "swap_experts"
     )
     # Nothing of the model changes before this line, and what follows allocates nothing.
@@ -124,7 +125,7 @@ def swap_experts(
             else:
                 layer.write_into(name, parameter)
                 parameter.grad = None
-    _set_config(model, config, layers, source)
+    _set_config(model, config, layers, origin)
 
 
 @torch.no_grad()
@@ -144,7 +145,7 @@ def share_backbone(
 
     Example: see `ExpertServing.share_backbone`.
     """
-    config, layers, source = _prepare(
+    config, layers, origin = _prepare(
         model, expert_subset, exclude_experts, source, progress, hub_kwargs, "share_backbone"
     )
     own = {
@@ -167,7 +168,7 @@ def share_backbone(
     twin.__dict__.pop("_compiled_call", None)
     for (index, name), tensor in own.items():
         _set_parameter(twin, index, name, tensor)
-    _set_config(twin, config, layers, source)
+    _set_config(twin, config, layers, origin)
     return twin
 
 
@@ -179,8 +180,10 @@ def _prepare(
     progress: bool,
     hub_kwargs: dict[str, Any],
     caller: str,
-) -> tuple[EmoConfig, list[_Layer], str | os.PathLike | None]:
-    """The config of the model with the new experts, its layers with all that must be read, and from where."""
+) -> tuple[EmoConfig, list[_Layer], tuple[str, str | None] | None]:
+    """The config of the model with the new experts, its layers with all that must be read, and from where:
+    the name and the commit.
+    """
     unknown = sorted(set(hub_kwargs) - set(HUB_KWARGS))
     if unknown:
         raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
@@ -188,6 +191,7 @@ def _prepare(
     if expert_subset is None and exclude_experts is None:
         raise SubsetError(f"{caller}() needs an `expert_subset` or `exclude_experts`.")
     here = None
+    library_kwargs = hub_kwargs  # a subset may have been named since the model was loaded
     if source is None:
         source = model.config.name_or_path or None
         here = _subset_of(expert_subset, exclude_experts, model.config, source, hub_kwargs)
@@ -203,7 +207,7 @@ def _prepare(
             "read them from."
         )
     source_config = _source_config(model, source, hub_kwargs)
-    library = library_of(source, **hub_kwargs)
+    library = library_of(source, **library_kwargs)
     try:
         subset = remaining_subset(expert_subset, exclude_experts, source_config, *library)
     except SubsetError as error:
@@ -215,7 +219,7 @@ def _prepare(
     if any(layer.new_rows for layer in layers):
         local = local_experts(subset, source_config)
         _read(model, layers, source, source_config, local, progress, hub_kwargs)
-    return config, layers, source
+    return config, layers, (os.fspath(source), cached_commit(source, **hub_kwargs))
 
 
 def _subset_of(
@@ -351,7 +355,9 @@ def _set_parameter(model: Any, index: int, name: str, tensor: torch.Tensor) -> N
     setattr(owner, attribute, nn.Parameter(tensor, getattr(owner, attribute).requires_grad))
 
 
-def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], source: Any) -> None:
+def _set_config(
+    model: Any, config: EmoConfig, layers: list[_Layer], origin: tuple[str, str | None] | None
+) -> None:
     """Say what the model holds now, in its config (one object, which all of its modules have) and modules."""
     for name in _EXPERT_SETTINGS:
         setattr(model.config, name, copy.deepcopy(getattr(config, name)))
@@ -359,5 +365,6 @@ def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], source: Any
         block = model.base_model.layers[layer.index].mlp
         block.gate.layer = layer.experts
         block.experts.num_experts = layer.experts.num_experts
-    if source is not None:  # where the next swap reads from
-        model.config.name_or_path = model.name_or_path = os.fspath(source)
+    if origin is not None:  # where the next swap reads from
+        model.config.name_or_path = model.name_or_path = origin[0]
+        model.config._commit_hash = origin[1]
