@@ -81,8 +81,9 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository. `readers` are the users beside its owner who may read it where it is private or gated; of
-    an `xet` one large files are said to be in Xet storage.
+    """A repository. `readers` are the users beside its owner who may read it where it is private or gated.
+
+    Of an `xet` one large files are said to be in Xet storage.
     """
 
     kind: str

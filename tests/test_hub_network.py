@@ -1,4 +1,4 @@
-"""Parts of files where the way is not straight: proxies, Xet, new names, moved branches, forced downloads."""
+"""Parts of files where the way is not straight: proxies, Xet, new names, moved branches, forcing."""
 
 import hashlib
 import http.client
