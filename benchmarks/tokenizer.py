@@ -1,7 +1,7 @@
 """The dolma2 tokenizer beside tiktoken's cl100k_base and plain `tokenizers`: same ids, bytes back, speed.
 
 Text is taken in turn from the documents of every domain until there is enough. Ids of all of it are compared
-with tiktoken's, decoded text with what went in, byte for byte. Speed, of a part of the text, is megabytes in a
+with tiktoken's, decoded text with what went in, byte for byte. Speed, of part of the text, is megabytes in a
 second of processor time: single documents on one thread, and in batches on all cores. Plain `tokenizers` is a
 byte-level BPE of the same vocabulary and merges. The ways run in turn, several times; ratios are of the best
 times.

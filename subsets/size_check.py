@@ -70,12 +70,12 @@ def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
         if expected is not None and math.prod(expected) > math.prod(span.shape):
             raise CheckpointError(
                 f"config.json asks for a {name} of {expected}, and the weights hold {span.shape}: they "
-                "differ. Download both again."
+                "differ. Download both again, or pass `ignore_mismatched_sizes=True` if it is meant."
             )
     if layers and len(layers) < config.num_hidden_layers:
         raise CheckpointError(
             f"config.json asks for {config.num_hidden_layers} layers, and the weights hold {len(layers)}: "
-            "they differ. Download both again."
+            "they differ. Download both again, or pass `ignore_mismatched_sizes=True` if it is meant."
         )
 
 
