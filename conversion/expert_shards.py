@@ -117,9 +117,7 @@ def plan_expert_files(
     Args:
         names (`Iterable[str]`): the tensors of a checkpoint.
         config (`EmoConfig`): its config.
-        experts_per_file (`int`, defaults to 1): neighbouring routed experts of a layer in one file. Of a
-            model of 128 experts in 16 layers, one a file makes 2,033 files and no waste; two make half as many, of
-            which a random subset fetches 1.58 times its bytes (`benchmarks/expert_shards.py`).
+        experts_per_file (`int`, defaults to 1): neighbouring routed experts of a layer in one file.
 
     Returns:
         `dict[str, list[str]]`: the tensors of each file, sorted by name; the backbone first.
