@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_write_back,
         _add_convert,
         _add_shard,
+        _add_push,
         _add_cache,
         _add_retention,
     ):
@@ -248,6 +249,20 @@ def _add_shard(commands: Any) -> None:
     shard.set_defaults(run=_shard)
 
 
+def _add_push(commands: Any) -> None:
+    push = commands.add_parser(
+        "push",
+        help="put a model, an adapter or documents on the Hub",
+        description="Put a folder on the Hub. A folder of <domain>.jsonl becomes a dataset. The same command "
+        "goes on after an interruption: what has been sent is not sent again.",
+    )
+    push.add_argument("folder", help="a model, an adapter, or documents")
+    push.add_argument("repo", metavar="REPO", help="user/name; made if need be")
+    push.add_argument("--private", action="store_true", default=None, help="if it is made")
+    push.add_argument("--revision", help="the branch")
+    push.set_defaults(run=_push)
+
+
 def _add_cache(commands: Any) -> None:
     cache = commands.add_parser(
         "cache",
@@ -308,6 +323,13 @@ def _shard(parsed: argparse.Namespace) -> None:
     revision = {} if parsed.revision is None else {"revision": parsed.revision}
     files = shard_experts(parsed.model, parsed.out, experts_per_file=parsed.experts_per_file, **revision)
     print(f"{parsed.out}: {len(files)} files of weights")
+
+
+def _push(parsed: argparse.Namespace) -> None:
+    from .subsets import push_folder
+
+    commit = push_folder(parsed.folder, parsed.repo, private=parsed.private, revision=parsed.revision)
+    print(commit.commit_url)
 
 
 def _cache(parsed: argparse.Namespace) -> None:

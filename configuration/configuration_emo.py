@@ -5,10 +5,12 @@ https://arxiv.org/abs/2605.06663.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -22,6 +24,24 @@ _DENSE_TP_PLAN = {
     "layers.*.mlp.down_proj": "rowwise",
 }
 
+
+# Lists of these lengths are made of a file's config before any weight is looked at.
+_MOST_IN_FILES = {
+    "num_hidden_layers": 1000,
+    "num_experts": 10_000,
+    "num_local_experts": 10_000,
+    "num_labels": 10**6,
+}
+# Transformers takes what it finds in a file: a value of another kind fails wherever it is first used.
+_MISFITS = (
+    StrictDataclassError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)
 
 # Settings that are not in released files, and their defaults.
 _OWN_DEFAULTS = {
@@ -331,8 +351,14 @@ class EmoConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As upstream; a config of the legacy model type is returned under its new name."""
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return _modernise(config_dict), kwargs
+        try:
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            return _modernise(config_dict), kwargs
+        except (TypeError, RecursionError) as error:
+            raise ValueError(
+                f"The config of {pretrained_model_name_or_path} is damaged: expected a JSON object of "
+                f"settings ({error})."
+            ) from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -345,6 +371,9 @@ class EmoConfig(PreTrainedConfig):
             kwargs: settings that override the file's; with `return_unused_kwargs=True` the rest is returned
                 too.
 
+        Raises:
+            ValueError: if a value is of another kind than it must be, absurdly large or contradicts others.
+
         Example:
 
         ```python
@@ -354,15 +383,48 @@ class EmoConfig(PreTrainedConfig):
 
         ```
         """
+        try:
+            return cls._from_file(config_dict, **kwargs)
+        except _MISFITS as error:
+            raise ValueError(f"The config does not describe an EMO model: {error}") from error
+
+    @classmethod
+    def _from_file(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = cls._clean(_modernise(config_dict))
+        if not isinstance(config_dict.get("model_type", ""), str):
+            raise ValueError(
+                f"`model_type` of the config is {config_dict['model_type']!r:.60}, expected a name."
+            )
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(config_dict.get(name), int | float | list):
+                raise ValueError(f"`{name}` of the config is {config_dict[name]!r:.60}, expected a name.")
+        for name, most in _MOST_IN_FILES.items():
+            value = kwargs.get(name, config_dict.get(name))
+            if isinstance(value, int | float) and not value <= most:
+                raise ValueError(f"`{name}` of the config is {value}, expected at most {most}.")
+        for value in config_dict.get("num_experts_per_layer") or ():
+            if not value <= _MOST_IN_FILES["num_experts"]:
+                raise ValueError(
+                    f"A layer of the config has {value} experts, expected at most "
+                    f"{_MOST_IN_FILES['num_experts']}."
+                )
         config_dict.setdefault("num_shared_experts", 0)
+        if config_dict.get("eos_token_id") == []:
+            raise ValueError(
+                "`eos_token_id` of the config is an empty list: expected an id, several or null."
+            )
         if config_dict.get("output_router_logits") is True:
             config_dict["output_router_logits"] = "training"
         if not cls.is_remote_code():
             # The released `auto_map` names remote code that this class replaces; kept, it would be saved
             # again beside weights that do not come with that code.
             config_dict.pop("auto_map", None)
-        return super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        theta = config.to_dict()["rope_theta"]
+        if not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
+            raise ValueError(f"`rope_theta` of the config is {theta!r:.60}, expected a number above 0.")
+        return result
 
     @classmethod
     def _clean(cls, config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -380,6 +380,11 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         "attentions": EmoAttention,
     }
 
+    def __init__(self, config: EmoConfig, *args, **kwargs):
+        if self._package is not None:
+            self._package.check_before_building(config)
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -573,7 +578,17 @@ class EmoModel(EmoPreTrainedModel):
 
     def __init__(self, config: EmoConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
+        padding, size = config.pad_token_id, config.vocab_size
+        if padding is not None and not -size <= padding < size:
+            raise ValueError(
+                f"`pad_token_id` is {padding}, expected one of the {size} ids of the vocabulary, or None."
+            )
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`hidden_act` is {config.hidden_act!r:.60}, expected an activation of Transformers, such as "
+                "'silu'."
+            )
+        self.padding_idx = padding
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(

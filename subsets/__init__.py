@@ -12,6 +12,7 @@ from .composition import (
 )
 from .expert_subset import ExpertSubset, SubsetError
 from .extraction import extract_subset
+from .hub_push import push_folder
 from .library import find_subset, library_names
 from .model_experts import local_experts, present_experts, root_experts, subset_config
 from .pruning_metadata import pruning_metadata, save_pruning_metadata
@@ -37,6 +38,7 @@ __all__ = [
     "mix",
     "present_experts",
     "pruning_metadata",
+    "push_folder",
     "read_subsets",
     "root_experts",
     "save_pruning_metadata",

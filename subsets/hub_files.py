@@ -111,7 +111,7 @@ class HubFiles:
 
     def find(self, file: str) -> Path | None:
         """A small file, downloaded if need be; `None` if the repository has none of this name."""
-        path = optional_file(self.repo_id, file, **self.hub_kwargs)
+        path = optional_file(self.repo_id, file, **self.hub_kwargs, force_download=self._force)
         return None if path is None else Path(path)
 
     def exists(self, file: str) -> bool:
@@ -129,8 +129,10 @@ class HubFiles:
         return True
 
     def is_whole(self, file: str) -> bool:
-        """Whether the ordinary cache has the file as a whole."""
+        """Whether the ordinary cache has the file as a whole: with `force_download`, since this began."""
         if file not in self._whole:
+            if self._force:
+                return False
             found = try_to_load_from_cache(
                 self.repo_id,
                 self._path(file),
@@ -148,7 +150,7 @@ class HubFiles:
         Raises:
             CheckpointError: if they are not there and cannot be had, as when offline.
         """
-        missing = [file for file in sorted(set(files)) if self._force or not self.is_whole(file)]
+        missing = [file for file in sorted(set(files)) if not self.is_whole(file)]
         if not missing:
             return
         if self.offline:
@@ -157,6 +159,7 @@ class HubFiles:
                 "nothing can be downloaded offline: load this subset once while online."
             )
         cached_files(self.repo_id, missing, **self.hub_kwargs, force_download=self._force)
+        self._whole.update(missing)
 
     def fetch_headers(self, files: Iterable[str]) -> None:
         """Get the headers of safetensors files, several at a time."""

@@ -1,20 +1,26 @@
-"""Pushing to the Hub: subsets by name, and what a model's card says."""
+"""Pushing to the Hub: subsets by name, whole folders, and what their cards say."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, DatasetCard, DatasetCardData, HfApi, ModelCard
 
 from ..configuration import EmoConfig
+from .adapter_record import RECORD
+from .checkpoint import Checkpoint
 from .expert_subset import ExpertSubset, SubsetError
 from .library import library_file
 from .model_experts import root_experts
 
+_CARD = "README.md"
+_TAGS = ("emo", "mixture-of-experts")
+_NOT_PUSHED = [".*", "*/.*"]  # partial files, caches
 _GENERATED = "This model card has been automatically generated"  # by Transformers
 
 
@@ -55,12 +61,86 @@ def push_subset(
         )
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    return api.upload_file(
-        path_or_fileobj=(json.dumps(subset.to_dict()) + "\n").encode(),
-        path_in_repo=file,
-        repo_id=repo_id,
+    files = {file: json.dumps(subset.to_dict()) + "\n"}
+    if not api.file_exists(repo_id, _CARD, revision=revision):
+        files[_CARD] = _library_card(subset, repo_id, name)
+    return api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path, text.encode()) for path, text in files.items()],
         revision=revision,
         commit_message=commit_message or f"Add the expert subset {name}",
+    )
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """Put a folder on the Hub: a model, an adapter, or documents as `<domain>.jsonl`, which become a dataset.
+
+    What a call that was interrupted has sent is not sent again. A repository without a card gets one. Files
+    whose names begin with a dot stay behind.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+        repo_id (`str`): the repository, `user/name`; made if need be.
+        token (`str` or `bool`, *optional*): as everywhere in huggingface_hub.
+        revision (`str`, *optional*): the branch.
+        private (`bool`, *optional*): make the repository private, if it is made.
+        commit_message (`str`, *optional*): the commit's title.
+
+    Returns:
+        `CommitInfo`: the commit.
+
+    Raises:
+        CheckpointError: if weights of a model are missing, cut short or damaged; before anything is sent.
+        ValueError: if the folder is none of these.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets import push_folder
+    >>> push_folder("model_cards/toy-emo", "me/toy-emo", token="hf_...")  # doctest: +SKIP
+    >>> try:
+    ...     push_folder(tmp_path, "me/nothing")
+    ... except ValueError as error:
+    ...     print(str(error).endswith("expected a model, an adapter or documents in .jsonl files."))
+    True
+
+    ```
+    """
+    folder = Path(folder)
+    documents = sorted(path.name for path in folder.glob("*.jsonl"))
+    repo_type = "model"
+    if (folder / "adapter_config.json").is_file():
+        card = _adapter_card(folder, repo_id)
+    elif (folder / "config.json").is_file():
+        Checkpoint.from_folder(folder).source.close()
+        card = _model_card(EmoConfig.from_pretrained(folder), repo_id)
+    elif documents:
+        repo_type, card = "dataset", _documents_card(documents, repo_id)
+    else:
+        raise ValueError(
+            f"There is nothing to push in {folder}: expected a model, an adapter or documents in .jsonl "
+            "files."
+        )
+    api = HfApi(token=token)
+    where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+    api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        folder_path=folder, ignore_patterns=_NOT_PUSHED, commit_message=commit_message, **where
+    )
+    if (folder / _CARD).is_file() or api.file_exists(repo_id, _CARD, repo_type=repo_type, revision=revision):
+        return commit
+    return api.upload_file(
+        path_or_fileobj=card.encode(), path_in_repo=_CARD, commit_message="Add a card", **where
     )
 
 
@@ -92,8 +172,7 @@ def complete_card(path: str | os.PathLike, config: EmoConfig, repo_id: str) -> N
         return
     card = ModelCard.load(path)
     data: Any = card.data
-    tags = ["emo", "mixture-of-experts"] + (["expert-subset"] if config.retained_experts else [])
-    data.tags = [*(data.tags or []), *(tag for tag in tags if tag not in (data.tags or []))]
+    _add_tags(data, *(["expert-subset"] if config.retained_experts else []))
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     base = _base_model(config, repo_id)
@@ -104,11 +183,123 @@ def complete_card(path: str | os.PathLike, config: EmoConfig, repo_id: str) -> N
     card.save(path)
 
 
+def complete_adapter_card(folder: str | os.PathLike, subset: ExpertSubset) -> None:
+    """Complete the card that PEFT writes beside an adapter: which experts it belongs to.
+
+    Args:
+        folder (`str` or `os.PathLike`): the adapter's; nothing happens if there is no card.
+        subset (`ExpertSubset`): the experts it was trained on.
+
+    Example:
+
+    ```python
+    >>> from huggingface_hub import ModelCard
+    >>> from transformers_emo import ExpertSubset
+    >>> from transformers_emo.subsets.hub_push import complete_adapter_card
+    >>> ModelCard("---\\nlicense: mit\\n---\\n# Mine").save(tmp_path / "README.md")
+    >>> complete_adapter_card(tmp_path, ExpertSubset([[0, 3]], root_experts_per_layer=[8]))
+    >>> "2 of the 8 experts" in ModelCard.load(tmp_path / "README.md").text
+    True
+
+    ```
+    """
+    path = Path(folder, _CARD)
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    whole = all(
+        ids is None or len(ids) == size
+        for ids, size in zip(subset.experts, subset.root_experts_per_layer or [], strict=False)
+    )
+    _add_tags(card.data, *([] if whole else ["expert-subset"]))
+    text = _adapter_text(subset)
+    if text not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{text}"
+    card.save(path)
+
+
+def _add_tags(data: Any, *more: str) -> None:
+    data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS, *more]))
+
+
+def _model_card(config: EmoConfig, repo_id: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, _CARD)
+        path.write_text(f"---\n{{}}\n---\n{_GENERATED}", encoding="utf-8")
+        complete_card(path, config, repo_id)
+        return path.read_text(encoding="utf-8")
+
+
+def _adapter_card(folder: Path, repo_id: str) -> str:
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# {repo_id.split('/')[-1]}\n")
+    base = str(settings.get("base_model_name_or_path") or "")
+    if _is_repo(base):
+        card.data["base_model"] = base
+    with tempfile.TemporaryDirectory() as copy:
+        card.save(Path(copy, _CARD))
+        if (folder / RECORD).is_file():
+            complete_adapter_card(copy, ExpertSubset.load(folder / RECORD))
+        return Path(copy, _CARD).read_text(encoding="utf-8")
+
+
+def _adapter_text(subset: ExpertSubset) -> str:
+    sizes = sorted({len(ids) for ids in subset.experts if ids is not None})
+    of = max(subset.root_experts_per_layer or [0])
+    kept = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0] if sizes else 0}"
+    kept += f" of the {of} experts" if of else " experts"
+    return f"""## Experts
+
+Trained on {kept} of each layer of an [EMO](https://arxiv.org/abs/2605.06663) model: those that
+`{RECORD}` names. On a model that holds them, and on no other:
+
+```python
+from transformers_emo.training import load_adapter
+
+model = load_adapter(model, "<this repository>")
+```
+"""
+
+
+def _library_card(subset: ExpertSubset, repo_id: str, name: str) -> str:
+    card = ModelCard(f"""---
+library_name: transformers
+---
+
+# {repo_id.split("/")[-1]}
+
+Subsets of the experts of an [EMO](https://arxiv.org/abs/2605.06663) model, in `subsets/`.
+
+```python
+from huggingface_hub import hf_hub_download
+from transformers_emo import EmoForCausalLM
+
+subset = hf_hub_download("{repo_id}", "{library_file(name)}")
+model = EmoForCausalLM.from_pretrained("{subset.source or "<the model>"}", expert_subset=subset)
+```
+""")
+    _add_tags(card.data, "expert-subset")
+    if subset.source and _is_repo(subset.source) and subset.source != repo_id:
+        card.data["base_model"] = subset.source
+    return str(card)
+
+
+def _documents_card(documents: list[str], repo_id: str) -> str:
+    """A card by which `load_dataset(repo_id)` gives all documents, and with a domain's name those of it."""
+    configs: list[dict[str, Any]] = [{"config_name": "default", "data_files": documents, "default": True}]
+    configs += [{"config_name": name.removesuffix(".jsonl"), "data_files": name} for name in documents]
+    data = DatasetCardData(task_categories=["text-generation"], tags=["emo"], configs=configs)
+    return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n"))
+
+
+def _is_repo(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+
+
 def _base_model(config: EmoConfig, repo_id: str) -> str | None:
     """The repository that the model was loaded from, if it was another one."""
     name = config.name_or_path or ""
-    is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
-    return name if is_repo and name != repo_id else None
+    return name if _is_repo(name) and name != repo_id else None
 
 
 def _text(config: EmoConfig, repo_id: str, base: str | None) -> str:

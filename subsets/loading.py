@@ -32,6 +32,7 @@ from .hub_loading import cache_view, fetch_ahead, open_part
 from .library import library_of, library_of_loaded
 from .model_experts import local_experts, subset_config
 from .safetensors_header import CheckpointError
+from .size_check import check_sizes, weights_known
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +109,8 @@ def from_pretrained(
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
     if expert_subset is None and exclude_experts is None:
-        return load(path, *args, **kwargs)
+        with weights_known(kwargs):
+            return load(path, *args, **kwargs)
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise ValueError(
@@ -134,11 +136,15 @@ def from_pretrained(
             "of the unquantised model; `quantization_config` quantises it while loading."
         )
     folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
+    checkpoint = None
+    if folder is not None:  # see that the files are whole before the network is built
+        checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
+        checkpoint.source.close()
+        check_sizes(checkpoint.tensors, config)
     hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(base, **hub))
     kept = local_experts(subset, config)
-    if folder is not None:  # see that the files are whole before the network is built
-        checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
+    if checkpoint is not None:
         try:
             lazies = lazy_parameters(checkpoint, config, kept)
             warn_if_chosen_elsewhere(subset, base, lazies, config.num_hidden_layers)
@@ -344,6 +350,7 @@ def lazy_parameters(
 
     ```
     """
+    check_sizes(checkpoint.tensors, config)
     if kept is None:
         kept = [list(range(layer.num_experts)) for layer in config.layer_experts]
     kept_ids = [ids or [] for ids in kept]

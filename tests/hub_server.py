@@ -6,7 +6,10 @@ when imported, so code that talks to the server runs in a process of its own (`H
 Large files are answered as the Hub answers them, with a redirect to a signed address on another origin (here
 another port), which must not be sent the user's token.
 
-Not spoken: Xet, pull requests, tags, pages of listings, `If-None-Match`.
+Files can be said to be in Xet storage (`Repo.xet`), as most of the Hub's are; that storage is not there.
+A renamed repository (`HubServer.rename`) is found under its old name by redirect.
+
+Not spoken: Xet's own protocol, pull requests, tags, pages of listings, `If-None-Match`.
 """
 
 import base64
@@ -78,12 +81,16 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository. `readers` are the users beside its owner who may read it where it is private or gated."""
+    """A repository. `readers` are the users beside its owner who may read it where it is private or gated.
+
+    Of an `xet` one large files are said to be in Xet storage.
+    """
 
     kind: str
     id: str
     private: bool = False
     gated: bool = False
+    xet: bool = False
     readers: set[str] = field(default_factory=set)
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
@@ -231,6 +238,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.renamed: dict[str, str] = {}
         self.lock = threading.RLock()
         self.closing = threading.Event()
         self._secret = os.urandom(16)
@@ -324,6 +332,13 @@ class HubServer:
         with self.lock:
             head = repo.branches.get(branch, repo.branches["main"])
             return self._write_commit(repo, branch, "commit", "", repo.commits[head].files | added).id
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a repository; the old name leads to the new one."""
+        with self.lock:
+            repo = self.repos[new] = self.repos.pop(old)
+            repo.id = new.removeprefix(f"{repo.kind}/")
+            self.renamed[old] = new
 
     def inject(self, path: str, **what) -> Fault:
         """Let something go wrong; see `Fault`. The first fault that strikes a request is the one it meets."""
@@ -604,6 +619,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_json({"error": str(error)}, error.status, error.headers)
 
     def _dispatch(self, method: str) -> None:
+        for old, new in self.hub.renamed.items() if self.server.role == "hub" else ():
+            if f"/{old}/" in f"{self.url_path}/":
+                where = self.path.replace(f"/{old}", f"/{new}", 1)
+                return self._send_headers(307, {"Location": where, "Content-Length": "0"})
         for role, route_method, pattern, answer in _ROUTES:
             match = pattern.fullmatch(self.url_path)
             if match and role == self.server.role and route_method == method:
@@ -932,6 +951,13 @@ class _Handler(BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
             "Content-Length": "0",
         }
+        if found.xet:
+            route = f"{self.hub.endpoint}/api/{found.kind}/{found.id}/xet-read-token/{commit.id}"
+            headers |= {
+                "X-Xet-Hash": file.sha256,
+                "X-Xet-Refresh-Route": route,
+                "Link": f'<{route}>; rel="xet-auth"',
+            }
         self._send_headers(302, headers)
 
     @_route("cdn", "GET", rf"/cdn/{_WEB_REPO}/(?P<revision>[0-9a-f]{{40}})/(?P<path>.+)")

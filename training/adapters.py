@@ -76,6 +76,9 @@ def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs) -> None:
     """Save an adapter with the experts it was trained on, whatever config it was made with.
 
+    `transformers_emo.subsets.push_folder(folder, "me/adapter")` then puts it on the Hub with its card. PEFT's
+    `push_to_hub` takes the experts along too (with `lora_config`), but its card says nothing of them.
+
     Args:
         model (`peft.PeftModel`): the adapted model.
         folder (`str` or `os.PathLike`): the folder.

@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from ..subsets import ExpertSubset
 from ..subsets.adapter_record import RECORD
+from ..subsets.hub_push import complete_adapter_card
 
 
 @dataclass
@@ -43,7 +44,12 @@ class SubsetLoraConfig(LoraConfig):
         return data
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write `adapter_config.json` and `expert_subset.json`; arguments as for every PEFT config."""
+        """Write `adapter_config.json` and `expert_subset.json`, and complete the card that is there.
+
+        Arguments are as for every PEFT config.
+        """
         super().save_pretrained(save_directory, **kwargs)
         if self.expert_subset is not None:
-            ExpertSubset.from_dict(self.expert_subset).save(Path(save_directory) / RECORD)
+            subset = ExpertSubset.from_dict(self.expert_subset)
+            subset.save(Path(save_directory) / RECORD)
+            complete_adapter_card(save_directory, subset)

@@ -11,7 +11,7 @@ from transformers_emo import CheckpointError, EmoConfig
 from transformers_emo.conversion import convert_to_olmo_core, read_metadata, upgrade_checkpoint
 from transformers_emo.conversion.olmo_core_config import read_config
 
-ROUNDS = [60, pytest.param(2000, marks=pytest.mark.slow)]
+ROUNDS = [100, pytest.param(2000, marks=pytest.mark.slow)]
 ODD = (
     *(None, True, False, 0, 1, -1, 2, 7, 10**9, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *("", "x", "silu", "../x", "\0", "os.system", [], [0], [None], [[]], {}, {"a": 1}, [1] * 50),

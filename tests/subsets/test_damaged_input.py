@@ -1,4 +1,4 @@
-"""Damaged and hostile headers, indexes and subset files: our own errors only, and nothing written elsewhere.
+"""Damaged and hostile headers, indexes, configs, subset files: our own errors, and nothing else is written.
 
 The damage is drawn from a seed, so that a failure can be had again: its number is in the message.
 """
@@ -7,19 +7,23 @@ import json
 import random
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import save_file
-from transformers_emo import CheckpointError, EmoConfig, ExpertSubset, SubsetError
+from transformers.utils import logging
+from transformers_emo import CheckpointError, EmoConfig, EmoForCausalLM, ExpertSubset, SubsetError
 from transformers_emo.subsets import Checkpoint
 from transformers_emo.subsets.range_cache import PartialFile, cached_parts, clear_parts, part_folder
 
 # How many cases of each kind.
-some_cases = pytest.mark.parametrize("cases", [80, pytest.param(700, marks=pytest.mark.slow)])
+some_cases = pytest.mark.parametrize("cases", [100, pytest.param(2000, marks=pytest.mark.slow)])
 # What strangers put in place of a value.
 VALUES = [
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1.5, float("nan"), [], [[]], {},
+    None, True, -1, 0, 1, 10**9, 2**31, 2**63, 2**64, 10**400, 1.5, float("nan"), [], [[]], {},
     {"a": {}}, [2**62, 4], [-1, 2], "", "x", "..", "F32", "I4", "\0", "\ud800", "a" * 5000,
     "../outside.safetensors", "/etc/passwd", "\0.safetensors", "\ud800.safetensors",
     "x/../../outside.safetensors",
@@ -93,7 +97,9 @@ def parent(tmp_path):
     return tmp_path
 
 
-def is_refused(read, refusal: type[Exception], parent, case: int, damaged: bytes) -> bool:
+def is_refused(
+    read, refusal: type[Exception] | tuple[type[Exception], ...], parent, case: int, damaged: bytes
+) -> bool:
     """Whether a damaged file is refused; any other error fails, and so does a file that was touched."""
     before = snapshot(parent)
     try:
@@ -144,6 +150,107 @@ def test_mutated_indexes(parent, cases):
         path.write_bytes(damaged)
         refused += is_refused(lambda: read_everything(folder), CheckpointError, parent, case, damaged)
     assert refused > cases // 2
+
+
+@pytest.fixture
+def errors_only():
+    """No warnings of what is damaged on purpose; other tests look at theirs."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+def load_model(folder, **kwargs):
+    try:
+        EmoForCausalLM.from_pretrained(folder, **kwargs)
+    except RuntimeError as error:  # how Transformers refuses smaller tensors than there are
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError("Transformers refused it") from error
+
+
+@some_cases
+@pytest.mark.usefixtures("errors_only")
+@pytest.mark.parametrize("expert_subset", [None, [[0, 3]] * 2], ids=["whole", "subset"])
+def test_mutated_configs(expert_subset, parent, cases):
+    folder = parent / "model"
+    tiny_model(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    refused = 0
+    for case in range(cases):
+        damaged = mutate(config, random.Random(case))
+        (folder / "config.json").write_bytes(damaged)
+        refused += is_refused(
+            lambda: load_model(folder, expert_subset=expert_subset),
+            (ValueError, OSError),
+            parent,
+            case,
+            damaged,
+        )
+    assert refused > cases // 4
+
+
+ABSURD = [
+    {"num_hidden_layers": 10**9},
+    {"num_hidden_layers": 900},
+    {"vocab_size": 10**9},
+    {"hidden_size": 2**20},
+    {"head_dim": 10**9},
+    {"num_experts": 10**9},
+    {"num_experts": 9000},
+    {"num_experts_per_layer": [10**9, 4]},
+    {"intermediate_size": 10**9},
+    {"num_labels": 10**9},
+]
+# Under a limit of memory: a billion of anything would end this process before its error.
+LOAD_EACH = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+from transformers_emo import EmoForCausalLM, EmoForSequenceClassification
+for folder in sys.argv[1:]:
+    for cls, kwargs in (
+        (EmoForCausalLM, {}),
+        (EmoForSequenceClassification, {}),
+        (EmoForCausalLM, {"expert_subset": [[0, 3]] * 2}),
+        (EmoForCausalLM, {"exclude_experts": {0: [1]}}),
+    ):
+        try:
+            cls.from_pretrained(folder, **kwargs)
+        except (OSError, ValueError) as error:
+            print(error)
+        else:
+            print("no error")
+"""
+
+
+def test_a_config_that_asks_for_more_than_the_weights_hold_is_one_error(tmp_path, edit_json):
+    folders = []
+    for number, changes in enumerate(ABSURD):
+        folders.append(tmp_path / str(number))
+        tiny_model(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2).save_pretrained(folders[-1])
+        edit_json(folders[-1] / "config.json", **changes)
+    program = [sys.executable, "-c", LOAD_EACH, *map(str, folders)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 * len(ABSURD)
+    for number, changes in enumerate(ABSURD):
+        for line in lines[4 * number : 4 * number + 4]:
+            assert "config" in line, (changes, line)
+            assert "and the weights hold" in line or "expected at most" in line, (changes, line)
+
+
+def test_a_config_that_asks_for_less_is_left_to_transformers(tmp_path, edit_json):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        EmoForCausalLM.from_pretrained(tmp_path, vocab_size=90)
+    shallow = EmoForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
+    assert len(shallow.model.layers) == 2
+    wide = EmoForCausalLM.from_pretrained(tmp_path, vocab_size=120, ignore_mismatched_sizes=True)
+    assert wide.lm_head.weight.shape == (120, 32)
+    with pytest.raises(ValueError, match="pad_token_id.* is 96"):
+        EmoForCausalLM.from_pretrained(tmp_path, pad_token_id=96)
 
 
 @some_cases

@@ -94,7 +94,7 @@ def test_checkpoint_without_an_expert_it_should_have(make_checkpoint, lost):
 def test_config_of_another_model(make_checkpoint, edit_json):
     folder = make_checkpoint()
     edit_json(folder / "config.json", num_experts=16)
-    with pytest.raises(CheckpointError, match="has 12 experts in layer 0, expected 16"):
+    with pytest.raises(CheckpointError, match=r"asks for .*\(16, 32\), and the weights hold \(12, 32\)"):
         AutoModelForCausalLM.from_pretrained(folder, expert_subset=[[0, 1, 15]] * 3)
 
 
@@ -113,7 +113,7 @@ def test_damaged_router(make_checkpoint, shape, layer):
     tensors = load_file(folder / "model.safetensors")
     tensors[f"model.layers.{layer}.mlp.gate.weight"] = torch.zeros(shape)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=f"experts in layer {layer}"):
+    with pytest.raises(CheckpointError, match=f"layers.{layer}.mlp.gate.weight|experts in layer {layer}"):
         AutoModelForCausalLM.from_pretrained(folder, expert_subset=UNIFORM)
 
 

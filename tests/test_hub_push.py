@@ -1,0 +1,195 @@
+"""What goes to the Hub beside models: adapters, subsets, documents and folders, also in two attempts."""
+
+import json
+import signal
+import time
+from collections import Counter
+
+import pytest
+from conftest import tiny_model
+from hub_server import HubServer
+from transformers_emo import cli
+
+ADAPTERS = """
+import hashlib, json
+import torch
+from peft import PeftModel, get_peft_model
+from huggingface_hub import HfApi, ModelCard
+from transformers import AutoModelForCausalLM
+import transformers_emo
+from transformers_emo import SubsetError
+from transformers_emo.subsets import push_folder
+from transformers_emo.training import load_adapter, lora_config
+
+INPUT = torch.tensor([[5, 6, 7, 8]])
+KEPT, OTHER = [[0, 3, 5, 11]] * 3, [[0, 3, 6, 11]] * 3
+
+def base(subset):
+    return AutoModelForCausalLM.from_pretrained("user/model", expert_subset=subset)
+
+def digest(model):
+    return hashlib.sha256(model.eval()(INPUT).logits.detach().numpy().tobytes()).hexdigest()
+
+model = base(KEPT)
+before = digest(model)
+config = lora_config(model, r=2, target_parameters=["mlp.experts.down_proj", "mlp.gate.weight"])
+adapted = get_peft_model(model, config)
+optimiser = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=10.0)
+for _ in range(2):
+    optimiser.zero_grad()
+    adapted(INPUT, labels=INPUT).loss.backward()
+    optimiser.step()
+adapted.push_to_hub("user/adapter")
+adapted.save_pretrained("adapter")
+push_folder("adapter", "user/adapter-folder")
+out = {"trained": digest(adapted), "before": before}
+out["pulled by PEFT"] = digest(PeftModel.from_pretrained(base(KEPT), "user/adapter"))
+out["pulled"] = digest(load_adapter(base(KEPT), "user/adapter"))
+plain = base(KEPT)
+plain.load_adapter("user/adapter-folder")
+out["pulled by Transformers"] = digest(plain)
+full = load_adapter(base(None), "user/adapter")
+with full.get_base_model().use_experts(KEPT):
+    logits = full.eval()(INPUT).logits
+    out["on the full model"] = torch.allclose(logits, adapted.eval()(INPUT).logits, atol=1e-4)
+for name, load in {
+    "refused": lambda: load_adapter(base(OTHER), "user/adapter"),
+    "refused by Transformers": lambda: base(OTHER).load_adapter("user/adapter"),
+}.items():
+    try:
+        load()
+    except SubsetError as error:
+        out[name] = str(error)
+card = ModelCard.load("user/adapter-folder")
+out["card"] = [card.data.to_dict(), card.text]
+print(json.dumps(out))
+"""
+
+DOCUMENTS = """
+import json
+from datasets import Dataset, load_dataset
+from huggingface_hub import HfApi
+from transformers_emo.cli import main
+
+rows = [{"text": "import os"}, {"text": "def f(): é"}]
+Dataset.from_list(rows).push_to_hub("user/docs", private=True)
+out = {"pulled": load_dataset("user/docs", split="train").to_list() == rows}
+assert main(["push", "documents", "user/domains"]) == 0
+out["all"] = sorted(row["text"] for row in load_dataset("user/domains", split="train"))
+out["python"] = load_dataset("user/domains", "python", split="train")["text"][:]
+out["streamed"] = [row["text"] for row in load_dataset("user/domains", "coq", split="train", streaming=True)]
+print(json.dumps(out))
+"""
+
+PUSH = """
+from huggingface_hub import HfApi
+from transformers_emo.cli import main
+assert main(["push", {folder!r}, "user/large", *{more}]) == 0
+"""
+
+
+@pytest.fixture
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+def run(hub, code, **env):
+    return json.loads(hub.run(code, **env).splitlines()[-1])
+
+
+def files_of(hub, repo):
+    found = hub.repos[repo]
+    return found.commits[found.branches["main"]].files
+
+
+def text_of(hub, repo, file):
+    return hub.blob(files_of(hub, repo)[file].sha256).read_text()
+
+
+def test_an_adapter_of_a_subset_comes_back_and_knows_its_experts(hub, make_checkpoint):
+    pytest.importorskip("peft")
+    hub.commit("user/model", make_checkpoint())
+    out = run(hub, ADAPTERS)
+    assert out["trained"] != out["before"]
+    assert out["pulled by PEFT"] == out["pulled"] == out["pulled by Transformers"] == out["trained"]
+    assert out["on the full model"]
+    for refused in ("refused", "refused by Transformers"):
+        assert out[refused].startswith("The adapter was trained on the experts [0, 3, 5, 11] in layer 0")
+    assert json.loads(text_of(hub, "user/adapter", "expert_subset.json"))["experts"] == [[0, 3, 5, 11]] * 3
+    assert set(files_of(hub, "user/adapter")) >= {"adapter_config.json", "adapter_model.safetensors"}
+    data, text = out["card"]  # the other card is written by Transformers, which knows nothing of the adapter
+    assert {"emo", "mixture-of-experts", "expert-subset"} <= set(data["tags"])
+    assert (data["base_model"], data["library_name"]) == ("user/model", "peft")
+    assert "Trained on 4 of the 12 experts" in text and "load_adapter" in text
+
+
+def test_documents_come_back_by_domain(hub):
+    pytest.importorskip("datasets")
+    folder = hub.root / "work" / "documents"
+    folder.mkdir()
+    (folder / "python.jsonl").write_text(json.dumps({"text": "import os"}) + "\n")
+    (folder / "coq.jsonl").write_text('{"text": "Lemma a."}\n{"text": "Qed."}\n')
+    out = run(hub, DOCUMENTS)
+    assert out["pulled"]
+    assert out["all"] == ["Lemma a.", "Qed.", "import os"]
+    assert (out["python"], out["streamed"]) == (["import os"], ["Lemma a.", "Qed."])
+
+
+def test_a_library_of_subsets_gets_a_card_where_there_is_none(hub):
+    hub.commit("user/model", {"README.md": b"# Mine"})
+    hub.run("""
+from transformers_emo import ExpertSubset
+subset = ExpertSubset([[0, 31]], source="user/model")
+for name in ("math", "code"):
+    subset.push_to_hub("user/library", name)
+    subset.push_to_hub("user/model", name)
+""")
+    assert {"README.md", "subsets/math.json", "subsets/code.json"} == set(files_of(hub, "user/library"))
+    card = text_of(hub, "user/library", "README.md")
+    assert "base_model: user/model" in card and "expert-subset" in card and "subsets/math.json" in card
+    assert text_of(hub, "user/model", "README.md") == "# Mine"
+
+
+def test_a_push_that_is_killed_goes_on_and_sends_nothing_twice(hub, tmp_path):
+    folder = tmp_path / "model"
+    tiny_model(num_hidden_layers=6).save_pretrained(folder, max_shard_size="60KB")
+    (folder / ".partial").write_text("not to be pushed")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) >= 6
+    hub.inject("/lfs/*", delay=0.1, times=None)
+
+    def sent():
+        return Counter(r.path for r in list(hub.requests) if r.path.startswith("/lfs/") and r.status == 200)
+
+    def kill(process):
+        while process.poll() is None:
+            if len(sent()) >= 2:
+                process.send_signal(signal.SIGKILL)
+                return
+            time.sleep(0.002)
+
+    code = PUSH.format(folder=str(folder), more=["--private"])
+    with pytest.raises(RuntimeError, match="-9"):
+        hub.run(code, meanwhile=kill)
+    before = sent()
+    assert 2 <= len(before) < len(shards)
+    hub.run(code)
+    again = [path for path, times in sent().items() if times > 1]
+    assert not set(again) & set(before)
+    assert len(sent()) == len(shards)
+    files = files_of(hub, "user/large")
+    assert ".partial" not in files and hub.repos["user/large"].private
+    for name in shards:
+        assert hub.blob(files[name].sha256).read_bytes() == (folder / name).read_bytes()
+    card = text_of(hub, "user/large", "README.md")
+    assert "- mixture-of-experts" in card and 'from_pretrained("user/large")' in card
+
+
+def test_a_folder_with_damaged_weights_or_with_nothing_is_not_pushed(make_checkpoint, tmp_path, capsys):
+    folder = make_checkpoint()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    for broken, message in ((folder, "it is cut short"), (tmp_path, "nothing to push")):
+        assert cli.main(["push", str(broken), "user/large"]) == 1  # offline: an attempt would say so
+        assert message in capsys.readouterr().err
