@@ -274,7 +274,7 @@ write_back("user/released", model, out="full", progress=False)
     )
     facts, unknown, *listed, swapped = output.splitlines()
     assert json.loads(facts)["tensors"] == local(released, FIRST)
-    assert unknown.startswith("There is no expert subset 'maths'") and "repository" in unknown
+    assert unknown.startswith("There is no expert subset 'maths'") and "user/released at " in unknown
     steps, work = steps_of(hub), hub.root / "work"
     assert "named" not in steps  # all of it was in the cache
     for name in ("extracted", "again"):
