@@ -31,7 +31,7 @@ from transformers_emo.training import Recipe, build_trainer
 
 WINDOW = 512
 CALIBRATION = 8  # documents, as many as `emo retention` takes
-DOMAINS = ["python", "metamath", "scripture", "french"]
+DOMAINS = ["python", "metamath", "scripture", "french", "c", "russian", "sql", "dictionary"]
 SHARES = [1.0, 0.25, 0.125, 0.0625]
 STATES = ("before", "after")
 
