@@ -163,6 +163,8 @@ def test_dense_models(make_checkpoint, tmp_path):
         ({"always_active_experts": [3], "num_shared_experts": 0}, "always-active"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_scaling"),
         ({"num_shared_experts": 0, **POOLS, "document_pool_min": 4}, "one shared expert"),
+        ({"eos_token_id": None}, "needs the one token"),
+        ({"eos_token_id": [1, 2]}, "needs the one token"),
     ],
 )
 def test_models_that_the_training_library_has_not_are_refused(changes, reason, make_checkpoint, tmp_path):
