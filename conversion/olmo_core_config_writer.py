@@ -51,6 +51,12 @@ def check_can_be_trained(config: EmoConfig) -> None:
     rope = config.to_dict()["rope_scaling"]
     if rope is not None:
         raise ValueError(f"`rope_scaling` is {rope}: EMO was trained without, and it cannot be written.")
+    eos = config.eos_token_id
+    if eos is None or (isinstance(eos, list) and len(eos) != 1):
+        raise ValueError(
+            f"`eos_token_id` is {eos}: OLMo-core needs the one token that ends a document; set it in "
+            "config.json (others that end a text belong into generation_config.json)."
+        )
     if config.hidden_act != "silu":
         raise ValueError(f"`hidden_act` is {config.hidden_act!r}: OLMo-core's experts have 'silu'.")
     if any(layer.always_active for layer in layers):

@@ -42,6 +42,8 @@ _DTYPES = {
     )
 }
 _MAX_BYTES = 1 << 30
+# Chunks that lie beside one another, on average: a grid of more than this squared is no training run's.
+_MAX_BESIDE = 128
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,10 @@ def _storage(info: Any) -> tuple[str, int, int]:
 def _check_boxes(name: str, tensor: TensorMetadata) -> None:
     """The chunks cover the tensor, each element once."""
     shape = tensor.shape
-    covered = 0
+    covered = compared = 0
     active: list[ChunkLocation] = []
-    for chunk in sorted(tensor.chunks, key=lambda chunk: chunk.offsets):
+    across = _most_cut(tensor)
+    for chunk in sorted(tensor.chunks, key=lambda chunk: chunk.offsets[across : across + 1]):
         box = list(zip(chunk.offsets, chunk.sizes, strict=False))
         inside = len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
             offset + size <= extent for (offset, size), extent in zip(box, shape, strict=True)
@@ -183,8 +186,14 @@ def _check_boxes(name: str, tensor: TensorMetadata) -> None:
         covered += math.prod(chunk.sizes)
         if 0 in chunk.sizes:
             continue
-        # Sorted by the first dimension: those that ended before this one begins overlap none to come.
-        active = [other for other in active if not shape or _end(other) > chunk.offsets[0]]
+        # Sorted by one dimension: those that ended before this one begins overlap none to come.
+        active = [other for other in active if not shape or _end(other, across) > chunk.offsets[across]]
+        compared += len(active)
+        if compared > _MAX_BESIDE * max(len(tensor.chunks), _MAX_BESIDE):
+            raise CheckpointError(
+                f"{name} is cut into {len(tensor.chunks)} chunks, too many of them side by side: no training "
+                "run writes that, and looking for overlaps would take very long."
+            )
         for other in active:
             if all(
                 a < b + n and b < a + m for (a, m), b, n in zip(box, other.offsets, other.sizes, strict=True)
@@ -200,8 +209,14 @@ def _check_boxes(name: str, tensor: TensorMetadata) -> None:
         )
 
 
-def _end(chunk: ChunkLocation) -> int:
-    return chunk.offsets[0] + chunk.sizes[0]
+def _end(chunk: ChunkLocation, dimension: int) -> int:
+    return chunk.offsets[dimension] + chunk.sizes[dimension]
+
+
+def _most_cut(tensor: TensorMetadata) -> int:
+    """The dimension along which fewest chunks lie beside one another: that with most places to begin."""
+    begins = [len({chunk.offsets[d : d + 1] for chunk in tensor.chunks}) for d in range(len(tensor.shape))]
+    return max(range(len(begins)), key=begins.__getitem__, default=0)
 
 
 def _kind(record: Any) -> str:

@@ -111,7 +111,9 @@ def upgrade_checkpoint(
         config.save_pretrained(partial)
         _generation_config(folder, config).save_pretrained(partial)
         for path in kept:
-            _copy_without_code(path, partial / path.name)
+            target = partial / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy_without_code(path, target)
         left = sorted(path.name for path in folder.iterdir() if path.suffix in _CODE_AND_PICKLES)
         provenance = {"converted_from": content.get("model_type"), "tensors": len(names), "left_out": left}
         write_json(partial / PROVENANCE, provenance)
@@ -147,14 +149,15 @@ def _check_weights(shapes: dict[str, tuple[int, ...]], config: EmoConfig) -> Non
 
 
 def _kept_files(folder: Path) -> list[Path]:
+    """Also in folders, such as the subsets of `subsets/`."""
     return sorted(
         path
-        for path in folder.iterdir()
+        for path in folder.rglob("*")
         if path.is_file()
-        and not path.name.startswith(".")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.suffix not in _CODE_AND_PICKLES | {".safetensors"}
         and not path.name.endswith(".index.json")
-        and path.name not in _WRITTEN_ANEW
+        and not (path.parent == folder and path.name in _WRITTEN_ANEW)
     )
 
 

@@ -21,7 +21,7 @@ from .byte_ranges import Range, bridge_gaps, merge_ranges, total_length
 from .checkpoint import LocalFiles
 from .hub_ranges import WORKERS, Fetch, RangesIgnoredError, RemoteFile, fetch_ranges
 from .model_folder import optional_file
-from .range_cache import PartialFile, find_part, part_folder, write_about
+from .range_cache import PartialFile, clear_repo, find_part, part_folder, write_about
 from .safetensors_header import MAX_HEADER_BYTES, CheckpointError
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ class HubFiles:
             repo_folder_name(repo_id=repo_id, repo_type="model"),
         )
         if force:
-            shutil.rmtree(self.cache / "emo-ranges", ignore_errors=True)
+            clear_repo(self.cache)
         self._force = force
         self.folder = self.cache / "snapshots" / self.commit / self.subfolder  # of files that are whole
         self._local = LocalFiles(self.folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, DatasetCard, DatasetCardData, HfApi, ModelCard
 
-from ..configuration import EmoConfig
+from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from .adapter_record import RECORD
 from .checkpoint import Checkpoint
 from .expert_subset import ExpertSubset, SubsetError
@@ -20,7 +20,21 @@ from .model_experts import root_experts
 
 _CARD = "README.md"
 _TAGS = ("emo", "mixture-of-experts")
-_NOT_PUSHED = [".*", "*/.*"]  # partial files, caches
+# Partial files, caches, `.env`; and the state of a `Trainer`: larger than the model, and its arguments, a
+# pickle, may hold the user's token.
+_NOT_PUSHED = [".*", "*/.*"] + [
+    f"{folder}{name}"
+    for folder in ("", "*/")
+    for name in (
+        "checkpoint-*/*",
+        "optimizer.pt",
+        "optimizer.bin",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state*.pth",
+        "training_args.bin",
+    )
+]
 _GENERATED = "This model card has been automatically generated"  # by Transformers
 
 
@@ -84,7 +98,8 @@ def push_folder(
     """Put a folder on the Hub: a model, an adapter, or documents as `<domain>.jsonl`, which become a dataset.
 
     What a call that was interrupted has sent is not sent again. A repository without a card gets one. Files
-    whose names begin with a dot stay behind.
+    whose names begin with a dot stay behind, and so does the state of a `Trainer`: its `checkpoint-*`
+    folders, optimiser, schedule, random state and arguments.
 
     Args:
         folder (`str` or `os.PathLike`): the folder.
@@ -99,7 +114,8 @@ def push_folder(
 
     Raises:
         CheckpointError: if weights of a model are missing, cut short or damaged; before anything is sent.
-        ValueError: if the folder is none of these.
+        ValueError: if the folder is none of these, its model is no EMO, or one of the documents' files is
+            called `default.jsonl`.
 
     Example:
 
@@ -115,13 +131,21 @@ def push_folder(
     ```
     """
     folder = Path(folder)
-    documents = sorted(path.name for path in folder.glob("*.jsonl"))
+    documents = sorted(path.name for path in folder.glob("*.jsonl") if not path.name.startswith("."))
     repo_type = "model"
     if (folder / "adapter_config.json").is_file():
         card = _adapter_card(folder, repo_id)
     elif (folder / "config.json").is_file():
         Checkpoint.from_folder(folder).source.close()
+        kind = EmoConfig.get_config_dict(folder)[0].get("model_type")
+        if kind not in (EmoConfig.model_type, LEGACY_MODEL_TYPE):
+            raise ValueError(f"The model in {folder} is of type {kind!r}, expected 'emo': use `hf upload`.")
         card = _model_card(EmoConfig.from_pretrained(folder), repo_id)
+    elif "default.jsonl" in documents:
+        raise ValueError(
+            f"A domain of {folder} is called 'default', the name by which `load_dataset` gives all of them: "
+            "rename default.jsonl."
+        )
     elif documents:
         repo_type, card = "dataset", _documents_card(documents, repo_id)
     else:

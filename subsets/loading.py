@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
 from .exclusion import remaining_subset
 from .expert_subset import SubsetError
 from .fingerprint import warn_if_chosen_elsewhere
-from .hub_files import HubFiles, is_hub_repo
+from .hub_files import HubFiles, is_hub_repo, pinned
 from .hub_loading import cache_view, fetch_ahead, open_part
 from .library import library_of, library_of_loaded
 from .model_experts import local_experts, subset_config
@@ -122,6 +122,8 @@ def from_pretrained(
         )
 
     base = _base_of_adapter(path)  # where the config and the weights are
+    # Config, library and weights of one commit, even if the branch moves meanwhile.
+    kwargs |= pinned(base, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
     config = kwargs.pop("config", None)
     if not isinstance(config, EmoConfig):
         aside = {name: kwargs.pop(name) for name in _NOT_FOR_CONFIG if name in kwargs}

@@ -19,8 +19,11 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import constants
 
@@ -29,6 +32,8 @@ from .safetensors_header import CheckpointError
 
 _FOLDER = "emo-ranges"
 _MAX_CALL = 1 << 30  # one call reads or writes at most 2 GiB on Linux
+_TRIES = 5
+_T = TypeVar("_T")
 _sync = getattr(os, "fdatasync", os.fsync)
 
 
@@ -60,13 +65,7 @@ class PartialFile:
         self.folder, self.size = folder, size
         self._lock = threading.Lock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._data = os.open(folder / "data", os.O_RDWR | os.O_CREAT, 0o666)
-            if os.fstat(self._data).st_size != size:
-                (folder / "ranges").unlink(missing_ok=True)
-                os.ftruncate(self._data, 0)
-                os.ftruncate(self._data, size)
-            self._journal = os.open(folder / "ranges", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._data, self._journal = _again_if_cleared(lambda: _open(folder, size))
         except (OSError, OverflowError) as error:
             raise CheckpointError(
                 f"Cannot keep a part of a file of {size} bytes in {folder}: {error}."
@@ -124,12 +123,7 @@ class PartialFile:
             text = journal.read()
         if text and not text.endswith(b"\n"):
             os.write(self._journal, b"\n")  # a killed process left half a line
-        ranges = []
-        for line in text.split(b"\n")[:-1]:
-            match = re.fullmatch(rb"(\d{1,19}) (\d{1,19})", line)
-            if match and int(match[1]) < int(match[2]) <= self.size:
-                ranges.append((int(match[1]), int(match[2])))
-        return merge_ranges(ranges)
+        return _ranges(text, self.size)
 
 
 @dataclass(frozen=True)
@@ -200,11 +194,15 @@ def write_about(folder: Path, file: str, commit: str, size: int) -> None:
     commits = [] if known is None or known[0] != file else known[1]
     if commit in commits:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"about.{os.getpid()}.{threading.get_ident()}.partial"
     about = {"file": file, "commits": [*commits, commit], "size": size}
-    partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
-    partial.replace(folder / "about.json")
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(about) + "\n", encoding="utf-8")
+        partial.replace(folder / "about.json")
+
+    _again_if_cleared(write)
 
 
 def find_part(repo_folder: Path, file: str, commit: str) -> CachedPart | None:
@@ -262,26 +260,101 @@ def clear_parts(repo_id: str | None = None, cache_dir: str | os.PathLike | None 
 
     ```
     """
+    root = Path(cache_dir or constants.HF_HUB_CACHE)
+    folders = (folder for folder in root.glob("models--*") if repo_id in (None, _repo_id(folder)))
+    return sum(map(clear_repo, folders))
+
+
+def clear_repo(repo_folder: Path) -> int:
+    """Throw away what is kept of a repository's files in part, even if others load from it or fill it now.
+
+    They keep what they have opened.
+
+    Args:
+        repo_folder (`Path`): the repository's folder in the cache.
+
+    Returns:
+        `int`: the bytes thrown away.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.range_cache import clear_repo, part_folder, write_about
+    >>> write_about(part_folder(tmp_path, "0" * 40), "model.safetensors", "c0ffee", 100)
+    >>> clear_repo(tmp_path), list((tmp_path / "emo-ranges").iterdir())
+    (0, [])
+
+    ```
+    """
+    present = {part.folder: part.present for part in _parts(repo_folder)}
     freed = 0
-    for part in cached_parts(cache_dir):
-        if repo_id in (None, part.repo_id):
-            shutil.rmtree(part.folder)
-            freed += part.present
+    for folder in sorted((repo_folder / _FOLDER).glob("*")):
+        cleared = folder
+        if not folder.name.startswith("."):
+            # Under another name first: who comes meanwhile begins a folder that is not being emptied.
+            cleared = folder.with_name(f".{os.getpid()}.{threading.get_ident()}.{folder.name}")
+            try:
+                folder.rename(cleared)
+            except FileNotFoundError:  # another process clears too
+                continue
+        shutil.rmtree(cleared, ignore_errors=True)
+        if not cleared.exists():
+            freed += present.get(folder, 0)
     return freed
 
 
+def _repo_id(repo_folder: Path) -> str:
+    return "/".join(repo_folder.name.split("--")[1:])
+
+
+def _open(folder: Path, size: int) -> tuple[int, int]:
+    """Data and journal, both of one folder, even if it is cleared meanwhile and another takes its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = os.open(folder, os.O_RDONLY)
+    try:
+        data = os.open("data", os.O_RDWR | os.O_CREAT, 0o666, dir_fd=inside)
+        try:
+            if os.fstat(data).st_size != size:
+                with suppress(FileNotFoundError):
+                    os.unlink("ranges", dir_fd=inside)
+                # Nothing is wiped: another process may have given it its size, and filled it, since.
+                os.ftruncate(data, size)
+            return data, os.open("ranges", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666, dir_fd=inside)
+        except BaseException:
+            os.close(data)
+            raise
+    finally:
+        os.close(inside)
+
+
+def _again_if_cleared(make: Callable[[], _T]) -> _T:
+    """What makes something in a folder, once more if the folder goes meanwhile."""
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):
+            return make()
+    return make()
+
+
+def _ranges(journal: bytes, size: int) -> list[Range]:
+    ranges = []
+    for line in journal.split(b"\n")[:-1]:
+        match = re.fullmatch(rb"(\d{1,19}) (\d{1,19})", line)
+        if match and int(match[1]) < int(match[2]) <= size:
+            ranges.append((int(match[1]), int(match[2])))
+    return merge_ranges(ranges)
+
+
 def _parts(repo_folder: Path) -> list[CachedPart]:
-    repo_id = "/".join(repo_folder.name.split("--")[1:])
     found = []
     for folder in sorted((repo_folder / _FOLDER).glob("*")):
-        about = _read_about(folder)
+        about = None if folder.name.startswith(".") else _read_about(folder)  # those are being cleared
         if about is not None:
             file, commits, size = about
             present = 0
-            if (folder / "data").is_file() and (folder / "data").stat().st_size == size:
-                with PartialFile(folder, size) as part:
-                    present = total_length(part.ranges)
-            found.append(CachedPart(repo_id, file, tuple(commits), size, present, folder))
+            with suppress(OSError):  # none yet, or cleared at this moment
+                if (folder / "data").stat().st_size == size:
+                    present = total_length(_ranges((folder / "ranges").read_bytes(), size))
+            found.append(CachedPart(_repo_id(repo_folder), file, tuple(commits), size, present, folder))
     return found
 
 

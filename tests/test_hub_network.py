@@ -163,6 +163,41 @@ print(json.dumps(out))
     assert not out["saved"]
 
 
+@pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "EmoForCausalLM"])
+def test_a_branch_that_moves_while_a_subset_is_loaded_gives_one_commit(loader, hub, make_checkpoint):
+    old, new = make_checkpoint(0), make_checkpoint(1)
+    hub.commit("user/model", old)
+    (hub.root / "work" / "go").mkdir()
+
+    def move(process):
+        while process.poll() is None:
+            if any(request.path == "/mark/config" for request in list(hub.requests)):
+                hub.commit("user/model", new)
+                (hub.root / "work" / "go" / "on").touch()
+                return
+            time.sleep(0.01)
+
+    code = f"""
+import os, time
+from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo.subsets import loading
+resolve = loading.library_of
+
+def then_it_moves(*args, **kwargs):
+    mark("config")
+    while not os.path.exists("go/on"):
+        time.sleep(0.01)
+    return resolve(*args, **kwargs)
+
+loading.library_of = then_it_moves  # once the config is there
+model = {loader}.from_pretrained("user/model", expert_subset=FIRST)
+out["facts"] = facts(model)
+print(json.dumps(out))
+"""
+    out = json.loads(hub.run(FACTS + code, meanwhile=move).splitlines()[-1])
+    assert out["facts"] == local(old, [[0, 3, 11]] * 3) != local(new, [[0, 3, 11]] * 3)
+
+
 def test_force_download_fetches_a_file_that_the_cache_has_as_a_whole(hub, make_checkpoint):
     folder = make_checkpoint()
     hub.commit("user/model", folder)

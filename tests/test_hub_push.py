@@ -186,6 +186,37 @@ def test_a_push_that_is_killed_goes_on_and_sends_nothing_twice(hub, tmp_path):
     assert "- mixture-of-experts" in card and 'from_pretrained("user/large")' in card
 
 
+def test_secrets_and_the_state_of_a_trainer_stay_behind(hub, make_checkpoint, tmp_path):
+    folder = make_checkpoint()
+    stay = [".env", "eval/.env", "eval/.git/config", "optimizer.pt", "rng_state_0.pth", "training_args.bin"]
+    stay += ["checkpoint-5/optimizer.pt", "checkpoint-5/model.safetensors", "eval/training_args.bin"]
+    go = ["eval/notes.txt", "subsets/math.json", "checkpoint-notes.md"]
+    for name in stay + go:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (tmp_path / "licence").write_text("MIT")
+    (folder / "LICENSE").symlink_to(tmp_path / "licence")  # as in the Hub's cache
+    (folder / "again").symlink_to(folder)
+    hub.run(PUSH.format(folder=str(folder), more=[]))
+    model = {"config.json", "generation_config.json", "model.safetensors", "README.md", "LICENSE"}
+    assert set(files_of(hub, "user/large")) - {".gitattributes"} == model | set(go)
+    assert text_of(hub, "user/large", "LICENSE") == "MIT"
+
+
+def test_what_would_get_a_false_card_is_not_pushed(make_checkpoint, tmp_path, capsys, edit_json):
+    other, documents = make_checkpoint(), tmp_path / "documents"
+    edit_json(other / "config.json", model_type="mixtral")
+    documents.mkdir()
+    (documents / "default.jsonl").write_text('{"text": "a"}\n')
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / ".draft.jsonl").write_text('{"text": "a"}\n')
+    cases = {other: "of type 'mixtral'", documents: "rename default.jsonl", hidden: "nothing to push"}
+    for folder, message in cases.items():
+        assert cli.main(["push", str(folder), "user/large"]) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_a_folder_with_damaged_weights_or_with_nothing_is_not_pushed(make_checkpoint, tmp_path, capsys):
     folder = make_checkpoint()
     weights = folder / "model.safetensors"

@@ -213,8 +213,14 @@ def test_connections_that_break_are_taken_up_where_they_broke(hub, released):
     assert weight_bytes(hub, "user/released") <= 1.1 * needed_bytes(released, FIRST)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_a_random_point_and_run_again_it_goes_on(hub, released, seed):
+@pytest.mark.parametrize(
+    ("repo", "seed"),
+    [("user/released", 0), ("user/shards", 0), pytest.param("user/released", 1, marks=pytest.mark.slow)],
+)
+def test_killed_at_a_random_point_and_run_again_it_goes_on(repo, seed, hub, released, tmp_path):
+    if repo == "user/shards":
+        shard_experts(released, tmp_path / "shards", progress=False)
+        hub.commit(repo, tmp_path / "shards")
     needed = needed_bytes(released, FIRST)
     hub.inject("/cdn/*", delay=0.01, times=None)
     after = random.Random(seed).uniform(0.2, 0.8) * needed
@@ -223,20 +229,20 @@ def test_killed_at_a_random_point_and_run_again_it_goes_on(hub, released, seed):
     def kill(process):
         nonlocal killed
         while process.poll() is None:
-            if weight_bytes(hub, "user/released") > after:
+            if weight_bytes(hub, repo) > after:
                 process.send_signal(signal.SIGKILL)
                 killed = True
                 return
             time.sleep(0.005)
 
-    code = LOAD + SUBSET.format(repo="user/released", subset=FIRST)
+    code = LOAD + SUBSET.format(repo=repo, subset=FIRST)
     with pytest.raises(RuntimeError, match="-9"):
         hub.run(code, meanwhile=kill)
     assert killed
     hub.faults.clear()
-    before = weight_bytes(hub, "user/released")
+    before = weight_bytes(hub, repo)
     assert json.loads(hub.run(code).splitlines()[-1])["tensors"] == local(released, FIRST)
-    assert before < weight_bytes(hub, "user/released") <= 1.1 * needed
+    assert before < weight_bytes(hub, repo) <= 1.1 * needed
 
 
 def test_a_named_subset_is_extracted_swapped_and_written_back_and_the_cache_is_cleared(hub, released):

@@ -1,6 +1,7 @@
 """Training checkpoints to the released layout."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -83,6 +84,20 @@ def test_the_authors_conversion_is_met_bit_for_bit(step10, tmp_path):
     assert ours["output_router_logits"] is False
     for key in theirs.keys() - {"output_router_logits", "transformers_version"}:
         assert ours[key] == theirs[key], key
+
+
+def test_provenance_has_the_hashes_of_what_was_read_and_written(step10, tmp_path):
+    out = tmp_path / "out"
+    convert_olmo_core(step10, out, dtype="bfloat16", max_shard_size="100KB", progress=False)
+    said = json.loads((out / olmo_core.PROVENANCE).read_text())
+
+    def hashes(folder, names):
+        return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+    assert (said["step"], said["dtype"]) == (step10.name, "bfloat16") and len(said["sha256"]) > 2
+    assert said["sha256"] == hashes(out, [path.name for path in out.glob("*.safetensors")])
+    assert said["source_sha256"] == hashes(step10, ["config.json", "model_and_optim/.metadata"])
+    assert said["tensors"] == len(load(out))
 
 
 def test_what_training_needs_is_kept(step10, config, tmp_path):

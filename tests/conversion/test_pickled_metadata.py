@@ -214,6 +214,20 @@ def test_chunks_cover_the_tensor_once(shape, chunks, message, tmp_path):
         read_metadata(tmp_path / ".metadata")
 
 
+def test_columns_of_many_ranks_are_read(tmp_path):
+    (tmp_path / ".metadata").write_bytes(boxes((2, 3000), *[([0, n], [2, 1]) for n in range(3000)]))
+    assert len(read_metadata(tmp_path / ".metadata")["w"].chunks) == 3000
+
+
+def test_chunks_made_to_be_compared_for_ever_are_refused(tmp_path):
+    """Columns beside rows: along either dimension half of them lie side by side."""
+    n = 1000
+    columns, rows = [([0, i], [n, 1]) for i in range(n)], [([i, n], [1, n]) for i in range(n)]
+    (tmp_path / ".metadata").write_bytes(boxes((n, 2 * n), *columns, *rows))
+    with pytest.raises(CheckpointError, match="too many of them side by side"):
+        read_metadata(tmp_path / ".metadata")
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "", "a\\b", "a\0b"])
 def test_chunks_lie_in_the_folder(name, tmp_path):
     (tmp_path / ".metadata").write_bytes(boxes((4,), ([0], [4]), relative_path=name))

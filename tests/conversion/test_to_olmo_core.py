@@ -1,5 +1,6 @@
 """The released layout back to training checkpoints."""
 
+import hashlib
 import json
 import logging
 import pickle
@@ -117,7 +118,8 @@ def test_padded_rows_are_zeros_without_the_original_and_said_so(make_checkpoint,
     assert embeddings.shape == (128, 32) and embeddings[:96].any(1).all() and not embeddings[96:].any()
     said = json.loads((tmp_path / "step" / "conversion.json").read_text())
     assert said["padded_vocabulary_rows"] == "32: zeros"
-    assert set(said["sha256"]) == {path.name for path in (tmp_path / "step" / "model_and_optim").iterdir()}
+    files = (tmp_path / "step" / "model_and_optim").iterdir()
+    assert said["sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 ROUTERS = {
@@ -163,6 +165,8 @@ def test_dense_models(make_checkpoint, tmp_path):
         ({"always_active_experts": [3], "num_shared_experts": 0}, "always-active"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_scaling"),
         ({"num_shared_experts": 0, **POOLS, "document_pool_min": 4}, "one shared expert"),
+        ({"eos_token_id": None}, "needs the one token"),
+        ({"eos_token_id": [1, 2]}, "needs the one token"),
     ],
 )
 def test_models_that_the_training_library_has_not_are_refused(changes, reason, make_checkpoint, tmp_path):

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
 )
-from transformers_emo import CheckpointError, EmoConfig, EmoForCausalLM, cli
+from transformers_emo import CheckpointError, EmoConfig, EmoForCausalLM, ExpertSubset, cli
 from transformers_emo.conversion import upgrade_checkpoint
 
 POOLS = {"document_pool_min": 3, "document_pool_max": 11}
@@ -50,6 +50,10 @@ def old_repository(make_checkpoint, edit_json):
     generation = {"pad_token": 0, "eos_token_id": 1, "max_new_tokens": 7, "transformers_version": "4.57.1"}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "README.md").write_text("card")
+    ExpertSubset([[0, 3, 11]] * 3).save(folder / "subsets" / "math.json")
+    (folder / "subsets" / "evil.py").write_text("raise SystemExit('run')")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "token").write_text("secret")
     tokenizer = {"auto_map": {"AutoTokenizer": [None, "x.Y"]}, "eos_token": "<e>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer.json").write_text("{}")
@@ -68,7 +72,8 @@ def test_an_old_repository_becomes_a_clean_folder(link, old_repository, tmp_path
     for name in weights:
         assert (out / name).read_bytes() == (old_repository / name).read_bytes()
         assert (out / name).samefile(old_repository / name) is link
-    assert not list(out.glob("*.py")) and not list(out.glob("*.bin"))
+    assert not list(out.rglob("*.py")) and not list(out.glob("*.bin")) and not (out / ".cache").exists()
+    assert EmoForCausalLM.from_pretrained(out, expert_subset="math").config.num_experts == 3
     assert (out / "README.md").read_text() == "card" and (out / "tokenizer.json").exists()
     assert json.loads((out / "tokenizer_config.json").read_text()) == {"eos_token": "<e>"}
     generation = GenerationConfig.from_pretrained(out)
