@@ -41,8 +41,8 @@ class FrozenPools:
 
     Args:
         sizes (`Sequence[int]`): routed experts in the pool, for each layer.
-        experts (`list[list[int] | None]`, *optional*): which experts of the root model the pools are of, as in
-            `config.retained_experts`.
+        experts (`list[list[int] | None]`, *optional*): the experts of the root model that the pools are of,
+            as in `config.retained_experts`.
 
     Example:
 
@@ -93,9 +93,9 @@ class FrozenPools:
             inside_BR = mask_E[: outside_BR.shape[1]].to(outside_BR.device) & ~outside_BR
             if not inside_BR.any(-1).all():
                 raise ValueError(
-                    f"The document pools in the cache and the experts that may be used have none in common in "
-                    f"layer {index}: go on with the subset that the pools were chosen with, leave them out "
-                    "with `document_pool=False`, or begin with a new cache."
+                    "No expert of the document pools in the cache may be used in layer "
+                    f"{index}: go on with the subset that the pools were chosen with, leave them out with "
+                    "`document_pool=False`, or begin with a new cache."
                 )
         self.fitting_masks = masks
 
