@@ -91,7 +91,7 @@ def kept_experts(
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     if weights is not None:
-        warn_if_chosen_elsewhere(subset, config.name_or_path, weights, config.num_hidden_layers)
+        warn_if_chosen_elsewhere(subset, config.name_or_path or "", weights, config.num_hidden_layers)
     return local_experts(subset, config)
 
 
