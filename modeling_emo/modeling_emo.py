@@ -713,7 +713,8 @@ class EmoModel(EmoPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         frozen = None
         if document_pool is None:
-            frozen = frozen_pools(past_key_values, prompt_pool, self.config, tuple(inputs_embeds.shape[:2]))
+            shape = tuple(inputs_embeds.shape[:2])
+            frozen = frozen_pools(past_key_values, prompt_pool, self.config, shape, self.expert_masks)
         pools = frozen or document_pools(
             self.config,
             request,

@@ -41,6 +41,8 @@ class FrozenPools:
 
     Args:
         sizes (`Sequence[int]`): routed experts in the pool, for each layer.
+        experts (`list[list[int] | None]`, *optional*): the experts of the root model that the pools are of,
+            as in `config.retained_experts`.
 
     Example:
 
@@ -64,8 +66,11 @@ class FrozenPools:
     is_sliding = True
     keys = values = None
 
-    def __init__(self, sizes: Sequence[int]):
+    def __init__(self, sizes: Sequence[int], experts: list[list[int] | None] | None = None):
         self.sizes = tuple(sizes)
+        self.experts = experts
+        # The masks of `use_experts` that are known to leave something of every pool.
+        self.fitting_masks: list[torch.Tensor | None] | None = None
         # (B, R) for each layer, true outside the pool; `None` until it is chosen, and for dense layers.
         self.outside: list[torch.Tensor | None] = [None] * len(self.sizes)
 
@@ -73,6 +78,26 @@ class FrozenPools:
     def is_chosen(self) -> bool:
         """Whether there are pools (a cache that was reset has none)."""
         return any(outside is not None for outside in self.outside)
+
+    def check_masks(self, masks: list[torch.Tensor | None]) -> None:
+        """See that every token has an expert both in its pool and under the masks (E,) of the layers.
+
+        Raises:
+            ValueError: if a sequence has none in some layer.
+        """
+        if self.fitting_masks is masks:  # a look at the numbers waits for the device: once for each mask
+            return
+        for index, (outside_BR, mask_E) in enumerate(zip(self.outside, masks, strict=True)):
+            if outside_BR is None or mask_E is None:
+                continue
+            inside_BR = mask_E[: outside_BR.shape[1]].to(outside_BR.device) & ~outside_BR
+            if not inside_BR.any(-1).all():
+                raise ValueError(
+                    "No expert of the document pools in the cache may be used in layer "
+                    f"{index}: go on with the subset that the pools were chosen with, leave them out with "
+                    "`document_pool=False`, or begin with a new cache."
+                )
+        self.fitting_masks = masks
 
     def get_max_length(self) -> int:
         """No limit: -1."""
@@ -188,7 +213,11 @@ def cached_pools(cache: Any) -> FrozenPools | None:
 
 
 def frozen_pools(
-    cache: Any, prompt: PromptPool | None, config: EmoConfig, shape: tuple[int, int]
+    cache: Any,
+    prompt: PromptPool | None,
+    config: EmoConfig,
+    shape: tuple[int, int],
+    masks: list[torch.Tensor | None] | None = None,
 ) -> list[FrozenPool] | None:
     """The pools of a forward that are frozen or about to be, for each layer; `None` if there are none.
 
@@ -197,9 +226,11 @@ def frozen_pools(
         prompt (`PromptPool`, *optional*): what pools are chosen from if the cache has none.
         config (`EmoConfig`): the model's config.
         shape (`tuple[int, int]`): (B, S) of the forward.
+        masks (`list[torch.Tensor | None]`, *optional*): for each layer the experts (E,) that may be used.
 
     Raises:
-        ValueError: if the pools in the cache are of other sequences or another model.
+        ValueError: if the pools in the cache are of other sequences, of another model or of experts that have
+            been exchanged, or no expert of a pool may be used.
 
     Example:
 
@@ -220,7 +251,15 @@ def frozen_pools(
     if pools is None:
         if prompt is None:
             return None
-        pools = FrozenPools(prompt.sizes)
+        pools = FrozenPools(prompt.sizes, config.retained_experts)
+    elif not torch.compiler.is_compiling():  # `generate` compiles only the steps behind a prompt
+        if pools.experts != config.retained_experts:
+            raise ValueError(
+                "The document pools in the cache are of other experts than the model holds: they have been "
+                "swapped, or the cache is of another model. Begin with a new cache."
+            )
+        if masks is not None:
+            pools.check_masks(masks)
     # The config's layers cost as much to list as several layers' masks do to apply, and this runs for every
     # token: the number of routed experts is looked at where it is there anyway.
     batch = next((len(outside) for outside in pools.outside if outside is not None), shape[0])

@@ -62,9 +62,10 @@ class ExpertServing:
         """
         model: Any = self
         package, base, device = self._needed_package(), model.base_model, model.device
+        weights = dict(model.named_parameters())
         masks: list[torch.Tensor | None] = []
         for ids, layer in zip(
-            package.kept_experts(expert_subset, model.config, exclude_experts),
+            package.kept_experts(expert_subset, model.config, exclude_experts, weights),
             model.config.layer_experts,
             strict=True,
         ):
@@ -83,10 +84,11 @@ class ExpertServing:
         """Replace the experts by those of another subset, read from disk; the backbone stays where it is.
 
         Only what the model does not hold yet is read: experts and router rows of the new subset that are not
-        in the old one. Afterwards the model is what `from_pretrained` with that subset would load, in the
-        same dtype and on the same device. Everything is read and checked before the first weight changes, so
-        that a failure leaves the model as it was. Layers may change their number of experts; where it stays
-        the same, the parameters stay the same objects, and compiled code stays valid.
+        in the old one (and two kilobytes of another `source`, to know the model by). Afterwards the model is
+        what `from_pretrained` with that subset would load, in the same dtype and on the same device.
+        Everything is read and checked before the first weight changes, so that a failure leaves the model as
+        it was. Layers may change their number of experts; where it stays the same, the parameters stay the
+        same objects, and compiled code stays valid. Document pools in caches are not: begin with new ones.
 
         Experts that both subsets hold are not read again: if they were trained meanwhile, they stay trained.
         No call may run in the model meanwhile. Not for training: an optimiser would go on with the moments

@@ -168,6 +168,30 @@ def agreement(first: str | None, second: str | None) -> float | None:
     return 1 - (one ^ other).bit_count() / length if length == same_length else None
 
 
+def differing_signs(first: str | None, second: str | None) -> str | None:
+    """Why two fingerprints cannot be of one model.
+
+    Args:
+        first, second (`str`, *optional*): fingerprints.
+
+    Returns:
+        `str`, *optional*: the reason; `None` if there is none, or they cannot be compared.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.fingerprint import differing_signs
+    >>> differing_signs("signs-1:0f", "signs-1:f0")
+    'of the signs of their attention weights only 0% agree, expected nearly all'
+
+    ```
+    """
+    share = agreement(first, second)
+    if share is None or share >= _LEAST_AGREEMENT:
+        return None
+    return f"of the signs of their attention weights only {share:.0%} agree, expected nearly all"
+
+
 def are_apart(
     first: tuple[str | None, str | os.PathLike | None], second: tuple[str | None, str | os.PathLike | None]
 ) -> str | None:
@@ -189,11 +213,8 @@ def are_apart(
 
     ```
     """
-    share = agreement(first[0], second[0])
-    if share is not None:
-        if share >= _LEAST_AGREEMENT:
-            return None
-        return f"of the signs of their attention weights only {share:.0%} agree, expected nearly all"
+    if agreement(first[0], second[0]) is not None:
+        return differing_signs(first[0], second[0])
     names = [_hub_name(source) for _, source in (first, second)]
     if None not in names and names[0] != names[1]:
         return "the names differ, and there is no fingerprint to tell by"

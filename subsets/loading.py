@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
@@ -58,7 +59,10 @@ _request: ContextVar[_Request | None] = ContextVar("request", default=None)  # f
 
 
 def kept_experts(
-    expert_subset: Any, config: EmoConfig, exclude_experts: Any = None
+    expert_subset: Any,
+    config: EmoConfig,
+    exclude_experts: Any = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> list[list[int] | None]:
     """The experts a subset keeps, in the numbering of a model that will mask the others.
 
@@ -66,6 +70,8 @@ def kept_experts(
         expert_subset: whatever `ExpertSubset.of` takes; `None` for all experts.
         config (`EmoConfig`): the model's config.
         exclude_experts: whatever `remaining_subset` takes; none by default.
+        weights (`Mapping[str, torch.Tensor]`, *optional*): the model's, by name, to warn of a subset
+            that was chosen on another model.
 
     Raises:
         SubsetError: if it does not fit the model, or drops shared experts: their weights would still be
@@ -84,6 +90,8 @@ def kept_experts(
     subset = remaining_subset(expert_subset, exclude_experts, config, *library_of_loaded(config))
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
+    if weights is not None:
+        warn_if_chosen_elsewhere(subset, config.name_or_path or "", weights, config.num_hidden_layers)
     return local_experts(subset, config)
 
 

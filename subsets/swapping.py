@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig, LayerExperts
-from .checkpoint import LazyTensor
+from .checkpoint import Checkpoint, LazyTensor
 from .exclusion import remaining_subset
 from .expert_subset import (
     ExpertSubset,
@@ -28,6 +28,7 @@ from .expert_subset import (
     root_experts,
     subset_config,
 )
+from .fingerprint import attention_of, differing_signs, fingerprint_of, warn_if_chosen_elsewhere
 from .hub_files import pinned
 from .hub_loading import fetch_ahead
 from .library import library_of
@@ -189,7 +190,8 @@ def _prepare(
     _check_plain(model, caller)
     if expert_subset is None and exclude_experts is None:
         raise SubsetError(f"{caller}() needs an `expert_subset` or `exclude_experts`.")
-    here = None
+    weights = dict(model.named_parameters())
+    here, is_own = None, source is None or os.fspath(source) == model.config.name_or_path
     if source is None:
         source = model.config.name_or_path or None
         commit = getattr(model.config, "_commit_hash", None)
@@ -198,6 +200,7 @@ def _prepare(
         here = _subset_of(expert_subset, exclude_experts, model.config, source, hub_kwargs)
     if here is not None:  # the model holds them all
         config = subset_config(model.config, here)
+        warn_if_chosen_elsewhere(here, source or "", weights, config.num_hidden_layers)
         return config, _plan(model, config, here), None
     if source is None:
         raise SubsetError(
@@ -217,7 +220,8 @@ def _prepare(
     layers = _plan(model, config, subset)
     if any(layer.new_rows for layer in layers):
         local = local_experts(subset, source_config)
-        _read(model, layers, source, source_config, local, progress, hub_kwargs)
+        _read(model, layers, source, source_config, local, progress, hub_kwargs, is_own)
+    warn_if_chosen_elsewhere(subset, source, weights, config.num_hidden_layers)
     return config, layers, (source, hub_kwargs.get("revision"))
 
 
@@ -289,8 +293,11 @@ def _read(
     local: list[list[int] | None],
     progress: bool,
     hub_kwargs: dict[str, Any],
+    is_own: bool,
 ) -> None:
-    """Read the experts and router rows that the model does not hold, in its dtype, to its device."""
+    """Read the experts and router rows that the model does not hold, in its dtype, to its device; from the
+    place it was loaded from (`is_own`), or from another, which is first seen to have the same model.
+    """
     rows = {layer.index: layer.new_rows for layer in layers}
     # A layer without anything new is named by one expert, which is never read.
     wanted = [
@@ -299,6 +306,8 @@ def _read(
     ]
     checkpoint = open_checkpoint(source, kept=wanted, **hub_kwargs)
     try:
+        if not is_own:
+            _check_same_model(model, source, checkpoint)
         lazies: dict[str, LazyTensor] = {
             name[name.index("layers.") :]: lazy
             for name, lazy in lazy_parameters(checkpoint, source_config, wanted).items()
@@ -319,6 +328,18 @@ def _read(
                 layer.read[name] = lazy[...].to(parameter.device)
     finally:
         checkpoint.source.close()
+
+
+def _check_same_model(model: Any, source: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """See that experts of a place are of this model, which sizes and names do not tell."""
+    num_layers = model.config.num_hidden_layers
+    theirs = fingerprint_of(attention_of(checkpoint), num_layers)
+    reason = differing_signs(fingerprint_of(dict(model.named_parameters()), num_layers), theirs)
+    if reason is not None:
+        raise CheckpointError(
+            f"{os.fspath(source)} is another model: {reason}. Its experts mean nothing in this one: give the "
+            "model that this one was loaded or tuned from."
+        )
 
 
 def _check_plain(model: Any, caller: str) -> None:

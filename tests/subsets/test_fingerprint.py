@@ -91,6 +91,34 @@ def test_another_model_of_the_same_name_and_sizes_is_not(full, make_checkpoint, 
     assert WARNING in message and os.fspath(full) in message and "% agree" in message
 
 
+@pytest.mark.parametrize(
+    "serve", ["mask", "generate", "swap", "swap from", "swap within", "share", "exclude"]
+)
+def test_serving_warns_of_a_subset_of_another_model_and_of_no_other(full, make_checkpoint, caplog, serve):
+    on_full = serve in ("mask", "generate")
+
+    def use(subset):
+        held = [list(range(12))] * 3 if serve == "swap within" else FIRST
+        model = EmoForCausalLM.from_pretrained(full, expert_subset=None if on_full else held)
+        caplog.clear()
+        if serve == "mask":
+            with model.use_experts(subset):
+                pass
+        elif serve == "generate":
+            model.generate(INPUT_IDS, expert_subset=subset, max_new_tokens=1)
+        elif serve == "share":
+            model.share_backbone(subset)
+        elif serve == "exclude":
+            model.swap_experts(subset, exclude_experts={0: [7]})
+        else:
+            model.swap_experts(subset, source=full if serve == "swap from" else None)
+        return [record.getMessage() for record in caplog.records]
+
+    assert use(chosen_on(full)) == []
+    (message,) = use(chosen_on(make_checkpoint(seed=1)))
+    assert WARNING in message and os.fspath(full) in message
+
+
 @pytest.mark.parametrize("chosen", ["on the full model", "on the tuned one", "kept in the tuned one"])
 def test_a_fine_tuned_model_takes_the_subsets_of_what_it_was(full, tmp_path, caplog, chosen):
     subset = chosen_on(full)

@@ -237,6 +237,11 @@ class TestAllOrNothing:
             with pytest.raises(CheckpointError, match=message):
                 model.swap_experts(SECOND, source=make_checkpoint(**changes))
 
+    @pytest.mark.parametrize("way", ["swap_experts", "share_backbone"])
+    def test_when_the_source_is_another_model_of_the_same_sizes(self, model, unchanged, make_checkpoint, way):
+        with pytest.raises(CheckpointError, match=r"is another model: .*% agree"):
+            getattr(model, way)(SECOND, source=make_checkpoint(seed=1))
+
     def test_when_the_source_is_quantised(self, model, unchanged, edit_json, make_checkpoint):
         folder = make_checkpoint()
         edit_json(folder / "config.json", quantization_config={"quant_method": "torchao"})
@@ -396,10 +401,14 @@ print(json.dumps(held))
 """
 
 
-def test_experts_come_from_the_commit_of_the_hub_that_was_loaded(make_checkpoint):
+def test_experts_come_from_the_commit_of_the_hub_that_was_loaded(make_checkpoint, make_model, tmp_path):
+    # Tuned from the model, as far as can be seen: of its attention.
+    tuned, attention = make_model(4), {n: w for n, w in make_model(2).state_dict().items() if "_attn." in n}
+    tuned.load_state_dict(attention, strict=False)
+    tuned.save_pretrained(tmp_path)
     with HubServer() as hub:
         hub.commit("user/emo", make_checkpoint(1, shards=True))
         hub.commit("user/emo", make_checkpoint(2, shards=True), branch="old")
         hub.commit("user/other", make_checkpoint(3))
-        hub.commit("user/other", make_checkpoint(4), branch="old")
+        hub.commit("user/other", tmp_path, branch="old")
         assert json.loads(hub.run(FROM_THE_HUB).strip().splitlines()[-1]) == [True] * 4
