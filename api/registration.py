@@ -19,7 +19,7 @@ from .modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
-from .modeling_emo.expert_kernels import sorted_experts_forward
+from .modeling_emo.expert_kernels import emo_experts_forward, sorted_experts_forward
 from .subsets import model_hooks
 from .tokenization import EmoTokenizer
 
@@ -43,6 +43,7 @@ def register() -> None:
     AutoModelForSequenceClassification.register(EmoConfig, EmoForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(EmoConfig, EmoForTokenClassification, exist_ok=True)
     AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
+    ALL_EXPERTS_FUNCTIONS.register(EmoPreTrainedModel._cpu_experts, emo_experts_forward)
     ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
     # Registered alone, the class would serve only repositories that name none. Released ones may name
     # `GPT2Tokenizer`, which in Transformers 5 splits text as GPT-2 does, not as their `tokenizer.json` says.

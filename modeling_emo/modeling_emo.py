@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
@@ -374,6 +375,8 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # The package's experts implementation, registered by it alone; on other devices it is `grouped_mm`.
+    _cpu_experts = "emo"
     _can_record_outputs = {
         "router_logits": OutputRecorder(EmoTopKRouter, index=0),
         "hidden_states": EmoDecoderLayer,
@@ -436,6 +439,13 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         if expert_subset is not None or exclude_experts is not None:
             raise ImportError(NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers asks here which experts run; when nobody chose, the package's own do."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if requested_experts is None and self._cpu_experts in ALL_EXPERTS_FUNCTIONS and not quantised:
+            return self._cpu_experts
+        return super().get_correct_experts_implementation(requested_experts)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
