@@ -111,8 +111,6 @@ def _sorted_backward(grad_TD, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
 def _new_gradient(weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
     """Room for a gradient whose rows of hit experts are about to be written; the others' are zeros."""
     gradient = torch.empty_like(weight)
-    if (kernels := find_kernels()) is not None:
-        kernels.ask_for_large_pages(gradient)
     for e in set(range(len(weight))) - {e for e, _, _ in spans}:
         gradient[e].zero_()
     return gradient

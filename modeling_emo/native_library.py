@@ -61,8 +61,6 @@ class Kernels:
         self._experts.argtypes = [number, *[pointer] * 7, *[size] * 5, number, number]
         self._linear = library.emo_linear
         self._linear.argtypes = [number, *[pointer] * 4, *[size] * 3, number]
-        self._large_pages = library.emo_large_pages
-        self._large_pages.argtypes, self._large_pages.restype = [pointer, size], None
         self.has_tiles = bool(library.emo_has_tiles())
 
     def experts(
@@ -124,11 +122,6 @@ class Kernels:
             raise MemoryError(f"No memory for a product of {rows} rows with {outputs} outputs.")
         return out_MN
 
-    def ask_for_large_pages(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Before a new tensor is first written: its pages come in large ones, where the system has them."""
-        self._large_pages(tensor.data_ptr(), tensor.nbytes)
-        return tensor
-
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers_emo"
@@ -175,6 +168,8 @@ def library_path(variant: str = "native") -> Path:
 def build_kernels(variant: str = "native") -> Path:
     """Compile the kernels for this machine; done by itself when they are first needed.
 
+    `python -m transformers_emo.modeling_emo.native_library` does so beforehand, for a container image, say.
+
     Args:
         variant (`str`, defaults to `"native"`): one of `VARIANTS`.
 
@@ -197,8 +192,8 @@ def build_kernels(variant: str = "native") -> Path:
     compiler = next((found for name in candidates if (found := shutil.which(name))), None)
     if compiler is None:
         raise KernelBuildError(
-            f"no C++ compiler was found ({', '.join(candidates)}): install one (Debian: `apt install g++`), or "
-            "set CXX to one"
+            f"no C++ compiler was found ({', '.join(candidates)}): install one (Debian: `apt install g++`), "
+            "or set CXX to one"
         )
     path = library_path(variant)
     try:
@@ -290,3 +285,7 @@ def find_kernels() -> Kernels | None:
             f"`{_OFF}=0` runs without and without this warning."
         )
         return None
+
+
+if __name__ == "__main__":
+    print(build_kernels())

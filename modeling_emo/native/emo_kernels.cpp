@@ -27,7 +27,6 @@
 #include <vector>
 
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -142,23 +141,12 @@ inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 // ---- memory
 // --------------------------------------------------------------------------------------------------
 
-// Fresh memory costs a fault a page, more than the work on it: large buffers ask for large pages.
-void ask_for_large_pages(void* p, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t size = 1 << 21, from = ((uintptr_t)p + size - 1) / size * size;
-  const uintptr_t to = ((uintptr_t)p + bytes) / size * size;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#endif
-}
-
 template <class T>
 struct Buffer {
   T* p;
   explicit Buffer(size_t count) {
-    const size_t bytes = count * sizeof(T), align = bytes >= (4 << 20) ? 1 << 21 : 64;
     void* found = nullptr;
-    if (posix_memalign(&found, align, (bytes + align) / align * align)) throw std::bad_alloc();
-    if (align > 64) ask_for_large_pages(found, bytes);
+    if (posix_memalign(&found, 64, count * sizeof(T) + 64)) throw std::bad_alloc();
     p = (T*)found;
   }
   Buffer(const Buffer&) = delete;
@@ -634,8 +622,6 @@ void experts(const void* x, const void* gate_up, const void* down, const float* 
 extern "C" {
 
 int emo_has_tiles() { return amx_allowed(); }
-
-void emo_large_pages(void* p, int64_t bytes) { ask_for_large_pages(p, bytes); }
 
 int emo_experts(int is_bf16, const void* x, const void* gate_up, const void* down, const float* weights,
                 const int64_t* index, void* out, void* saved, int64_t T, int64_t K, int64_t E, int64_t D,
