@@ -19,7 +19,8 @@ from .modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
-from .modeling_emo.expert_kernels import emo_experts_forward, sorted_experts_forward
+from .modeling_emo.expert_kernels import emo_experts_forward, few_rows_linear, sorted_experts_forward
+from .modeling_emo.modeling_emo import EmoLinear
 from .subsets import model_hooks
 from .tokenization import EmoTokenizer
 
@@ -36,6 +37,7 @@ def register() -> None:
     ```
     """
     EmoPreTrainedModel._package = model_hooks
+    EmoLinear._few_rows = staticmethod(few_rows_linear)
     AutoConfig.register(EmoConfig.model_type, EmoConfig, exist_ok=True)
     AutoConfig.register(LegacyEmoConfig.model_type, LegacyEmoConfig, exist_ok=True)
     AutoModel.register(EmoConfig, EmoModel, exist_ok=True)

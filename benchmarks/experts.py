@@ -3,9 +3,9 @@
     python benchmarks/experts.py [--quick] [--threads N] [--experts 128 16] [--dtypes bfloat16 float32]
 
 A block of the released model's width (2048 hidden, 1024 an expert, top 8) with random weights and routing.
-All take turns in one run; times are medians after a warm-up, by the clock, or with one thread in processor
-time, which other work on the machine stretches less. First comes the ratio to the best of the others, beside it
-the same of the fastest runs. MB are how far the process grows during a call, by Linux's own peak.
+All take turns in one run. Times are medians after a warm-up, by the clock, or with one thread in processor
+time, which other work on the machine stretches less. First comes the ratio to the best of the others, beside
+it the same of the fastest runs. MB are how far the process grows during a call, by Linux's own peak.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 
 TOP_K, HIDDEN, WIDTH = 8, 2048, 1024
 FORWARD, TRAINING = (1, 8, 64, 512, 2048, 8192), (256, 1024, 4096)
-# What a repetition of `batched_mm` copies, and a training step of `eager` builds, is too much for most machines.
+# `batched_mm` copies the weights of every pick: too much for most machines from so many bytes on.
 MOST_COPIED = 4 << 30
 
 

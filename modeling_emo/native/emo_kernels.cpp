@@ -41,8 +41,7 @@ namespace {
 
 using index_t = int64_t;
 
-// ---- numbers and vectors
-// -------------------------------------------------------------------------------------
+// ---- numbers and vectors ----------------------------------------------------------------------------------
 
 struct bf16 {
   uint16_t bits;
@@ -138,8 +137,7 @@ inline vec exponential(vec x) {
 }
 inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
 
-// ---- memory
-// --------------------------------------------------------------------------------------------------
+// ---- memory -----------------------------------------------------------------------------------------------
 
 template <class T>
 struct Buffer {
@@ -153,12 +151,11 @@ struct Buffer {
   ~Buffer() { free(p); }
 };
 
-// ---- dot products
-// --------------------------------------------------------------------------------------------
+// ---- dot products -----------------------------------------------------------------------------------------
 
 // Adds the products of ROWS rows with OUTS rows of weights, over [begin, end) of `in`, to sums[row][out].
-// One or two rows stream the weights: what the next call reads, `ahead` numbers on, is asked for meanwhile.
-template <int ROWS, int OUTS, class T>
+// With AHEAD, what is read of the weights after these, `ahead` numbers on, is asked for meanwhile.
+template <int ROWS, int OUTS, bool AHEAD, class T>
 inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_t end, index_t ahead,
                      float* sums, int stride) {
   vec acc[ROWS][OUTS] = {};
@@ -170,7 +167,7 @@ inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_
 #pragma GCC unroll 8
     for (int n = 0; n < OUTS; ++n) {
       const typename Step<T>::reg weight = Step<T>::get(w[n] + k);
-      if (ROWS <= 2) __builtin_prefetch(w[n] + k + ahead);
+      if (AHEAD) __builtin_prefetch(w[n] + k + ahead);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) acc[m][n] = Step<T>::add(acc[m][n], row[m], weight);
     }
@@ -187,13 +184,14 @@ template <int OUTS, class T>
 inline void dot_rows(const T* const* x, index_t rows, const T* const* w, index_t begin, index_t end,
                      index_t ahead, float* sums, int stride) {
   index_t m = 0;
-  for (; m + TILE_ROWS <= rows; m += TILE_ROWS)
-    dot_tile<TILE_ROWS, OUTS>(x + m, w, begin, end, ahead, sums + m * stride, stride);
-  if (rows - m >= 2) {
-    dot_tile<2, OUTS>(x + m, w, begin, end, ahead, sums + m * stride, stride);
-    m += 2;
+  if (rows >= TILE_ROWS) {  // the first rows alone meet weights that no cache has
+    dot_tile<TILE_ROWS, OUTS, true>(x, w, begin, end, ahead, sums, stride);
+    for (m = TILE_ROWS; m + TILE_ROWS <= rows; m += TILE_ROWS)
+      dot_tile<TILE_ROWS, OUTS, false>(x + m, w, begin, end, ahead, sums + m * stride, stride);
   }
-  if (m < rows) dot_tile<1, OUTS>(x + m, w, begin, end, ahead, sums + m * stride, stride);
+  for (; m + 2 <= rows; m += 2)
+    dot_tile<2, OUTS, true>(x + m, w, begin, end, ahead, sums + m * stride, stride);
+  if (m < rows) dot_tile<1, OUTS, true>(x + m, w, begin, end, ahead, sums + m * stride, stride);
 }
 
 constexpr index_t ROW_BLOCK = 64;  // rows whose sums are kept at a time
@@ -217,8 +215,7 @@ inline void dot_panel(const T* const* x, index_t rows, const T* const* w, int ou
   }
 }
 
-// ---- AMX
-// -----------------------------------------------------------------------------------------------------
+// ---- AMX --------------------------------------------------------------------------------------------------
 
 bool amx_allowed() {
 #if defined(EMO_AMX)
@@ -339,8 +336,7 @@ inline void activate_tile(const float* gate, const float* up, bf16* to) {
 }
 #endif
 
-// ---- experts
-// -------------------------------------------------------------------------------------------------
+// ---- experts ----------------------------------------------------------------------------------------------
 
 struct Shape {
   index_t T, K, E, D, F;
@@ -573,8 +569,7 @@ struct Experts {
   }
 };
 
-// ---- linear
-// --------------------------------------------------------------------------------------------------
+// ---- linear -----------------------------------------------------------------------------------------------
 
 template <class T>
 void linear(const T* x, const T* weight, const T* bias, T* out, index_t rows, index_t in, index_t outs,
@@ -616,8 +611,7 @@ void experts(const void* x, const void* gate_up, const void* down, const float* 
 
 }  // namespace
 
-// ---- what Python calls: 0, or 1 if memory ran out
-// --------------------------------------------------------------
+// ---- what Python calls: 0, or 1 if memory ran out ---------------------------------------------------------
 
 extern "C" {
 
