@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from .native_library import Kernels, find_kernels
+from .native_library import find_kernels
 
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+# From so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster (measured).
+_MANY_ROWS = 192
 
 
 class _Sorting:
@@ -128,21 +130,18 @@ def _experts(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One operator to graphs, for the sizes of its products depend on the routing."""
-    kernels = find_kernels() if native else None
-    if kernels is not None and x.dtype in _COMPILED_DTYPES and _are_contiguous(gate_up, down):
-        return _run(kernels, x, gate_up, down, weights, index, save)
-    out, saved = _sorted_forward(x, gate_up, down, weights, index)
-    return out, saved if save else saved.new_empty(0, saved.shape[1])
+    return _compute(x, gate_up, down, weights, index, native, save)
 
 
-def _are_contiguous(*tensors: torch.Tensor) -> bool:
-    return all(tensor.is_contiguous() for tensor in tensors)
-
-
-def _run(kernels: Kernels, x, gate_up, down, weights, index, save):
-    return kernels.experts(
-        x.contiguous(), gate_up, down, weights.float().contiguous(), index.contiguous(), save=save
-    )
+def _compute(x, gate_up, down, weights, index, native: bool, save: bool):
+    """The output, and with `save` gate and up of every pick, sorted (else no rows)."""
+    kernels = find_kernels() if native and x.dtype in _COMPILED_DTYPES else None
+    many_rows = x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down)
+    if kernels is None or many_rows or not (gate_up.is_contiguous() and down.is_contiguous()):
+        out, saved = _sorted_forward(x, gate_up, down, weights, index)
+        return out, saved if save else saved.new_empty(0, saved.shape[1])
+    weights, index = weights.float().contiguous(), index.long().contiguous()
+    return kernels.experts(x.contiguous(), gate_up, down, weights, index, save=save)
 
 
 @_experts.register_fake
@@ -190,7 +189,8 @@ _experts.register_autograd(_backward, setup_context=_keep)
 
 
 def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native: bool) -> torch.Tensor:
-    gate_up, down = self.gate_up_proj, self.down_proj
+    gate_up: torch.Tensor = self.gate_up_proj  # type: ignore[assignment]
+    down: torch.Tensor = self.down_proj  # type: ignore[assignment]
     is_ours = (
         hidden_states.device.type == "cpu"
         and self.config.hidden_act == "silu"  # type: ignore[union-attr]
@@ -200,14 +200,12 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
     if not is_ours:
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-    inputs = hidden_states.to(dtype), gate_up.to(dtype), down.to(dtype), top_k_weights, top_k_index
+    gate_up, down = gate_up.to(dtype), down.to(dtype)
+    inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
     if not (save or torch.compiler.is_compiling()) and type(hidden_states) is torch.Tensor:
         # An operator's way through the dispatcher takes as long as a small model's experts do.
-        kernels = find_kernels() if native and dtype in _COMPILED_DTYPES else None
-        if kernels is not None and _are_contiguous(*inputs[1:3]):
-            return _run(kernels, *inputs, save=False)[0].to(hidden_states.dtype)
-        return _sorted_forward(*inputs)[0].to(hidden_states.dtype)
+        return _compute(*inputs, native, save=False)[0].to(hidden_states.dtype)
     output_TD, _ = torch.ops.transformers_emo.experts(*inputs, native, save)
     return output_TD.to(hidden_states.dtype)
 
@@ -217,10 +215,10 @@ def emo_experts_forward(
 ) -> torch.Tensor:
     """Weighted sum of each token's experts, for `ExpertsInterface`: what runs on a CPU unless told otherwise.
 
-    The numbers are those of `eager` to the dtype's tolerance, and the same bits from run to run and for any
-    number of threads. Gradients are dense, and written once. bfloat16 and float32 run compiled code
-    (`native_library.find_kernels`). On other devices, for other activations than a SiLU and for quantised
-    experts, Transformers' `grouped_mm` runs instead.
+    The numbers are those of `eager` to the dtype's tolerance. Gradients are dense, and written once. bfloat16
+    and float32 run compiled code (`native_library.find_kernels`), whose results are the same bits for any
+    number of threads; float32 with very many tokens an expert runs PyTorch's products. On other devices, for
+    other activations than a SiLU and for quantised experts, Transformers' `grouped_mm` runs instead.
 
     Args:
         self (`nn.Module`): stacked experts, `gate_up_proj` (E, 2F, D) with gate above up, and `down_proj` (E,

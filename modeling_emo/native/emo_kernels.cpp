@@ -24,6 +24,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <vector>
 
 #if defined(__linux__)
@@ -217,6 +218,8 @@ inline void dot_panel(const T* const* x, index_t rows, const T* const* w, int ou
 
 // ---- AMX --------------------------------------------------------------------------------------------------
 
+constexpr index_t TOKEN_BLOCK = 256;  // tokens packed at a time: with 2048 inputs, half of the second cache
+
 bool amx_allowed() {
 #if defined(EMO_AMX)
   static const bool allowed =
@@ -228,8 +231,7 @@ bool amx_allowed() {
 }
 
 #if defined(EMO_AMX)
-constexpr index_t TILE = 16;          // rows of a tile; its columns are 16 floats, or 16 pairs of bfloat16
-constexpr index_t TOKEN_BLOCK = 256;  // tokens packed at a time: with 2048 inputs, half of the second cache
+constexpr index_t TILE = 16;  // rows of a tile; its columns are 16 floats, or 16 pairs of bfloat16
 
 // Tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 tokens; all full.
 struct Tiles {
@@ -532,19 +534,20 @@ struct Experts {
     const index_t block = std::clamp<index_t>(share, 32, s.T <= 64 ? 64 : tiles ? 256 : 128);
     Buffer<T> activations((tiles ? routing.padded : places) * s.F);
     Buffer<float> sums(threads * s.T * block);
-    Buffer<T> packed(tiles ? threads * 256 * s.D : 0);
+    Buffer<T> packed(tiles ? threads * TOKEN_BLOCK * s.D : 0);
 #pragma omp parallel num_threads(threads)
     {
       const int me = omp_get_thread_num();
       float* mine = sums.p + me * s.T * block;
 #if defined(EMO_AMX)
-      Tiles* configured = tiles ? new Tiles : nullptr;
+      std::optional<Tiles> configured;
+      if (tiles) configured.emplace();
 #endif
 #pragma omp for schedule(dynamic)
       for (size_t i = 0; i < parts.size(); ++i) {
 #if defined(EMO_AMX)
         if (tiles)
-          tile_gate_up(parts[i], (bf16*)activations.p, (bf16*)packed.p + me * 256 * s.D);
+          tile_gate_up(parts[i], (bf16*)activations.p, (bf16*)packed.p + me * TOKEN_BLOCK * s.D);
         else
 #endif
           dot_gate_up(parts[i], activations.p);
@@ -562,9 +565,6 @@ struct Experts {
         for (index_t t = 0; t < s.T; ++t)
           for (index_t d = 0; d < width; ++d) store(out + t * s.D + from + d, mine[t * width + d]);
       }
-#if defined(EMO_AMX)
-      delete configured;
-#endif
     }
   }
 };

@@ -89,6 +89,12 @@ def test_all_tokens_may_take_the_same_experts():
     assert_same(make_experts(), *make_inputs(70, torch.tensor([[5, 0, 3]] * 70)), atol=1e-4, rtol=1e-4)
 
 
+def test_very_many_rows_are_the_same():
+    index = torch.rand(800, EXPERTS).argsort(dim=1)[:, :TOP_K]
+    assert index.numel() >= expert_kernels._MANY_ROWS * EXPERTS
+    assert_same(make_experts(), *make_inputs(800, index), atol=1e-3, rtol=1e-4)
+
+
 def test_inputs_and_weights_need_not_be_contiguous():
     experts = make_experts()
     hidden, index, weights = make_inputs(9)
