@@ -5,8 +5,7 @@
 // with `in` contiguous: nothing is repacked, and nothing held twice. There are two kinds of inner loop:
 //
 //   * dot products along `in` with vectors of whatever width the machine has, for float32 and bfloat16;
-//   * AMX tiles for bfloat16 where the machine has them. A tile of weights is 16 stored rows as they are, and
-//   the
+//   * AMX tiles for bfloat16 where the machine has them. A tile of weights is 16 stored rows as they are; the
 //     other factor, the few tokens, is what is brought into the pairwise order that AMX wants. So a product
 //     comes out transposed, 16 outputs by 16 tokens, and SiLU(gate) * up leaves it in just the order that the
 //     next product wants.
