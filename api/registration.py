@@ -19,7 +19,8 @@ from .modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
-from .modeling_emo.expert_kernels import sorted_experts_forward
+from .modeling_emo.expert_kernels import emo_experts_forward, few_rows_linear, sorted_experts_forward
+from .modeling_emo.modeling_emo import EmoLinear
 from .subsets import model_hooks
 from .tokenization import EmoTokenizer
 
@@ -36,6 +37,7 @@ def register() -> None:
     ```
     """
     EmoPreTrainedModel._package = model_hooks
+    EmoLinear._few_rows = staticmethod(few_rows_linear)
     AutoConfig.register(EmoConfig.model_type, EmoConfig, exist_ok=True)
     AutoConfig.register(LegacyEmoConfig.model_type, LegacyEmoConfig, exist_ok=True)
     AutoModel.register(EmoConfig, EmoModel, exist_ok=True)
@@ -43,6 +45,7 @@ def register() -> None:
     AutoModelForSequenceClassification.register(EmoConfig, EmoForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(EmoConfig, EmoForTokenClassification, exist_ok=True)
     AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
+    ALL_EXPERTS_FUNCTIONS.register(EmoPreTrainedModel._cpu_experts, emo_experts_forward)
     ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
     # Registered alone, the class would serve only repositories that name none. Released ones may name
     # `GPT2Tokenizer`, which in Transformers 5 splits text as GPT-2 does, not as their `tokenizer.json` says.

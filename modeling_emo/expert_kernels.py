@@ -1,9 +1,10 @@
-"""`"emo_sorted"`: an experts implementation for training on a CPU.
+"""`"emo"`, the experts implementation of EMO on a CPU, `"emo_sorted"`, the same without compiled code, and
+linear layers of a few rows.
 
-Tokens are sorted by expert once; every expert is then two matrix products forward and four backward, each
-into its place in one buffer, and all else runs over all picks at once. Transformers' own implementations
-either build gradients of the size of all experts for every expert (`eager`), or go through a fallback
-(`grouped_mm`).
+The forward is in C++ (`native/emo_kernels.cpp`). Without a compiler and for other dtypes, tokens are sorted
+by expert once, and every expert is two matrix products, each into its place in one buffer. The backward is
+four products an expert, with all else over all picks at once. Transformers' own implementations either build
+gradients of the size of all experts for every expert (`eager`), or go through a fallback (`grouped_mm`).
 
 Shape suffixes: T tokens, K experts taken per token, P = T * K picks, E experts, D hidden size, F expert
 width.
@@ -14,101 +15,210 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from .native_library import find_kernels
 
-class _SortedExperts(torch.autograd.Function):
-    """Weighted sum of each token's experts, SwiGLU with a SiLU."""
+_COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+# From so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster (measured).
+_MANY_ROWS = 192
 
-    @staticmethod
-    def forward(ctx: Any, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK):
-        num_experts, hidden, width = down_EDF.shape
-        top_k = index_TK.shape[1]
+
+class _Sorting:
+    """Picks in the order of experts, and within one in that of tokens; those of other ranks left out."""
+
+    def __init__(self, index_TK: torch.Tensor, num_experts: int):
+        self.top_k = index_TK.shape[1]
         expert_P, order_P = index_TK.flatten().sort(stable=True)
-        # Under expert parallelism the id E stands for experts elsewhere. It sorts last, and is left out.
+        # Under expert parallelism the id E stands for experts elsewhere. It sorts last.
         counts = torch.bincount(expert_P, minlength=num_experts).tolist()[:num_experts]
         ends = torch.tensor(counts).cumsum(0).tolist()
-        spans = [(e, end - n, end) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
-        place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P)))
-        here = ends[-1]
-        order_P = order_P[:here]
-        token_P = order_P // top_k
-        weight_P1 = weights_TK.reshape(-1, 1)[order_P]
+        self.spans = [(e, end - n, end) for e, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
+        self.place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P)))
+        self.picks, self.here = len(order_P), ends[-1]
+        self.order_P = order_P[: self.here]
+        self.token_P = self.order_P // self.top_k
 
+    def sum_picks(self, rows_PD: torch.Tensor) -> torch.Tensor:
+        """Rows in the order of experts to their sums over each token's picks, (T, D)."""
+        return rows_PD.index_select(0, self.place_P).view(-1, self.top_k, rows_PD.shape[-1]).sum(dim=1)
+
+
+def _sorted_forward(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK):
+    """The output, and gate and up of every pick, sorted."""
+    num_experts, hidden, width = down_EDF.shape
+    sorting = _Sorting(index_TK, num_experts)
+    here = sorting.here
+    x_PD = x_TD.index_select(0, sorting.token_P)
+    gate_up_P2F = x_PD.new_empty(sorting.picks, 2 * width)
+    gate_up_P2F[here:] = 0
+    for e, a, b in sorting.spans:
+        torch.mm(x_PD[a:b], gate_up_E2FD[e].T, out=gate_up_P2F[a:b])
+    gate_PF, up_PF = gate_up_P2F[:here].chunk(2, dim=-1)
+    act_PF = F.silu(gate_PF).mul_(up_PF)
+    out_PD = x_PD.new_empty(sorting.picks, hidden)
+    for e, a, b in sorting.spans:
+        torch.mm(act_PF[a:b], down_EDF[e].T, out=out_PD[a:b])
+    out_PD[:here] *= weights_TK.reshape(-1, 1)[sorting.order_P].to(out_PD.dtype)
+    out_PD[here:] = 0
+    return sorting.sum_picks(out_PD), gate_up_P2F
+
+
+def _sorted_backward(grad_TD, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK, gate_up_P2F, wants):
+    """The gradients that are wanted of x, gate_up, down and weights; `None` for the others."""
+    wants_x, wants_gate_up, wants_down, wants_weights = wants
+    num_experts, _, width = down_EDF.shape
+    sorting = _Sorting(index_TK, num_experts)
+    spans, here, token_P = sorting.spans, sorting.here, sorting.token_P
+    grad_x = grad_gate_up = grad_down = grad_weights = None
+    gate_up_P2F = gate_up_P2F[:here]
+    weight_P1 = weights_TK.reshape(-1, 1)[sorting.order_P].to(x_TD.dtype)
+
+    gate_PF, up_PF = gate_up_P2F.chunk(2, dim=-1)
+    silu_PF = F.silu(gate_PF)
+    act_PF = silu_PF * up_PF
+    grad_PD = grad_TD.index_select(0, token_P)
+    grad_act_PF = torch.empty_like(act_PF)
+    for e, a, b in spans:
+        torch.mm(grad_PD[a:b], down_EDF[e], out=grad_act_PF[a:b])
+    if wants_weights:
+        # A pick's weight times its output: the gradient is <grad, W act> = <W^T grad, act>.
+        grad_weight_P1 = weight_P1.new_zeros(sorting.picks, 1)
+        grad_weight_P1[:here] = torch.linalg.vecdot(grad_act_PF, act_PF)[:, None]
+        grad_weights = grad_weight_P1[sorting.place_P].view(-1, sorting.top_k).to(weights_TK.dtype)
+    if wants_down:
+        act_PF *= weight_P1
+        grad_down = _new_gradient(down_EDF, spans)
+        for e, a, b in spans:
+            torch.mm(grad_PD[a:b].T, act_PF[a:b], out=grad_down[e])
+    if wants_gate_up or wants_x:
+        grad_act_PF *= weight_P1
+        grad_gate_up_P2F = torch.empty_like(gate_up_P2F)
+        torch.mul(grad_act_PF, silu_PF, out=grad_gate_up_P2F[:, width:])
+        grad_gate_up_P2F[:, :width] = torch.ops.aten.silu_backward(grad_act_PF.mul_(up_PF), gate_PF)
+    if wants_gate_up:
         x_PD = x_TD.index_select(0, token_P)
-        gate_up_P2F = x_PD.new_empty(here, 2 * width)
+        grad_gate_up = _new_gradient(gate_up_E2FD, spans)
         for e, a, b in spans:
-            torch.mm(x_PD[a:b], gate_up_E2FD[e].T, out=gate_up_P2F[a:b])
-        gate_PF, up_PF = gate_up_P2F.chunk(2, dim=-1)
-        act_PF = F.silu(gate_PF).mul_(up_PF)
-        out_PD = x_PD.new_empty(len(place_P), hidden)
+            torch.mm(grad_gate_up_P2F[a:b].T, x_PD[a:b], out=grad_gate_up[e])
+    if wants_x:
+        grad_x_PD = grad_PD.new_empty(sorting.picks, grad_PD.shape[1])
+        grad_x_PD[here:] = 0
         for e, a, b in spans:
-            torch.mm(act_PF[a:b], down_EDF[e].T, out=out_PD[a:b])
-        out_PD[:here] *= weight_P1
-        out_PD[here:] = 0
-        ctx.save_for_backward(x_TD, gate_up_E2FD, down_EDF, weight_P1, gate_up_P2F, token_P, place_P)
-        ctx.spans, ctx.top_k = spans, top_k
-        return _sum_picks(out_PD, place_P, top_k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD):
-        x_TD, gate_up_E2FD, down_EDF, weight_P1, gate_up_P2F, token_P, place_P = ctx.saved_tensors
-        wants_x, wants_gate_up, wants_down, wants_weights, _ = ctx.needs_input_grad
-        spans, top_k = ctx.spans, ctx.top_k
-        here, width = len(token_P), down_EDF.shape[-1]
-        # Rows of experts that no token took have no gradient; where there are none, nothing need be zeroed.
-        new_grad = torch.empty_like if len(spans) == len(down_EDF) else torch.zeros_like
-        grad_x = grad_gate_up = grad_down = grad_weights = None
-
-        gate_PF, up_PF = gate_up_P2F.chunk(2, dim=-1)
-        silu_PF = F.silu(gate_PF)
-        act_PF = silu_PF * up_PF
-        grad_PD = grad_TD.index_select(0, token_P)
-        grad_act_PF = torch.empty_like(act_PF)
-        for e, a, b in spans:
-            torch.mm(grad_PD[a:b], down_EDF[e], out=grad_act_PF[a:b])
-        if wants_weights:
-            # A pick's weight times its output: the gradient is <grad, W act> = <W^T grad, act>.
-            grad_weight_P1 = weight_P1.new_zeros(len(place_P), 1)
-            grad_weight_P1[:here] = torch.linalg.vecdot(grad_act_PF, act_PF)[:, None]
-            grad_weights = grad_weight_P1[place_P].view(-1, top_k)
-        if wants_down:
-            act_PF *= weight_P1
-            grad_down = new_grad(down_EDF)
-            for e, a, b in spans:
-                torch.mm(grad_PD[a:b].T, act_PF[a:b], out=grad_down[e])
-        if wants_gate_up or wants_x:
-            grad_act_PF *= weight_P1
-            grad_gate_up_P2F = torch.empty_like(gate_up_P2F)
-            torch.mul(grad_act_PF, silu_PF, out=grad_gate_up_P2F[:, width:])
-            grad_gate_up_P2F[:, :width] = torch.ops.aten.silu_backward(grad_act_PF.mul_(up_PF), gate_PF)
-        if wants_gate_up:
-            x_PD = x_TD.index_select(0, token_P)
-            grad_gate_up = new_grad(gate_up_E2FD)
-            for e, a, b in spans:
-                torch.mm(grad_gate_up_P2F[a:b].T, x_PD[a:b], out=grad_gate_up[e])
-        if wants_x:
-            grad_x_PD = grad_PD.new_zeros(len(place_P), grad_PD.shape[1]) if here < len(place_P) else grad_PD
-            for e, a, b in spans:
-                torch.mm(grad_gate_up_P2F[a:b], gate_up_E2FD[e], out=grad_x_PD[a:b])
-            grad_x = _sum_picks(grad_x_PD, place_P, top_k)
-        return grad_x, grad_gate_up, grad_down, grad_weights, None
+            torch.mm(grad_gate_up_P2F[a:b], gate_up_E2FD[e], out=grad_x_PD[a:b])
+        grad_x = sorting.sum_picks(grad_x_PD)
+    return grad_x, grad_gate_up, grad_down, grad_weights
 
 
-def _sum_picks(rows_PD: torch.Tensor, place_P: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Rows in the order of experts to their sums over each token's picks, (T, D)."""
-    return rows_PD.index_select(0, place_P).view(-1, top_k, rows_PD.shape[-1]).sum(dim=1)
+def _new_gradient(weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
+    """Room for a gradient whose rows of hit experts are about to be written; the others' are zeros."""
+    gradient = torch.empty_like(weight)
+    for e in set(range(len(weight))) - {e for e, _, _ in spans}:
+        gradient[e].zero_()
+    return gradient
 
 
-def sorted_experts_forward(
+@torch.library.custom_op("transformers_emo::experts", mutates_args=(), device_types="cpu")
+def _experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    index: torch.Tensor,
+    native: bool,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One operator to graphs, for the sizes of its products depend on the routing."""
+    return _compute(x, gate_up, down, weights, index, native, save)
+
+
+def _compute(x, gate_up, down, weights, index, native: bool, save: bool):
+    """The output, and with `save` gate and up of every pick, sorted (else no rows)."""
+    kernels = find_kernels() if native and x.dtype in _COMPILED_DTYPES else None
+    many_rows = x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down)
+    if kernels is None or many_rows or not (gate_up.is_contiguous() and down.is_contiguous()):
+        out, saved = _sorted_forward(x, gate_up, down, weights, index)
+        return out, saved if save else saved.new_empty(0, saved.shape[1])
+    weights, index = weights.float().contiguous(), index.long().contiguous()
+    return kernels.experts(x.contiguous(), gate_up, down, weights, index, save=save)
+
+
+@_experts.register_fake
+def _(x, gate_up, down, weights, index, native, save):
+    saved = x.new_empty(index.shape[0] * index.shape[1] if save else 0, gate_up.shape[1])
+    return torch.empty_like(x, memory_format=torch.contiguous_format), saved
+
+
+@torch.library.custom_op("transformers_emo::experts_backward", mutates_args=(), device_types="cpu")
+def _experts_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weights: torch.Tensor,
+    index: torch.Tensor,
+    saved: torch.Tensor,
+    wants: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradients = _sorted_backward(grad, x, gate_up, down, weights, index, saved, wants)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore
+
+
+@_experts_backward.register_fake
+def _(grad, x, gate_up, down, weights, index, saved, wants):
+    tensors = zip((x, gate_up, down, weights), wants, strict=True)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
+        for tensor, wanted in tensors
+    )
+
+
+def _keep(ctx: Any, inputs, output) -> None:
+    x, gate_up, down, weights, index, _, _ = inputs
+    ctx.save_for_backward(x, gate_up, down, weights, index, output[1])
+
+
+def _backward(ctx: Any, grad, _):
+    wants = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.transformers_emo.experts_backward(grad, *ctx.saved_tensors, wants)
+    return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), None, None, None
+
+
+_experts.register_autograd(_backward, setup_context=_keep)
+
+
+def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native: bool) -> torch.Tensor:
+    gate_up: torch.Tensor = self.gate_up_proj  # type: ignore[assignment]
+    down: torch.Tensor = self.down_proj  # type: ignore[assignment]
+    is_ours = (
+        hidden_states.device.type == "cpu"
+        and self.config.hidden_act == "silu"  # type: ignore[union-attr]
+        and not torch.compiler.is_exporting()  # what reads a graph elsewhere knows no operator of ours
+        and not is_traceable_wrapper_subclass(gate_up)  # quantised or distributed
+    )
+    if not is_ours:
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+    gate_up, down = gate_up.to(dtype), down.to(dtype)
+    inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
+    if not (save or torch.compiler.is_compiling()) and type(hidden_states) is torch.Tensor:
+        # An operator's way through the dispatcher takes as long as a small model's experts do.
+        return _compute(*inputs, native, save=False)[0].to(hidden_states.dtype)
+    output_TD, _ = torch.ops.transformers_emo.experts(*inputs, native, save)
+    return output_TD.to(hidden_states.dtype)
+
+
+def emo_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts, for `ExpertsInterface`.
+    """Weighted sum of each token's experts, for `ExpertsInterface`: what runs on a CPU unless told otherwise.
 
-    Gradients are dense, and written once. The sizes of matrices depend on the routing, which no graph can
-    hold: compiled, and on other devices, Transformers' `grouped_mm` runs instead.
+    The numbers are those of `eager` to the dtype's tolerance. Gradients are dense, and written once. bfloat16
+    and float32 run compiled code (`native_library.find_kernels`), whose results are the same bits for any
+    number of threads; float32 with very many tokens an expert runs PyTorch's products. On other devices, for
+    other activations than a SiLU and for quantised experts, Transformers' `grouped_mm` runs instead.
 
     Args:
         self (`nn.Module`): stacked experts, `gate_up_proj` (E, 2F, D) with gate above up, and `down_proj` (E,
@@ -125,23 +235,85 @@ def sorted_experts_forward(
     ```python
     >>> import torch
     >>> from transformers_emo import EmoForCausalLM
-    >>> model = EmoForCausalLM.from_pretrained(
-    ...     "model_cards/toy-emo", experts_implementation="emo_sorted"
-    ... )
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
     >>> ids = torch.tensor([[5, 6, 7]])
     >>> model(ids, labels=ids).loss.backward()
 
     ```
     """
-    is_silu = self.config.hidden_act == "silu"  # type: ignore[union-attr]
-    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling() or not is_silu:
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-    output_TD = _SortedExperts.apply(
-        hidden_states.to(dtype),
-        self.gate_up_proj.to(dtype),
-        self.down_proj.to(dtype),
-        top_k_weights.to(dtype),
-        top_k_index,
-    )
-    return output_TD.to(hidden_states.dtype)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, native=True)
+
+
+def sorted_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """As `emo_experts_forward`, by PyTorch's own matrix products alone: `"emo_sorted"`.
+
+    Args:
+        self, hidden_states, top_k_index, top_k_weights: as there.
+
+    Returns:
+        `torch.Tensor`: (T, D) in the dtype of `hidden_states`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoForCausalLM
+    >>> model = EmoForCausalLM.from_pretrained(
+    ...     "model_cards/toy-emo", experts_implementation="emo_sorted"
+    ... )
+    >>> logits = model(torch.tensor([[5, 6, 7]])).logits
+
+    ```
+    """
+    return _forward(self, hidden_states, top_k_index, top_k_weights, native=False)
+
+
+# The kernel is faster than PyTorch up to so many rows (measured on AVX-512 and AMX), from so many weights on.
+_FEW_ROWS = {torch.bfloat16: 4, torch.float32: 32}
+_MANY_WEIGHTS = 1 << 18
+
+
+def few_rows_linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`torch.nn.functional.linear` where the weights are many, the rows few, and all is on a CPU.
+
+    Args:
+        input (`torch.Tensor`): (..., D).
+        weight (`torch.Tensor`): (N, D).
+        bias (`torch.Tensor`, *optional*): (N,).
+
+    Returns:
+        `torch.Tensor` or `None`: (..., N); `None` where PyTorch is to do it: many rows, few weights, other
+        dtypes than bfloat16 and float32 or not the same, autocast, other devices, subclasses of tensors
+        (quantised, distributed or fake ones), no compiled kernels.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.expert_kernels import few_rows_linear
+    >>> few_rows_linear(torch.ones(64, 512), torch.ones(512, 512), None) is None  # many rows
+    True
+
+    ```
+    """
+    rows = input.numel() // max(input.shape[-1], 1)
+    if (
+        not 0 < rows <= _FEW_ROWS.get(weight.dtype, 0)
+        or weight.numel() < _MANY_WEIGHTS
+        or input.dtype != weight.dtype
+        or (bias is not None and bias.dtype != weight.dtype)
+        or input.device.type != "cpu"
+        or weight.device.type != "cpu"
+        or type(input) is not torch.Tensor
+        or type(weight) not in (torch.Tensor, nn.Parameter)
+        or not weight.is_contiguous()
+        or torch.is_autocast_enabled("cpu")
+        or (kernels := find_kernels()) is None
+    ):
+        return None
+    rows_MD = input.reshape(rows, input.shape[-1]).contiguous()
+    return kernels.linear(rows_MD, weight, bias).view(*input.shape[:-1], weight.shape[0])

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, S tokens of each in this call.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -61,6 +61,21 @@ class EmoGenerationMixin(GenerationMixin):
 
     Example: see `EmoForCausalLM.generate`.
     """
+
+    @contextmanager
+    def _optimize_model_for_decode(self):
+        # On a GPU the package's implementation is Transformers' `grouped_mm`, for which Transformers decodes
+        # with another one: it does so here too.
+        model: Any = self
+        ours = model.device.type != "cpu" and model.config._experts_implementation == model._cpu_experts
+        if ours:
+            model.set_experts_implementation("grouped_mm")
+        try:
+            with super()._optimize_model_for_decode():  # type: ignore[misc]
+                yield
+        finally:
+            if ours:
+                model.set_experts_implementation(model._cpu_experts)
 
     def generate(
         self,

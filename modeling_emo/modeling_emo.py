@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import (
@@ -84,6 +85,30 @@ class EmoRotaryEmbedding(FlexOlmoRotaryEmbedding):
     """FlexOlmo's rotary embedding unchanged: cosines and sines stay float32."""
 
 
+class EmoLinear(nn.Linear):
+    """`nn.Linear`; when a CPU decodes, the package's kernel runs: it reads weights faster than PyTorch's."""
+
+    # A function of (rows, weight, bias) that gives `None` for what it leaves to PyTorch. Set on import of the
+    # package.
+    _few_rows: ClassVar[Callable | None] = None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "EmoLinear":
+        """The same layer, with the same parameters."""
+        new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        return new
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        few_rows = EmoLinear._few_rows
+        if few_rows is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            output = few_rows(input, self.weight, self.bias)
+            if output is not None:
+                return output
+        return super().forward(input)
+
+
 class EmoAttention(FlexOlmoAttention):
     """FlexOlmo's attention without its norm on queries and keys, which EMO does not have."""
 
@@ -91,6 +116,8 @@ class EmoAttention(FlexOlmoAttention):
         super().__init__(config, layer_idx)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, EmoLinear.of(getattr(self, name)))
 
 
 class EmoMLP(nn.Module):
@@ -99,9 +126,9 @@ class EmoMLP(nn.Module):
     def __init__(self, config: EmoConfig):
         super().__init__()
         width = config.dense_intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.dense_mlp_bias)
+        self.gate_proj = EmoLinear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.up_proj = EmoLinear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.down_proj = EmoLinear(width, config.hidden_size, bias=config.dense_mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
@@ -374,6 +401,8 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # The package's experts implementation, registered by it alone; on other devices it is `grouped_mm`.
+    _cpu_experts = "emo"
     _can_record_outputs = {
         "router_logits": OutputRecorder(EmoTopKRouter, index=0),
         "hidden_states": EmoDecoderLayer,
@@ -441,6 +470,13 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         if expert_subset is not None or exclude_experts is not None:
             raise ImportError(NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Transformers asks here which experts run; when nobody chose, the package's own do."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        if requested_experts is None and self._cpu_experts in ALL_EXPERTS_FUNCTIONS and not quantised:
+            return self._cpu_experts
+        return super().get_correct_experts_implementation(requested_experts)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -795,7 +831,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         super().__init__(config)
         self.model = EmoModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = EmoLinear(config.hidden_size, config.vocab_size, bias=False)
         # What the balance loss counts beside the forward at hand, while an optimiser step is accumulated.
         self.balance_counts: BalanceCounts | None = None
         self.post_init()

@@ -1,9 +1,11 @@
-"""`emo_sorted` against the loop over experts: outputs and every gradient."""
+"""`emo` and `emo_sorted` against the loop over experts: outputs and every gradient."""
 
 import pytest
 import torch
 from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo.modeling_emo import expert_kernels
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
+from transformers_emo.modeling_emo.native_library import find_kernels
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 3, 12, 8
 
@@ -35,12 +37,16 @@ def make_inputs(tokens: int, index=None, dtype=torch.float32):
     return torch.randn(tokens, HIDDEN, dtype=dtype), index, torch.rand(tokens, TOP_K, dtype=dtype)
 
 
+OURS = ("emo", "emo_sorted")
+
+
 def assert_same(experts, hidden, index, weights, **tolerance):
     expected = run(experts, "eager", hidden, index, weights)
-    found = run(experts, "emo_sorted", hidden, index, weights)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name, **tolerance)
+    for implementation in OURS:
+        found = run(experts, implementation, hidden, index, weights)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=f"{implementation} {name}", **tolerance)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
@@ -66,18 +72,51 @@ def test_picks_of_other_ranks_add_nothing():
 
 def test_tokens_whose_experts_are_all_elsewhere_come_out_as_nothing():
     experts = make_experts()
-    found = run(experts, "emo_sorted", *make_inputs(2, torch.full((2, 3), 6)))
-    assert not any(value.any() for value in found.values())
+    for implementation in OURS:
+        found = run(experts, implementation, *make_inputs(2, torch.full((2, 3), 6)))
+        assert not any(value.any() for value in found.values())
 
 
-def test_bfloat16_is_as_near_as_its_precision():
-    experts = make_experts(torch.bfloat16)
-    assert_same(experts, *make_inputs(20, dtype=torch.bfloat16), atol=0.25, rtol=0.1)
+def test_no_tokens_are_no_output():
+    experts = make_experts()
+    for implementation in OURS:
+        found = run(experts, implementation, *make_inputs(0))
+        assert found["output"].shape == (0, HIDDEN)
+        assert not found["gate_up_proj"].any() and not found["down_proj"].any()
+
+
+def test_all_tokens_may_take_the_same_experts():
+    assert_same(make_experts(), *make_inputs(70, torch.tensor([[5, 0, 3]] * 70)), atol=1e-4, rtol=1e-4)
+
+
+def test_very_many_rows_are_the_same():
+    index = torch.rand(800, EXPERTS).argsort(dim=1)[:, :TOP_K]
+    assert index.numel() >= expert_kernels._MANY_ROWS * EXPERTS
+    assert_same(make_experts(), *make_inputs(800, index), atol=1e-3, rtol=1e-4)
+
+
+def test_inputs_and_weights_need_not_be_contiguous():
+    experts = make_experts()
+    hidden, index, weights = make_inputs(9)
+    hidden, index, weights = (tensor.T.contiguous().T for tensor in (hidden, index, weights))
+    assert not hidden.is_contiguous()
+    assert_same(experts, hidden, index, weights, atol=1e-5, rtol=1e-5)
+    for name, parameter in list(experts.named_parameters()):
+        turned = parameter.detach().transpose(1, 2).contiguous().transpose(1, 2)
+        setattr(experts, name, torch.nn.Parameter(turned))
+    assert not experts.down_proj.is_contiguous()
+    assert_same(experts, hidden, index, weights, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_its_precision(dtype):
+    experts = make_experts(dtype)
+    assert_same(experts, *make_inputs(20, dtype=dtype), atol=0.25, rtol=0.1)
 
 
 def test_gradients_are_those_of_the_function():
     experts = make_experts(torch.float64)
-    experts.config._experts_implementation = "emo_sorted"
+    experts.config._experts_implementation = "emo"
     hidden, index, weights = make_inputs(5, dtype=torch.float64)
     hidden.requires_grad_()
     weights.requires_grad_()
@@ -101,12 +140,13 @@ def test_it_follows_autocast():
     experts = make_experts()
     inputs = make_inputs(30)
     expected = run(experts, "eager", *inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = run(experts, "emo_sorted", *inputs)
-    for name, value in expected.items():
-        assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name], value, atol=0.3, rtol=0.1, msg=name)
-    assert not torch.equal(found["output"], expected["output"])
+    for implementation in OURS:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(experts, implementation, *inputs)
+        for name, value in expected.items():
+            assert found[name].dtype == torch.float32
+            torch.testing.assert_close(found[name], value, atol=0.3, rtol=0.1, msg=name)
+        assert not torch.equal(found["output"], expected["output"])
 
 
 def test_other_activations_are_computed_too():
@@ -120,29 +160,77 @@ def test_a_model_trains_the_same(make_model, reentrant):
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     gradients = []
-    for implementation in ("eager", "emo_sorted"):
+    for implementation in ("eager", *OURS):
         model.set_experts_implementation(implementation)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    for found in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_a_compiled_model_is_one_graph_still(make_model):
     model = make_model()
-    model.set_experts_implementation("emo_sorted")
     ids = torch.randint(2, 96, (1, 8))
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)(ids).logits
         torch.testing.assert_close(compiled, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", OURS)
+def test_compiled_experts_have_the_same_gradients(implementation):
+    torch._dynamo.reset()
+    experts, inputs = make_experts(), make_inputs(9)
+    expected = run(experts, implementation, *inputs)
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    hidden, weights = inputs[0].clone().requires_grad_(), inputs[2].clone().requires_grad_()
+    experts.zero_grad()
+    output = compiled(hidden, inputs[1], weights)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    found = {"output": output, "hidden": hidden.grad, "weights": weights.grad}
+    for name, value in (found | {name: p.grad for name, p in experts.named_parameters()}).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("save", [True, False])
+def test_the_operator_keeps_the_rules_of_operators(native, save):
+    experts, (hidden, index, weights) = make_experts(), make_inputs(9)
+    tensors = (hidden.requires_grad_(save), experts.gate_up_proj, experts.down_proj, weights)
+    if not save:
+        tensors = tuple(tensor.detach() for tensor in tensors)
+    torch.library.opcheck(expert_kernels._experts, (*tensors, index, native, save))
+
+
+def route(tokens: int, experts: int, top_k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random expert ids, some of other ranks, and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.rand(tokens, experts + 1, generator=generator).argsort(dim=1)[:, :top_k]
+    return index, torch.rand(tokens, top_k, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_the_same_bits_for_any_number_of_threads(dtype):
+    torch.manual_seed(0)
+    gate_up = torch.randn(5, 128, 96, dtype=dtype)
+    down = torch.randn(5, 96, 64, dtype=dtype)
+    hidden, (index, weights) = torch.randn(200, 96, dtype=dtype), route(200, 5, 3, 0)
+    threads, kernels, found = torch.get_num_threads(), find_kernels(), []
+    try:
+        for number in (1, 2, 3, 1):
+            torch.set_num_threads(number)
+            found.append(kernels.experts(hidden, gate_up, down, weights, index)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(output, found[0]) for output in found)
+
+
 def test_lora_on_the_stacked_experts_trains_the_same(make_model):
     peft = pytest.importorskip("peft")
     ids = torch.randint(2, 96, (2, 20))
     gradients = []
-    for implementation in ("eager", "emo_sorted"):
+    for implementation in ("eager", *OURS):
         model = make_model()
         model.set_experts_implementation(implementation)
         names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -153,13 +241,46 @@ def test_lora_on_the_stacked_experts_trains_the_same(make_model):
         adapted(ids, labels=ids).loss.backward()
         gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.requires_grad})
     assert gradients[0]
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+    for found in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_a_saved_model_does_not_ask_for_it(make_model, tmp_path):
+@pytest.mark.parametrize("implementation", [None, *OURS])
+def test_a_saved_model_does_not_ask_for_it(make_model, tmp_path, implementation):
     model = make_model()
-    model.set_experts_implementation("emo_sorted")
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
     model.save_pretrained(tmp_path)
-    assert "emo_sorted" not in (tmp_path / "config.json").read_text()
+    assert "experts_implementation" not in (tmp_path / "config.json").read_text()
     assert isinstance(EmoForCausalLM.from_pretrained(tmp_path), EmoForCausalLM)
+
+
+class TestWhoRunsTheExperts:
+    def test_nobody_chose(self, make_checkpoint):
+        model = EmoForCausalLM.from_pretrained(make_checkpoint())
+        assert model.config._experts_implementation == "emo"
+
+    @pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm", "emo_sorted"])
+    def test_somebody_chose(self, make_checkpoint, name):
+        model = EmoForCausalLM.from_pretrained(make_checkpoint(), experts_implementation=name)
+        assert model.config._experts_implementation == name
+
+    def test_on_other_devices_transformers_decides(self, make_model, monkeypatch):
+        called = []
+        monkeypatch.setattr(
+            expert_kernels, "grouped_mm_experts_forward", lambda *args: called.append(args) or args[1]
+        )
+        model = make_model().to("meta")
+        experts = model.model.layers[0].mlp.experts
+        experts(torch.empty(2, 32, device="meta"), torch.empty(2, 4, dtype=torch.int64, device="meta"), None)
+        assert called
+        with model._optimize_model_for_decode():
+            assert model.config._experts_implementation == "batched_mm"
+        assert model.config._experts_implementation == "emo"
+
+    def test_an_exported_graph_has_no_operator_of_ours(self):
+        experts, (hidden, index, weights) = make_experts(), make_inputs(4)
+        experts.config._experts_implementation = "emo"
+        program = torch.export.export(experts, (hidden, index, weights))
+        assert "transformers_emo" not in str(program.graph)

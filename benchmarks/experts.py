@@ -1,0 +1,172 @@
+"""One expert block on a CPU: "emo" against an authors-style loop and the backends of Transformers.
+
+    python benchmarks/experts.py [--quick] [--threads N] [--experts 128 16] [--dtypes bfloat16 float32]
+
+A block of the released model's width (2048 hidden, 1024 an expert, top 8) with random weights and routing.
+All take turns in one run. Times are medians after a warm-up, by the clock, or with one thread in processor
+time, which other work on the machine stretches less. First comes the ratio to the best of the others, beside
+it the same of the fastest runs. MB are how far the process grows during a call, by Linux's own peak.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers_emo import EmoConfig
+from transformers_emo.modeling_emo.modeling_emo import EmoExperts
+
+TOP_K, HIDDEN, WIDTH = 8, 2048, 1024
+FORWARD, TRAINING = (1, 8, 64, 512, 2048, 8192), (256, 1024, 4096)
+# `batched_mm` copies the weights of every pick: too much for most machines from so many bytes on.
+MOST_COPIED = 4 << 30
+
+
+class LoopExperts(nn.Module):
+    """Experts as modules of their own, one after the other, as the released code has them."""
+
+    def __init__(self, experts: EmoExperts):
+        super().__init__()
+        self.gate = nn.ParameterList(w[:WIDTH].detach() for w in experts.gate_up_proj)
+        self.up = nn.ParameterList(w[WIDTH:].detach() for w in experts.gate_up_proj)
+        self.down = nn.ParameterList(w.detach() for w in experts.down_proj)
+
+    def forward(self, hidden, index, weights):
+        """(T, D), (T, K), (T, K) to (T, D)."""
+        output = torch.zeros_like(hidden)
+        mask = F.one_hot(index, num_classes=len(self.down)).permute(2, 1, 0)
+        for expert in range(len(self.down)):
+            slot, token = torch.where(mask[expert])
+            x = hidden[token]
+            x = F.silu(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
+            x = F.linear(x, self.down[expert]) * weights[token, slot, None]
+            output.index_add_(0, token, x.to(hidden.dtype))
+        return output
+
+
+def contenders(experts: EmoExperts, tokens: int, *, training: bool) -> dict[str, Callable]:
+    """What takes part: calls of (hidden, index, weights)."""
+
+    def choose(name: str) -> Callable:
+        def call(*inputs):
+            experts.config._experts_implementation = name
+            return experts(*inputs)
+
+        return call
+
+    found: dict[str, Callable] = {"emo": choose("emo"), "authors' loop": LoopExperts(experts)}
+    found["grouped_mm"] = choose("grouped_mm")
+    if not training:
+        found["eager"] = choose("eager")
+    copied = tokens * TOP_K * 3 * HIDDEN * WIDTH * experts.down_proj.itemsize
+    if not training and copied <= MOST_COPIED:
+        found["batched_mm"] = choose("batched_mm")
+    return found
+
+
+def measure(calls: dict[str, Callable[[], None]], seconds: float, clock: Callable) -> dict[str, list[float]]:
+    """Times of each, in turns, for about so many seconds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    start = time.perf_counter()
+    while min(map(len, times.values())) < 3 or time.perf_counter() - start < seconds:
+        for name, call in calls.items():
+            begin = clock()
+            call()
+            times[name].append(clock() - begin)
+    return times
+
+
+def peak_megabytes(call: Callable[[], None]) -> float:
+    """How far the process grows; not a number where there is no Linux to ask."""
+    gc.collect()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _status("VmRSS")
+        call()
+        return (_status("VmHWM") - before) / 1024
+    except OSError:
+        return float("nan")
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
+
+
+def compare(experts: EmoExperts, tokens: int, args: argparse.Namespace, *, training: bool) -> None:
+    """Print a line of the table."""
+    dtype = experts.down_proj.dtype
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype).requires_grad_(training)
+    index = torch.rand(tokens, len(experts.down_proj), generator=generator).argsort(dim=1)[:, :TOP_K]
+    weights = torch.rand(tokens, TOP_K, generator=generator).to(dtype).requires_grad_(training)
+
+    def step(call: Callable) -> Callable[[], None]:
+        def run() -> None:
+            if not training:
+                with torch.no_grad():
+                    call(hidden, index, weights)
+                return
+            call(hidden, index, weights).backward(torch.ones_like(hidden))
+            hidden.grad = weights.grad = None
+            for parameter in call.parameters() if isinstance(call, nn.Module) else experts.parameters():
+                parameter.grad = None
+
+        return run
+
+    calls = {name: step(call) for name, call in contenders(experts, tokens, training=training).items()}
+    clock = time.process_time if args.threads == 1 else time.perf_counter
+    times = measure(calls, args.seconds, clock)
+    memory = {name: peak_megabytes(call) for name, call in calls.items()}
+    middle = {name: statistics.median(each) for name, each in times.items()}
+    fastest = {name: min(each) for name, each in times.items()}
+    ratio, least = (each["emo"] / min(v for n, v in each.items() if n != "emo") for each in (middle, fastest))
+    shown = ", ".join(f"{name} {1e3 * middle[name]:.1f} ms {memory[name]:.0f} MB" for name in calls)
+    what = "forward+backward" if training else "forward"
+    print(
+        f"{ratio:.2f} ({least:.2f})  {what} of {tokens} tokens, {len(experts.down_proj)} experts, "
+        f"{str(dtype).removeprefix('torch.')}: {shown}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="16 experts, up to 512 tokens, one second each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--experts", type=int, nargs="+", default=[128, 16])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--forward", type=int, nargs="*", default=FORWARD, help="numbers of tokens")
+    parser.add_argument("--training", type=int, nargs="*", default=TRAINING, help="numbers of tokens")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each line, at least")
+    args = parser.parse_args()
+    if args.quick:
+        args.experts, args.forward, args.training, args.seconds = [16], (1, 8, 64, 512), (256,), 1.0
+    torch.set_num_threads(args.threads)
+    print(f"{args.threads} threads, PyTorch {torch.__version__}, Python {sys.version.split()[0]}")
+    for num_experts in args.experts:
+        for dtype in args.dtypes:
+            config = EmoConfig(hidden_size=HIDDEN, intermediate_size=WIDTH)
+            with torch.device("meta"):
+                experts = EmoExperts(config, num_experts)
+            experts = experts.to(getattr(torch, dtype)).to_empty(device="cpu")
+            for parameter in experts.parameters():
+                nn.init.uniform_(parameter, -0.04, 0.04)
+            for tokens in args.forward:
+                compare(experts, tokens, args, training=False)
+            for tokens in args.training:
+                compare(experts, tokens, args, training=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Linear layers while decoding: who multiplies, and that nobody notices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo.modeling_emo.modeling_emo import EmoLinear
+from transformers_emo.modeling_emo.native_library import find_kernels
+
+pytestmark = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Rows of each call of the kernel."""
+    kernels, seen = find_kernels(), []
+    linear = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda x, *args: seen.append(len(x)) or linear(x, *args))
+    return seen
+
+
+def make_linear(dtype=torch.float32, **kwargs) -> EmoLinear:
+    torch.manual_seed(0)
+    return EmoLinear(600, 500, **kwargs).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(600,), (1, 600), (2, 1, 600), (3, 600)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_are_as_near_as_the_dtype(calls, dtype, shape, bias):
+    linear = make_linear(dtype, bias=bias)
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        found, expected = linear(x), F.linear(x, linear.weight, linear.bias)
+    assert len(calls) == 1
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_rows_need_not_be_contiguous(calls, inference):
+    linear, x = make_linear(), torch.randn(600, 3).T
+    with inference():
+        torch.testing.assert_close(linear(x), F.linear(x, linear.weight, linear.bias))
+    assert calls == [3]
+
+
+def test_what_is_not_for_the_kernel_goes_to_pytorch(calls):
+    linear, x = make_linear(), torch.randn(2, 600)
+    assert linear(x).grad_fn is not None  # gradients are wanted
+    with torch.no_grad():
+        linear(torch.randn(64, 600))  # many rows
+        linear(x[:0])
+        EmoLinear(8, 8)(torch.randn(1, 8))  # few weights
+        make_linear(torch.float64)(x.double())
+        make_linear(torch.float16)(x.half())
+        turned = make_linear()
+        turned.weight = nn.Parameter(torch.randn(600, 500).T)
+        turned(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x).dtype == torch.bfloat16
+        linear.to("meta")(x.to("meta"))
+    assert calls == []
+
+
+def test_quantised_weights_go_to_pytorch(calls):
+    quantization = pytest.importorskip("torchao.quantization")
+    linear = make_linear(torch.bfloat16, bias=False)
+    quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        assert linear(torch.randn(1, 600).bfloat16()).shape == (1, 500)
+    assert calls == []
+
+
+def test_a_model_decodes_the_same_with_and_without(calls, monkeypatch):
+    torch.manual_seed(0)
+    config = EmoConfig(
+        vocab_size=600,
+        hidden_size=512,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    model = EmoForCausalLM(config).eval()
+    ids = torch.randint(2, 600, (1, 40))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        found = model(ids[:, :1], past_key_values=cache).logits
+        assert calls == [1] * 9  # q, k, v and o of two layers, and the head
+        monkeypatch.setattr(EmoLinear, "_few_rows", None)
+        cache = model(ids, use_cache=True).past_key_values
+        torch.testing.assert_close(
+            model(ids[:, :1], past_key_values=cache).logits, found, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_adapters_on_it_train(make_model):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    ids = torch.randint(2, 96, (1, 6))
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)

@@ -1,0 +1,229 @@
+"""The compiled kernels: their numbers on every kind of processor, and how they come to be."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers_emo import EmoForCausalLM
+from transformers_emo.modeling_emo import native_library
+from transformers_emo.modeling_emo.native_library import (
+    VARIANTS,
+    KernelBuildError,
+    build_kernels,
+    library_path,
+    load_kernels,
+)
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, native_library._COMPILERS)), reason="no C++ compiler"
+)
+ROOT = Path(__file__).parents[2]
+# The others are x86's.
+VARIANT = pytest.mark.parametrize(
+    "variant", VARIANTS if platform.machine() in ("x86_64", "AMD64") else ["native", "portable"]
+)
+DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
+# What each operation may be off, relative to the largest number.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+
+
+def experts_in_float64(x, gate_up, down, weights, index):
+    """The output, and gate and up sorted by expert."""
+    x, gate_up, down, weights = (tensor.double() for tensor in (x, gate_up, down, weights))
+    out, saved = torch.zeros_like(x), []
+    for e in range(len(down)):
+        token, slot = torch.where(index == e)
+        saved.append(x[token] @ gate_up[e].T)
+        gate, up = saved[-1].chunk(2, dim=-1)
+        out.index_add_(0, token, F.silu(gate) * up @ down[e].T * weights[token, slot, None])
+    return out, torch.cat(saved)
+
+
+def assert_near(found, expected, dtype):
+    scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
+    torch.testing.assert_close(found.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
+
+
+@st.composite
+def expert_calls(draw):
+    """Shapes on both sides of every width: of vectors, of tiles, of blocks."""
+    experts = draw(st.integers(1, 6))
+    width = st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 96, 160]))
+    return {
+        "tokens": draw(st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65, 300]))),
+        "experts": experts,
+        "top_k": draw(st.integers(1, experts)),
+        "hidden": draw(st.one_of(width, st.sampled_from([1024, 1056, 2049]))),
+        "width": draw(width),
+        "dtype": draw(DTYPE),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+@VARIANT
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=expert_calls())
+def test_experts_are_near_float64(variant, call):
+    generator = torch.Generator().manual_seed(call["seed"])
+    tokens, experts, hidden, width = (call[name] for name in ("tokens", "experts", "hidden", "width"))
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(call["dtype"])
+
+    x = random(tokens, hidden)
+    gate_up = random(experts, 2 * width, hidden) / hidden**0.5
+    down = random(experts, hidden, width) / width**0.5
+    # One id more than there are experts: picks of another rank.
+    index = (
+        torch.rand(tokens, experts + 1, generator=generator).argsort(dim=1)[:, : call["top_k"]].contiguous()
+    )
+    weights = torch.rand(tokens, call["top_k"], generator=generator)
+    expected, expected_saved = experts_in_float64(x, gate_up, down, weights, index)
+    out, saved = load_kernels(variant).experts(x, gate_up, down, weights, index, save=True)
+    assert_near(out, expected, call["dtype"])
+    assert_near(saved[: len(expected_saved)], expected_saved, call["dtype"])
+    again, nothing = load_kernels(variant).experts(x, gate_up, down, weights, index)
+    assert torch.equal(again, out) and len(nothing) == 0
+
+
+@VARIANT
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 2, 3, 7, 65]),
+    inputs=st.one_of(st.integers(1, 80), st.sampled_from([1024, 2049])),
+    outputs=st.one_of(st.integers(1, 80), st.just(200)),
+    has_bias=st.booleans(),
+    dtype=DTYPE,
+    seed=st.integers(0, 99),
+)
+def test_linear_is_near_float64(variant, rows, inputs, outputs, has_bias, dtype, seed):
+    torch.manual_seed(seed)
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if has_bias else None
+    expected = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
+    assert_near(load_kernels(variant).linear(x, weight, bias), expected, dtype)
+
+
+@pytest.mark.parametrize("gate", [-float("inf"), -1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30])
+def test_gates_however_large_do_no_harm(gate):
+    x = torch.ones(1, 1)
+    gate_up = torch.tensor([[[gate], [1.0]]])
+    index, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    out, _ = load_kernels().experts(x, gate_up, torch.ones(1, 1, 1), weights, index)
+    expected = F.silu(torch.tensor(max(gate, -1e30))).view(1, 1)
+    torch.testing.assert_close(
+        out if gate > -1e31 else out.nan_to_num(0, 0, 0), expected, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_not_a_number_stays_one():
+    x = torch.full((1, 64), float("nan"))
+    index, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = (x, torch.ones(1, 64, 64), torch.ones(1, 64, 32))
+        out, _ = load_kernels().experts(*(tensor.to(dtype) for tensor in tensors), weights, index)
+        assert out.isnan().all()
+
+
+def test_threads_are_those_of_torch():
+    """A second OpenMP in the process would be a second pool, fighting for the same cores."""
+    load_kernels()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no list of loaded libraries")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "omp.so" in line}
+    assert len(loaded) == 1
+
+
+class TestBuilding:
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        flags = [flag for flag in native_library._FLAGS if flag != "-O3"]  # compiles in half the time
+        monkeypatch.setattr(native_library, "_FLAGS", flags)
+        native_library.load_kernels.cache_clear()
+        yield
+        native_library.load_kernels.cache_clear()
+
+    def test_a_library_is_built_once(self, monkeypatch):
+        build_kernels("portable")
+        monkeypatch.setattr(native_library, "build_kernels", lambda *_: pytest.fail("built again"))
+        load_kernels("portable")
+
+    def test_a_damaged_file_is_built_anew(self):
+        path = build_kernels("portable")
+        whole = path.read_bytes()
+        for damaged in (b"", whole[:100], whole[:-40], whole[:5000] + b"?" + whole[5001:]):
+            path.write_bytes(damaged)
+            assert not native_library._is_whole(path)
+        load_kernels("portable")
+        assert native_library._is_whole(path)
+
+    def test_builds_at_once_do_not_disturb_each_other(self):
+        with ThreadPoolExecutor() as pool:
+            paths = {*pool.map(build_kernels, ["portable"] * 3)}
+        (path,) = paths
+        assert native_library._is_whole(path)
+        assert list(path.parent.iterdir()) == [path]  # and leave nothing beside it
+
+    def test_other_processors_have_files_of_their_own(self, monkeypatch):
+        here = library_path()
+        monkeypatch.setattr(native_library, "_processor", lambda: "another")
+        assert library_path() != here
+
+    def test_without_a_compiler_the_error_says_so(self, monkeypatch):
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CXX", raising=False)
+        with pytest.raises(KernelBuildError, match="no C\\+\\+ compiler was found"):
+            build_kernels("portable")
+
+    def test_what_the_compiler_says_is_passed_on(self, monkeypatch, tmp_path):
+        source = tmp_path / "broken.cpp"
+        source.write_text("#error wrong")
+        monkeypatch.setattr(native_library, "_SOURCE", source)
+        with pytest.raises(KernelBuildError, match="wrong"):
+            build_kernels("portable")
+
+    def test_a_cache_that_cannot_be_written_is_named(self, monkeypatch, tmp_path):
+        (tmp_path / "transformers_emo").write_text("a file where the folder would be")
+        with pytest.raises(KernelBuildError, match="XDG_CACHE_HOME"):
+            build_kernels("portable")
+
+    def test_switched_off_nothing_is_built(self, monkeypatch):
+        monkeypatch.setenv("EMO_KERNELS", "0")
+        monkeypatch.setattr(native_library, "build_kernels", lambda *_: pytest.fail("built"))
+        native_library.find_kernels.cache_clear()
+        assert native_library.find_kernels() is None
+        native_library.find_kernels.cache_clear()
+
+
+RUN = """
+import sys, torch
+from transformers_emo import EmoForCausalLM
+model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+ids = torch.tensor([[5, 6, 7]])
+model(ids, labels=ids).loss.backward()
+torch.save(model(ids).logits.detach(), sys.argv[1])
+"""
+
+
+def test_all_runs_without_a_compiler(tmp_path):
+    saved, ids = tmp_path / "logits.pt", torch.tensor([[5, 6, 7]])
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "CXX": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, saved], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its compiled kernels") == 1 and "apt install" in done.stderr
+    with torch.no_grad():
+        expected = EmoForCausalLM.from_pretrained(ROOT / "model_cards" / "toy-emo")(ids).logits
+    torch.testing.assert_close(torch.load(saved), expected, atol=1e-4, rtol=1e-4)
