@@ -81,7 +81,7 @@ def run_pruned(folder: str, subset: Path) -> dict:
 
     logging.disable_progress_bar()
     clock = Clock()
-    model = EmoModel.from_pretrained(folder, expert_subset=str(subset), experts_implementation="eager").eval()
+    model = EmoModel.from_pretrained(folder, expert_subset=str(subset)).eval()
     loading = clock.read()
     ids = tokens(model.config.vocab_size)
     clock = Clock()
@@ -120,7 +120,6 @@ def against_naive(folder: str, _: Path) -> dict:
     result = {}
     kept: list = []
     num_layers, num_experts = model.config.num_hidden_layers, model.config.num_experts
-    model.set_experts_implementation("eager")
     clock = Clock()
     for index in range(num_layers):
         model.config.num_hidden_layers = index + 1

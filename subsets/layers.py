@@ -137,8 +137,6 @@ class CheckpointLayers:
     ):
         self.config = copy.deepcopy(config)
         self.device = torch.device(device)
-        if self.device.type == "cpu":  # the loop over experts: the fastest with many tokens, and the leanest
-            self.config._experts_implementation = "eager"
         with torch.device("meta"):
             self.network = EmoModel(self.config).eval()
         self.source = checkpoint.source

@@ -109,11 +109,10 @@ def select_experts(
     methods read all experts of a layer. The hidden states of all texts are kept between layers.
 
     A folder gives what the model loaded from it gives, to the last bit where both run in one dtype, on the
-    same batches and with the same implementation of experts. On a CPU a folder is run with `"eager"`, which
-    sums a token's experts one after the other in the dtype it runs in, and a loaded model with its own: in
-    bfloat16 scores differ by up to 1e-4 (emo-tiny, where they sum to 1 in a layer) and kept ids only where
-    experts are that close. `model.set_experts_implementation("eager")` makes them equal. Other batches have
-    other padding, and matrix products of other shapes round differently too.
+    same batches and with the same implementation of experts, as they do unless the model was given another
+    one. In bfloat16 scores of `"eager"` and `"grouped_mm"` differ by up to 1e-4 (emo-tiny, where they sum to 1
+    in a layer) and kept ids only where experts are that close. Other batches have other padding, and matrix
+    products of other shapes round differently too.
 
     Args:
         model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or the folder or repository to

@@ -387,16 +387,14 @@ def test_a_bfloat16_model_can_be_run_in_float32(make_model, tmp_path):
 @pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap"])
 @pytest.mark.parametrize("changes", [{}, {"num_shared_experts": 2}, {"num_experts_per_tok": 6}], ids=str)
 def test_in_bfloat16_a_folder_and_a_model_agree_to_the_last_bit(make_model, tmp_path, method, changes):
-    """Where both use the same batches and the same implementation of experts."""
+    """Where both use the same batches."""
     make_model(hidden_size=128, intermediate_size=64, num_experts=48, **changes).save_pretrained(tmp_path)
     generator = torch.Generator().manual_seed(0)
     ids, mask = torch.randint(2, 96, (3, 40), generator=generator), torch.ones(3, 40)
     mask[1, 29:] = 0
     arguments = {"input_ids": ids, "attention_mask": mask, "method": method, "progress": False}
     arguments["num_experts"] = [5, 12, 30]  # of which the first is fewer than a token picks, in one variant
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.bfloat16, experts_implementation="eager"
-    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert select_experts(tmp_path, dtype="bfloat16", **arguments) == select_experts(model, **arguments)
 
 
