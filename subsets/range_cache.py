@@ -32,7 +32,7 @@ from .safetensors_header import CheckpointError
 
 _FOLDER = "emo-ranges"
 _MAX_CALL = 1 << 30  # one call reads or writes at most 2 GiB on Linux
-_TRIES = 5
+_TRIES = 20
 _T = TypeVar("_T")
 _sync = getattr(os, "fdatasync", os.fsync)
 

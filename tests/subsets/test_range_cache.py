@@ -71,7 +71,7 @@ def test_listing_and_clearing_go_on_when_parts_come_and_go(folder, tmp_path):
 
     def again_and_again(action):
         try:
-            while not stop.is_set():
+            while not stop.wait(0.001):
                 action()
         except Exception as error:
             errors.append(error)
@@ -80,9 +80,11 @@ def test_listing_and_clearing_go_on_when_parts_come_and_go(folder, tmp_path):
     threads = [threading.Thread(target=again_and_again, args=[action]) for action in actions * 2]
     for thread in threads:
         thread.start()
-    for number in range(300):
-        write_about(folder.with_name(f"{number % 3:064d}"), "model.safetensors", "c" * 40, 100)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for number in range(300):
+            write_about(folder.with_name(f"{number % 3:064d}"), "model.safetensors", "c" * 40, 100)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert errors == []
