@@ -110,8 +110,8 @@ def select_experts(
 
     A folder gives what the model loaded from it gives, to the last bit where both run in one dtype, on the
     same batches and with the same implementation of experts, as they do unless the model was given another
-    one. In bfloat16 scores of `"eager"` and `"grouped_mm"` differ by up to 1e-4 (emo-tiny, where they sum to 1
-    in a layer) and kept ids only where experts are that close. Other batches have other padding, and matrix
+    one. In bfloat16 scores of `"eager"` and `"grouped_mm"` differ by up to 1e-4 (emo-tiny, where they sum to
+    1 in a layer) and kept ids only where experts are that close. Other batches have other padding, and matrix
     products of other shapes round differently too.
 
     Args:
