@@ -223,8 +223,11 @@ def _load_config(recipe: Recipe) -> EmoConfig:
             section.path, return_unused_kwargs=True, **section.hub, **pools_off | section.config
         )
         config.validate()  # settings that do not go together
-    except StrictDataclassError as error:
-        raise ValueError(f"The section `model.config` is not right: {error.__cause__ or error}") from error
+    except (StrictDataclassError, ValueError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # what is wrong, under what it was wrong in
+            reason = reason.__cause__
+        raise ValueError(f"The section `model.config` is not right: {reason}") from error
     if unknown:
         raise ValueError(
             f"The section `model.config` has settings that `EmoConfig` does not know: {list(unknown)}."
