@@ -183,7 +183,7 @@ def test_what_was_trained_in_half_precision_is_taken_and_the_rest_keeps_its_digi
 SIDE_FILES = {
     "README.md": "---\nlicense: apache-2.0\n---\n",
     "LICENSE": "Apache",
-    "generation_config.json": '{"top_p": 0.5}',
+    "generation_config.json": '{"do_sample": true, "top_p": 0.5}',
     "tokenizer.json": "{}",
     "tokenizer_config.json": "{}",
     "chat_template.jinja": "{{ messages }}",
