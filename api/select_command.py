@@ -124,6 +124,7 @@ def add_select(commands: Any) -> None:
 
 def _select(parsed: argparse.Namespace) -> None:
     from .subsets import select_experts
+    from .subsets.model_experts import size_range
 
     paths = _paths(parsed)
     _check(parsed)
@@ -157,8 +158,7 @@ def _select(parsed: argparse.Namespace) -> None:
     )
     for path, subset in zip(paths, subsets, strict=True):
         subset.save(path)
-        sizes = sorted({len(ids) for ids in subset.experts if ids is not None})
-        number = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        number = size_range(len(ids) for ids in subset.experts if ids is not None)
         origin = f"from {subset.num_tokens} tokens of {subset.num_texts} texts"
         print(f"{path}: {number} experts a layer, {'at random' if subset.num_tokens is None else origin}")
 

@@ -27,6 +27,7 @@ import torch
 from transformers.utils import logging
 
 from .checkpoint import Checkpoint, LazyTensor
+from .hub_files import is_repo_name
 from .safetensors_header import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LEAST_AGREEMENT = 0.75
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ATTENTION = re.compile(r"(?:.*\.)?(layers\.\d+\.self_attn\.[qkvo]_proj)\.weight")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor | LazyTensor], num_layers: int) -> str | None:
@@ -224,7 +224,7 @@ def are_apart(
 def _hub_name(source: str | os.PathLike | None) -> str | None:
     """The name of a Hub repository without its owner, which a fork keeps; `None` for a folder."""
     source = os.fspath(source or "")
-    return source.split("/")[1] if _HUB_ID.fullmatch(source) and not os.path.exists(source) else None
+    return source.split("/")[1] if is_repo_name(source) else None
 
 
 def warn_if_chosen_elsewhere(

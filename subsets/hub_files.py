@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable
@@ -275,6 +276,24 @@ def is_hub_repo(path: str | os.PathLike) -> bool:
     ```
     """
     return not os.path.exists(path)
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether a name is that of a Hub repository with its owner, and of nothing on this machine.
+
+    Args:
+        name (`str`): where a model is said to be from; may be empty.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.hub_files import is_repo_name
+    >>> is_repo_name("allenai/Emo_1b14b_1T"), is_repo_name("model_cards/toy-emo"), is_repo_name("emo")
+    (True, False, False)
+
+    ```
+    """
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and is_hub_repo(name)
 
 
 def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from .adapter_record import RECORD
 from .checkpoint import Checkpoint
 from .expert_subset import ExpertSubset, SubsetError
+from .hub_files import is_repo_name
 from .library import library_file
-from .model_experts import root_experts
+from .model_experts import root_experts, size_range
 
 _CARD = "README.md"
 _TAGS = ("emo", "mixture-of-experts")
@@ -258,7 +258,7 @@ def _adapter_card(folder: Path, repo_id: str) -> str:
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     card = ModelCard(f"---\nlibrary_name: peft\n---\n\n# {repo_id.split('/')[-1]}\n")
     base = str(settings.get("base_model_name_or_path") or "")
-    if _is_repo(base):
+    if is_repo_name(base):
         card.data["base_model"] = base
     with tempfile.TemporaryDirectory() as copy:
         card.save(Path(copy, _CARD))
@@ -268,9 +268,8 @@ def _adapter_card(folder: Path, repo_id: str) -> str:
 
 
 def _adapter_text(subset: ExpertSubset) -> str:
-    sizes = sorted({len(ids) for ids in subset.experts if ids is not None})
     of = max(subset.root_experts_per_layer or [0])
-    kept = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0] if sizes else 0}"
+    kept = size_range(len(ids) for ids in subset.experts if ids is not None)
     kept += f" of the {of} experts" if of else " experts"
     return f"""## Experts
 
@@ -303,7 +302,7 @@ model = EmoForCausalLM.from_pretrained("{subset.source or "<the model>"}", exper
 ```
 """)
     _add_tags(card.data, "expert-subset")
-    if subset.source and _is_repo(subset.source) and subset.source != repo_id:
+    if subset.source and is_repo_name(subset.source) and subset.source != repo_id:
         card.data["base_model"] = subset.source
     return str(card)
 
@@ -316,20 +315,14 @@ def _documents_card(documents: list[str], repo_id: str) -> str:
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n"))
 
 
-def _is_repo(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
-
-
 def _base_model(config: EmoConfig, repo_id: str) -> str | None:
     """The repository that the model was loaded from, if it was another one."""
     name = config.name_or_path or ""
-    return name if _is_repo(name) and name != repo_id else None
+    return name if is_repo_name(name) and name != repo_id else None
 
 
 def _text(config: EmoConfig, repo_id: str, base: str | None) -> str:
-    layers = [layer for layer in config.layer_experts if not layer.is_dense]
-    sizes = sorted({layer.num_experts for layer in layers})
-    kept = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0] if sizes else 0}"
+    kept = size_range(layer.num_experts for layer in config.layer_experts if not layer.is_dense)
     if config.retained_experts:
         of = max(root_experts(config))
         kept += f" of the {of} experts of each layer of {base or 'its full model'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..configuration import EmoConfig
@@ -154,3 +155,22 @@ def subset_config(config: EmoConfig, subset: ExpertSubset) -> EmoConfig:
     config.root_experts_per_layer = subset.root_experts_per_layer
     config.validate()
     return config
+
+
+def size_range(sizes: Iterable[int]) -> str:
+    """Numbers of experts as a reader is told them.
+
+    Args:
+        sizes (`Iterable[int]`): of the layers.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.model_experts import size_range
+    >>> size_range([16, 16]), size_range([8, 32, 16]), size_range([])
+    ('16', '8 to 32', '0')
+
+    ```
+    """
+    least, *more = sorted(set(sizes)) or [0]
+    return f"{least} to {more[-1]}" if more else f"{least}"
