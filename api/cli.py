@@ -218,7 +218,7 @@ def _add_convert(commands: Any) -> None:
     upgrade.add_argument("out", metavar="OUT", help="the folder to make")
     _add_settings(upgrade)
     upgrade.add_argument("--link", action="store_true", help="hard links to the weights instead of copies")
-    upgrade.add_argument("--revision", help="of the Hub repository")
+    _add_hub(upgrade)
     upgrade.set_defaults(run=_upgrade)
 
 
@@ -233,6 +233,17 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--revision", help="of the Hub repository (default main)")
+    parser.add_argument("--token", help="for the Hub (default that of `hf auth login`, or HF_TOKEN)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="for downloads; HF_HUB_CACHE by default")
+
+
+def _hub_kwargs(parsed: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(parsed, name) for name in ("revision", "token", "cache_dir")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _add_shard(commands: Any) -> None:
     shard = commands.add_parser(
         "shard",
@@ -245,7 +256,7 @@ def _add_shard(commands: Any) -> None:
     shard.add_argument(
         "--experts-per-file", type=int, default=1, metavar="N", help="fewer files, more waste (default 1)"
     )
-    shard.add_argument("--revision", help="of the Hub repository")
+    _add_hub(shard)
     shard.set_defaults(run=_shard)
 
 
@@ -320,8 +331,9 @@ def _convert_olmo_core(parsed: argparse.Namespace) -> None:
 def _shard(parsed: argparse.Namespace) -> None:
     from .conversion import shard_experts
 
-    revision = {} if parsed.revision is None else {"revision": parsed.revision}
-    files = shard_experts(parsed.model, parsed.out, experts_per_file=parsed.experts_per_file, **revision)
+    files = shard_experts(
+        parsed.model, parsed.out, experts_per_file=parsed.experts_per_file, **_hub_kwargs(parsed)
+    )
     print(f"{parsed.out}: {len(files)} files of weights")
 
 
@@ -362,7 +374,7 @@ def _upgrade(parsed: argparse.Namespace) -> None:
     from .conversion import upgrade_checkpoint
 
     upgrade_checkpoint(
-        parsed.repo, parsed.out, settings=dict(parsed.set), link=parsed.link, revision=parsed.revision
+        parsed.repo, parsed.out, settings=dict(parsed.set), link=parsed.link, **_hub_kwargs(parsed)
     )
 
 

@@ -16,16 +16,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
 from ..subsets import Checkpoint, CheckpointError, TensorSpan
-from ..subsets.hub_files import is_hub_repo
 from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
 from ..subsets.model_folder import check_new, new_folder
 from ..subsets.safetensors_files import header_of, write_json
 from ..subsets.source_files import identity_of
+from .source_folder import source_folder
 
 BACKBONE = "model-backbone.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -55,7 +54,8 @@ def shard_experts(
             file makes 2,033 files of 16 layers of 128 experts, and no waste; two make half as many, and 16
             random experts fetch 1.58 times their bytes (`benchmarks/expert_shards.py`).
         progress (`bool`, defaults to `True`): show a progress bar in bytes.
-        hub_kwargs: `revision`, `token`, `cache_dir` and so on for a repository, which is downloaded first.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` and so on for a repository, as for
+            `from_pretrained`; it is downloaded first.
 
     Returns:
         `dict[str, list[str]]`: the files of weights, with the names of their tensors.
@@ -81,11 +81,8 @@ def shard_experts(
     if type(experts_per_file) is not int or experts_per_file < 1:
         raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected a number from 1.")
     check_new(out)
-    if is_hub_repo(source):
-        source = snapshot_download(
-            os.fspath(source), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.md"], **hub_kwargs
-        )
-    folder = Path(source)
+    without = [ending for ending in _WEIGHTS if ending != ".safetensors"]
+    folder = source_folder(source, without=without, **hub_kwargs)
     config = EmoConfig.from_pretrained(folder)
     checkpoint = Checkpoint.from_folder(folder)
     try:

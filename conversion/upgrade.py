@@ -6,14 +6,15 @@ what it computes; otherwise the reason is said.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
@@ -26,6 +27,7 @@ from .olmo_core import PROVENANCE, generation_config
 from .olmo_core_layout import training_layout
 from .other_families import emo_name, emo_settings
 from .safetensors_writer import rename_tensors
+from .source_folder import name_and_commit, source_folder
 
 # Beside these and what is written anew everything is kept.
 _CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -38,8 +40,8 @@ def upgrade_checkpoint(
     *,
     settings: Mapping[str, Any] | None = None,
     link: bool = False,
-    revision: str | None = None,
     progress: bool = True,
+    **hub_kwargs: Any,
 ) -> EmoConfig:
     """Make a clean folder for Transformers 5 of an older repository, or of a standard mixture of experts.
 
@@ -51,7 +53,8 @@ def upgrade_checkpoint(
     - OLMoE and Qwen's mixtures of experts are refused: they normalise queries and keys, have biases or a
       shared expert with a gate of its own, which an EMO has not.
 
-    With `settings` the model is ready for annealing with document pools.
+    With `settings` the model is ready for annealing with document pools. `conversion.json` says what was
+    converted, and has the hashes of the weights.
 
     Args:
         repo (`str` or `os.PathLike`): a folder, or a Hub repository, which is downloaded without its code.
@@ -60,8 +63,9 @@ def upgrade_checkpoint(
             `document_pool_max`; see `convert_to_olmo_core`.
         link (`bool`, defaults to `False`): make hard links to the weights instead of copies, where tensors
             are not renamed and the disk is the same. Whatever changes one then changes the other.
-        revision (`str`, *optional*): of a Hub repository.
         progress (`bool`, defaults to `True`): show a progress bar.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` and so on for a repository, as for
+            `from_pretrained`.
 
     Returns:
         `EmoConfig`: the new folder's.
@@ -71,6 +75,7 @@ def upgrade_checkpoint(
             describes.
         ValueError: if the model is of another family and an EMO does not compute the same; the message says
             why. Also for an unknown setting.
+        OSError: if there is no such folder or repository, or it may not be read.
         FileExistsError: if `out` exists.
 
     Example:
@@ -85,10 +90,7 @@ def upgrade_checkpoint(
     """
     out = Path(out)
     check_new(out)
-    folder = Path(repo)
-    if not folder.is_dir():
-        ignored = [f"*{suffix}" for suffix in sorted(_CODE_AND_PICKLES)]
-        folder = Path(snapshot_download(str(repo), revision=revision, ignore_patterns=ignored))
+    folder = source_folder(repo, without=_CODE_AND_PICKLES, **hub_kwargs)
     content = read_model_config(folder)
     weights = Checkpoint.from_folder(folder)
     weights.source.close()
@@ -98,7 +100,9 @@ def upgrade_checkpoint(
     _check_weights({names[name]: span.shape for name, span in weights.tensors.items()}, config)
     files = sorted({span.file for span in weights.tensors.values()})
     kept = _kept_files(folder)
-    with new_folder(out) as partial:
+    # Hashing goes on beside copying, from the page cache.
+    with new_folder(out) as partial, ThreadPoolExecutor(1) as hasher:
+        hashing = {}
         for file in tqdm(files, "Copying", unit="file", disable=not progress):
             if not is_emo:
                 rename_tensors(folder / file, partial / file, names)
@@ -106,6 +110,7 @@ def upgrade_checkpoint(
                 _link(folder / file, partial / file)
             else:
                 shutil.copyfile(folder / file, partial / file)
+            hashing[file] = hasher.submit(_sha256, partial / file)
         if len(files) > 1 or files[0] != "model.safetensors":
             _write_index(folder, partial, names, weights)
         config.save_pretrained(partial)
@@ -114,10 +119,29 @@ def upgrade_checkpoint(
             target = partial / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             _copy_without_code(path, target)
-        left = sorted(path.name for path in folder.iterdir() if path.suffix in _CODE_AND_PICKLES)
-        provenance = {"converted_from": content.get("model_type"), "tensors": len(names), "left_out": left}
-        write_json(partial / PROVENANCE, provenance)
+        hashes = {file: job.result() for file, job in hashing.items()}
+        write_json(partial / PROVENANCE, _provenance(repo, folder, content["model_type"], len(names), hashes))
     return config
+
+
+def _provenance(
+    repo: str | os.PathLike, folder: Path, model_type: str, tensors: int, hashes: dict[str, str]
+) -> dict[str, Any]:
+    name, commit = name_and_commit(repo, folder)
+    return {
+        "converted_from": model_type,
+        "model": name,
+        "revision": commit,
+        "source_sha256": {"config.json": _sha256(folder / "config.json")},
+        "tensors": tensors,
+        "sha256": hashes,
+        "left_out": sorted(path.name for path in folder.iterdir() if path.suffix in _CODE_AND_PICKLES),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_weights(shapes: dict[str, tuple[int, ...]], config: EmoConfig) -> None:

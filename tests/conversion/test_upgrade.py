@@ -1,5 +1,6 @@
 """Older repositories and other mixtures of experts as clean folders."""
 
+import hashlib
 import json
 import logging
 
@@ -32,6 +33,10 @@ SMALL = {
     "eos_token_id": 1,
 }
 IDS = torch.tensor([[5, 9, 1, 40, 7, 88, 3, 60]])
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -81,6 +86,9 @@ def test_an_old_repository_becomes_a_clean_folder(link, old_repository, tmp_path
     assert "pad_token" not in json.loads((out / "generation_config.json").read_text())
     said = json.loads((out / "conversion.json").read_text())
     assert said["left_out"] == ["modeling_emo.py", "training_args.bin"]
+    assert (said["model"], said["revision"]) == (old_repository.name, None)
+    assert said["sha256"] == {name: sha256(out / name) for name in weights}
+    assert said["source_sha256"] == {"config.json": sha256(old_repository / "config.json")}
 
 
 def test_the_upgraded_model_is_the_same(old_repository, make_model, tmp_path):

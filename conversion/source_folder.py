@@ -1,0 +1,80 @@
+"""The folder of a model that is to be converted, downloaded where it is a repository of the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers.utils.hub import extract_commit_hash
+
+from ..subsets.hub_files import is_hub_repo
+
+
+def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hub_kwargs: Any) -> Path:
+    """Where the files of a model are on this machine; those of a repository are downloaded, of one commit.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository.
+        without (`Iterable[str]`, *optional*): endings of files that are not downloaded, such as `".bin"`.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        OSError: if there is no such folder or repository, or it may not be read.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.conversion.source_folder import source_folder
+    >>> source_folder("model_cards/toy-emo").name
+    'toy-emo'
+    >>> try:
+    ...     source_folder(tmp_path / "no" / "such" / "folder")
+    ... except OSError as error:
+    ...     print("is no folder, and cannot be had from the Hub" in str(error))
+    True
+
+    ```
+    """
+    subfolder = str(hub_kwargs.pop("subfolder", None) or "").strip("/")
+    if is_hub_repo(model):
+        inside = f"{subfolder}/*" if subfolder else None
+        ignored = [f"*{ending}" for ending in sorted(without)]
+        try:
+            model = snapshot_download(
+                os.fspath(model), allow_patterns=inside, ignore_patterns=ignored, **hub_kwargs
+            )
+        except (HFValidationError, OSError) as error:
+            raise OSError(f"{model} is no folder, and cannot be had from the Hub: {error}") from error
+    return Path(model, subfolder)
+
+
+def name_and_commit(model: str | os.PathLike, folder: Path) -> tuple[str, str | None]:
+    """What a model is called in the notes of a conversion.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository, as given.
+        folder (`Path`): what `source_folder` gave for it.
+
+    Returns:
+        `tuple[str, str | None]`: the folder's name and `None`, or the repository and its commit.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from transformers_emo.conversion.source_folder import name_and_commit
+    >>> name_and_commit("model_cards/toy-emo", Path("model_cards/toy-emo"))
+    ('toy-emo', None)
+
+    ```
+    """
+    if not is_hub_repo(model):
+        return folder.resolve().name, None
+    return os.fspath(model), extract_commit_hash(str(PurePosixPath(folder, "config.json")), None)
