@@ -17,6 +17,7 @@ TRAINING_SETTINGS = (
     "document_pool_max",
     "document_pool_eval",
     "attention_within_documents",
+    "attention_dropout",
     "balance_loss_coef",
     "router_z_loss_coef",
     "lm_z_loss_coef",

@@ -8,6 +8,7 @@ error, whatever its value means: a converted model that computes something else 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class _Settings:
                 f"`{name}` of the training config is {value!r:.60}, expected "
                 f"{' or '.join(kind.__name__ for kind in kinds)}."
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` of the training config is {value}, expected a finite number.")
         return value
 
     def at(self, key: str, default: Any = ...) -> _Settings:
@@ -122,7 +125,7 @@ def _config(root: _Settings) -> EmoConfig:
     attention.only(
         name=("default", "fused"), type=("attention",), bias=(False,), qk_norm=(), clip_qkv=(), gate=()
     )
-    attention.only(sliding_window=(), use_head_qk_norm=(False,), dropout=(0, 0.0))
+    attention.only(sliding_window=(), use_head_qk_norm=(False,))
     attention.only(softmax_scale=(), head_dim=())
     rope.only(name=("default",), scaling=(), no_global_rope=(False,))
     norms = [norm, head.at("layer_norm")]
@@ -139,6 +142,14 @@ def _config(root: _Settings) -> EmoConfig:
     module = root.at("train_module", {})
     dataset = root.at("dataset")
     heads = attention.whole("n_heads")
+    dropout = float(attention.get("dropout", (int, float), 0.0))
+    theta = float(rope.get("theta", (int, float), 500000))
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"`{attention.name}dropout` of the training config is {dropout}, expected a probability below 1."
+        )
+    if theta <= 0:
+        raise ValueError(f"`{rope.name}theta` of the training config is {theta}, expected more than 0.")
     settings: dict[str, Any] = {
         "architectures": ["EmoForCausalLM"],
         "vocab_size": vocabulary,
@@ -151,7 +162,8 @@ def _config(root: _Settings) -> EmoConfig:
         ),
         "initializer_range": float(model.get("init_std", (int, float), 0.02)),
         "rms_norm_eps": float(norm.get("eps", (int, float), 1e-5)),
-        "rope_theta": float(rope.get("theta", (int, float), 500000)),
+        "rope_theta": theta,
+        "attention_dropout": dropout,
         "eos_token_id": tokenizer.get("eos_token_id", int),
         "pad_token_id": tokenizer.get("pad_token_id", int, None),
         "bos_token_id": tokenizer.get("bos_token_id", int, None),

@@ -51,6 +51,10 @@ def check_can_be_trained(config: EmoConfig) -> None:
     rope = config.to_dict()["rope_scaling"]
     if rope is not None:
         raise ValueError(f"`rope_scaling` is {rope}: EMO was trained without, and it cannot be written.")
+    if not 0 <= (config.attention_dropout or 0.0) < 1:
+        raise ValueError(
+            f"`attention_dropout` is {config.attention_dropout}, expected a probability below 1."
+        )
     eos = config.eos_token_id
     if eos is None or (isinstance(eos, list) and len(eos) != 1):
         raise ValueError(
@@ -66,6 +70,13 @@ def check_can_be_trained(config: EmoConfig) -> None:
         raise ValueError(f"Layers have {numbers} experts: OLMo-core's blocks are all of one kind.")
     if layers[0].num_shared > 1:
         raise ValueError(f"There are {layers[0].num_shared} shared experts: {SHARED_EXPERTS_DIFFER}.")
+    boundaries = config.document_boundaries
+    in_attention = config.attention_within_documents and boundaries == "position_ids"
+    if in_attention or (config.document_pool_min is not None and boundaries != "eos"):
+        raise ValueError(
+            f"`document_boundaries` is {boundaries!r}: OLMo-core tells documents apart by EOS tokens only, "
+            "of which each opens a document for the pools; set 'eos' in config.json to train so."
+        )
     if config.document_pool_min is not None and layers[0].num_shared != 1:
         raise ValueError("Document pools need one shared expert in OLMo-core; the model has none.")
 
@@ -140,6 +151,8 @@ def _model(config: EmoConfig, rows: int, eos: int | None) -> dict[str, Any]:
         "_CLASS_": "olmo_core.nn.attention.AttentionConfig",
         "type": "attention",
     }
+    if config.attention_dropout:
+        attention["dropout"] = config.attention_dropout
     if config.num_key_value_heads == config.num_attention_heads:
         attention["n_kv_heads"] = None
     norm = {

@@ -62,7 +62,7 @@ def convert_to_olmo_core(
 
     Training pads the vocabulary (100,278 tokens to 100,352 rows), and the released layout has dropped those
     rows. They come from `original`, and are zeros without it; no text leads to them. `conversion.json` says
-    which.
+    which. There too is what OLMo-core's config has no place for: which experts of its root a subset is.
 
     Args:
         model_folder (`str` or `os.PathLike`): a folder with `config.json` and safetensors weights: EMO,
@@ -73,7 +73,7 @@ def convert_to_olmo_core(
             own `config.json` does not say of training: released ones say nothing of pools.
         settings (`Mapping[str, Any]`, *optional*): settings of training instead of those:
             `document_pool_min`, `document_pool_max`, `document_pool_eval`, `attention_within_documents`,
-            `balance_loss_coef`, `router_z_loss_coef`, `lm_z_loss_coef`.
+            `attention_dropout`, `balance_loss_coef`, `router_z_loss_coef`, `lm_z_loss_coef`.
         verify (`bool`, defaults to `False`): read all that was written and compare it, bit for bit.
         progress (`bool`, defaults to `True`): show a progress bar.
 
@@ -84,7 +84,8 @@ def convert_to_olmo_core(
         CheckpointError: if the weights are incomplete, damaged or not those that the config describes, or
             `original` is of another model. Nothing is written then.
         ValueError: if OLMo-core has no such model (tied embeddings, biases, several shared experts, layers
-            that differ), a setting is unknown, or verification finds a difference.
+            that differ, documents told apart otherwise than by EOS), a setting is unknown, or verification
+            finds a difference.
         FileExistsError: if `out` exists.
 
     Example:
@@ -130,6 +131,11 @@ def convert_to_olmo_core(
             logger.warning(
                 "No document pools are set: config.json names the router of a standard mixture of experts. "
                 "To go on training an EMO set `document_pool_min` and `document_pool_max` (EMO: 8 and 128)."
+            )
+        if config.retained_experts is not None:
+            logger.warning(
+                f"The model is a subset of another's experts: OLMo-core has no place for which. {PROVENANCE} "
+                "keeps it (`retained_experts`); a model converted back from training does not know it."
             )
         parts, shapes = training_layout(config)
         whole = {name: (rows, *shape[1:]) if shape[0] is None else shape for name, shape in shapes.items()}
@@ -295,5 +301,6 @@ def _provenance(
         "dtype": "float32",
         "padded_vocabulary_rows": f"{padded}: {origin}" if padded else "none",
         "retained_experts": config.retained_experts,
+        "root_experts_per_layer": config.root_experts_per_layer,
         "sha256": hashes,
     }

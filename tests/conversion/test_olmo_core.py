@@ -104,12 +104,14 @@ def test_what_training_needs_is_kept(step10, config, tmp_path):
     moe = config["model"]["block"]["feed_forward_moe"]
     moe["lb_loss_weight"], moe["z_loss_weight"] = 0.25, 0.5
     config["train_module"]["z_loss_multiplier"] = 0.125
+    config["model"]["block"]["sequence_mixer"]["dropout"] = 0.0625
     write_step(tmp_path / "step3", config, model_tensors(step10))
     convert_olmo_core(tmp_path / "step3", tmp_path / "out", progress=False)
     kept = EmoConfig.from_pretrained(tmp_path / "out")
     assert (kept.document_pool_min, kept.document_pool_max, kept.document_pool_eval) == (4, 16, 6)
     assert (kept.balance_loss_coef, kept.router_z_loss_coef, kept.lm_z_loss_coef) == (0.25, 0.5, 0.125)
     assert kept.attention_within_documents and kept.dtype == torch.float32
+    assert kept.attention_dropout == 0.0625
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.pad_token_id, generation.eos_token_id) == (255, 235)
     assert "pad_token" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -235,7 +237,10 @@ SETTINGS = {
     "model.block.sequence_mixer": (None, "attention"),
     "model.block.sequence_mixer.qk_norm": ({"name": "rms"},),
     "model.block.sequence_mixer.bias": (True,),
+    "model.block.sequence_mixer.dropout": (1.0, -0.1, float("nan"), "0.1", True),
+    "model.block.dropout": (0.1,),
     "model.block.sequence_mixer.rope.scaling": ({"factor": 8},),
+    "model.block.sequence_mixer.rope.theta": (float("inf"), 0, -1.0),
     "model.block.sequence_mixer.sliding_window": ({"pattern": [1]},),
     "model.block.layer_norm.name": ("l2_norm",),
     "model.block.layer_norm.eps": (1e-5,),

@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import pickle
+import shutil
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import GOLDENS
 from safetensors.torch import load_file, save_file
-from transformers_emo import CheckpointError, EmoConfig, cli
+from transformers_emo import CheckpointError, EmoConfig, EmoForCausalLM, cli
 from transformers_emo.conversion import (
     DistributedCheckpoint,
     convert_olmo_core,
@@ -142,6 +143,30 @@ def test_the_router_is_the_right_one(router, make_checkpoint, tmp_path, caplog):
         assert getattr(again, name) == value
 
 
+def test_dropout_in_attention_is_that_of_the_model_or_of_its_original(step10, make_checkpoint, tmp_path):
+    convert_to_olmo_core(make_checkpoint(attention_dropout=0.25), tmp_path / "step", progress=False)
+    assert read_config(tmp_path / "step" / "config.json").attention_dropout == 0.25
+    original = tmp_path / "original"
+    shutil.copytree(step10, original)
+    config = json.loads((original / "config.json").read_text())
+    config["model"]["block"]["sequence_mixer"]["dropout"] = 0.125
+    (original / "config.json").write_text(json.dumps(config))
+    content = convert_to_olmo_core(EXPECTED, tmp_path / "step2", original=original, progress=False)
+    assert content["model"]["block"]["sequence_mixer"]["dropout"] == 0.125
+
+
+def test_what_the_config_of_training_has_no_place_for_is_said(make_checkpoint, tmp_path, caplog):
+    subset = [[0, 3, 5, 8, 11]] * 3
+    EmoForCausalLM.from_pretrained(make_checkpoint(), expert_subset=subset).save_pretrained(tmp_path / "part")
+    with caplog.at_level(logging.WARNING):
+        convert_to_olmo_core(
+            tmp_path / "part", tmp_path / "step", settings=POOLS | {"document_pool_max": 4}, progress=False
+        )
+    assert "a subset of another's experts" in caplog.text and "conversion.json" in caplog.text
+    said = json.loads((tmp_path / "step" / "conversion.json").read_text())
+    assert (said["retained_experts"], said["root_experts_per_layer"]) == (subset, [12] * 3)
+
+
 def test_dense_models(make_checkpoint, tmp_path):
     folder = make_checkpoint(
         num_experts_per_layer=[0, 0, 0],
@@ -167,6 +192,12 @@ def test_dense_models(make_checkpoint, tmp_path):
         ({"num_shared_experts": 0, **POOLS, "document_pool_min": 4}, "one shared expert"),
         ({"eos_token_id": None}, "needs the one token"),
         ({"eos_token_id": [1, 2]}, "needs the one token"),
+        ({"attention_dropout": 1.5}, "`attention_dropout` is 1.5"),
+        ({"document_boundaries": "after_eos", **POOLS}, "`document_boundaries` is 'after_eos'"),
+        (
+            {"document_boundaries": "position_ids", "attention_within_documents": True},
+            "`document_boundaries` is 'position_ids'",
+        ),
     ],
 )
 def test_models_that_the_training_library_has_not_are_refused(changes, reason, make_checkpoint, tmp_path):
