@@ -84,12 +84,13 @@ class DataSection:
         ids (`str`, *optional*): or that of token ids.
         prompt, answer (`str`, *optional*): or those of questions and of answers.
         messages (`str`, *optional*): or that of chats.
-        window (`int`): tokens of a window; for answers, of the longest example that is kept.
+        window (`int`): tokens of a window, at least 2; for answers, of the longest example that is kept.
         pack (`bool`): put several short examples with answers into one window.
         num_proc (`int`, *optional*): processes that tokenise.
 
     Raises:
-        ValueError: if the columns do not go together, or `pack` is set for documents.
+        ValueError: if the columns do not go together, a window has no next token to predict, or `pack` is
+            set for documents.
 
     Example: see `Recipe`.
     """
@@ -105,6 +106,11 @@ class DataSection:
     num_proc: int | None = None
 
     def __post_init__(self):
+        if self.window < 2:
+            raise ValueError(
+                f"`window` is {self.window}, expected at least 2 tokens: the first of a window is predicted "
+                "from nothing and trains nothing (EMO: 4096)."
+            )
         named = [name for name in ("text", "ids", "prompt", "messages") if getattr(self, name)]
         if len(named) > 1 or bool(self.prompt) != bool(self.answer):
             columns = named + (["answer"] if self.answer else [])

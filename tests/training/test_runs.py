@@ -181,6 +181,9 @@ def test_settings_of_the_command_win(write):
         ({"model": {"train": "routed"}, "lora": {"r": 2}}, "only the adapter trains: leave one of them out"),
         ({"lora": {"rr": 2}}, "section `lora` is not right: .*rr"),
         ({"data": {"window": "16"}}, "section `data` is not right: Field 'window' expected int"),
+        ({"data": {"window": 1}}, "`window` is 1, expected at least 2 tokens"),
+        ({"evaluation": {"load": {}, "window": 1}}, "`window` is 1, expected at least 2 tokens"),
+        ({"data": {"window": -4}}, "`window` is -4, expected at least 2 tokens"),
         ({"data": {"pack": True}}, "documents are always packed"),
         (
             {"evaluation": {"load": {}, "prompt": "q", "answer": "a", "pack": True}},
