@@ -69,6 +69,42 @@ def remaining_subset(
     return ExpertSubset(**fields | {"experts": experts}).for_model(config)
 
 
+def named_exclusion(
+    exclude_experts: Any, folder: str | os.PathLike | None = None, fetch: Fetch | None = None
+) -> Any:
+    """Read the experts never to use where they are a subset by name, file or JSON data.
+
+    Args:
+        exclude_experts, folder, fetch: as in `remaining_subset`.
+
+    Returns:
+        the `ExpertSubset`; ids by layer and lists of ids as they are.
+
+    Raises:
+        SubsetError: if there is no such subset, or it cannot be read.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.exclusion import named_exclusion
+    >>> named_exclusion({1: [0, 2]})
+    {1: [0, 2]}
+    >>> named_exclusion({"experts": [[0, 2]]}).experts
+    [[0, 2]]
+
+    ```
+    """
+    by_layer = isinstance(exclude_experts, Mapping) and (
+        all(str(k).isdecimal() for k in exclude_experts)  # JSON has no keys but text
+        or not any(isinstance(k, str) for k in exclude_experts)
+    )
+    if isinstance(exclude_experts, Mapping) and not by_layer:
+        return ExpertSubset.from_dict(dict(exclude_experts))
+    if isinstance(exclude_experts, str | os.PathLike):
+        return ExpertSubset.of(exclude_experts, folder, fetch)
+    return exclude_experts
+
+
 def excluded_experts(
     exclude_experts: Any,
     config: EmoConfig,
@@ -95,21 +131,25 @@ def excluded_experts(
     ```
     """
     layers = config.layer_experts
-    if isinstance(exclude_experts, Mapping) and all(str(k).isdecimal() for k in exclude_experts):
-        exclude_experts = {int(k): ids for k, ids in exclude_experts.items()}  # JSON has no keys but text
-    by_layer = isinstance(exclude_experts, Mapping) and not any(isinstance(k, str) for k in exclude_experts)
-    if by_layer:
+    exclude_experts = named_exclusion(exclude_experts, folder, fetch)
+    if isinstance(exclude_experts, Mapping):
+        exclude_experts = {int(k) if str(k).isdecimal() else k: ids for k, ids in exclude_experts.items()}
         wrong = [k for k in exclude_experts if not isinstance(k, int) or not 0 <= k < len(layers)]
         if wrong:
             raise SubsetError(f"There is no layer {wrong[0]!r}: expected 0 to {len(layers) - 1}.")
         exclude_experts = [exclude_experts.get(index) for index in range(len(layers))]
     # A subset is of a domain, whose shared experts are everybody's; ids that somebody wrote down are meant.
-    is_subset = isinstance(exclude_experts, ExpertSubset | str | os.PathLike | Mapping)
-    subset = ExpertSubset.of(exclude_experts, folder, fetch)
+    is_subset = isinstance(exclude_experts, ExpertSubset)
+    subset = ExpertSubset.of(exclude_experts)
     if len(subset.experts) != len(layers):
         raise SubsetError(
             f"The exclusion has {len(subset.experts)} layers, the model {len(layers)}: give one list of ids "
             "a layer, or ids by layer."
+        )
+    if subset.root_experts_per_layer not in (None, root_experts(config)):
+        raise SubsetError(
+            f"The subset of experts to leave out was made for another model: one with "
+            f"{subset.root_experts_per_layer} experts in its layers, and this one has {root_experts(config)}."
         )
     if subset.local_ids:
         subset = subset.for_model(config)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
@@ -228,10 +228,12 @@ def _hub_name(source: str | os.PathLike | None) -> str | None:
 
 
 def warn_if_chosen_elsewhere(
-    subset: ExpertSubset,
+    subset: ExpertSubset | None,
     model: str | os.PathLike,
     tensors: Mapping[str, torch.Tensor | LazyTensor],
     num_layers: int,
+    *,
+    excluded: Any = None,
 ) -> None:
     """Say so where a subset was chosen on another model than the one it is used on.
 
@@ -248,11 +250,12 @@ def warn_if_chosen_elsewhere(
     nothing. Without a source there is none.
 
     Args:
-        subset (`ExpertSubset`): the subset.
+        subset (`ExpertSubset`, *optional*): the subset.
         model (`str` or `os.PathLike`): folder or Hub repository of the model it is used on.
         tensors (`Mapping[str, torch.Tensor | LazyTensor]`): the model's, by name. Two kilobytes are read, if
             the subset has a fingerprint.
         num_layers (`int`): the model's layers.
+        excluded (*optional*): what `named_exclusion` gave; if it is a subset, the same is said of it.
 
     Example:
 
@@ -263,11 +266,18 @@ def warn_if_chosen_elsewhere(
 
     ```
     """
-    here = None if subset.fingerprint is None else fingerprint_of(tensors, num_layers)
-    reason = are_apart((subset.fingerprint, subset.source), (here, model))
-    if reason is not None:
-        where = "" if subset.source is None else f" on {subset.source!r}"
-        logger.warning(
-            f"The expert subset was chosen{where} and is used on {os.fspath(model)!r}, which looks like "
-            f"another model: {reason}. Ids mean nothing in another model: make sure that it is the same."
-        )
+    checked: list[tuple[str, Any]] = [
+        ("The expert subset", subset),
+        ("The subset of experts to leave out", excluded),
+    ]
+    for what, chosen in checked:
+        if not hasattr(chosen, "fingerprint"):
+            continue
+        here = None if chosen.fingerprint is None else fingerprint_of(tensors, num_layers)
+        reason = are_apart((chosen.fingerprint, chosen.source), (here, model))
+        if reason is not None:
+            where = "" if chosen.source is None else f" on {chosen.source!r}"
+            logger.warning(
+                f"{what} was chosen{where} and is used on {os.fspath(model)!r}, which looks like another "
+                f"model: {reason}. Ids mean nothing in another model: make sure that it is the same."
+            )

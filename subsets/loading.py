@@ -25,7 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter
 from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
-from .exclusion import remaining_subset
+from .exclusion import named_exclusion, remaining_subset
 from .expert_subset import SubsetError
 from .fingerprint import warn_if_chosen_elsewhere
 from .hub_files import HubFiles, is_hub_repo, pinned
@@ -87,11 +87,14 @@ def kept_experts(
 
     ```
     """
-    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of_loaded(config))
+    library = library_of_loaded(config)
+    exclude_experts = named_exclusion(exclude_experts, *library)
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library)
     if subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     if weights is not None:
-        warn_if_chosen_elsewhere(subset, config.name_or_path or "", weights, config.num_hidden_layers)
+        path = config.name_or_path or ""
+        warn_if_chosen_elsewhere(subset, path, weights, config.num_hidden_layers, excluded=exclude_experts)
     return local_experts(subset, config)
 
 
@@ -152,12 +155,14 @@ def from_pretrained(
         checkpoint.source.close()
         check_sizes(checkpoint.tensors, config)
     hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    subset = remaining_subset(expert_subset, exclude_experts, config, *library_of(base, **hub))
+    library = library_of(base, **hub)
+    exclude_experts = named_exclusion(exclude_experts, *library)
+    subset = remaining_subset(expert_subset, exclude_experts, config, *library)
     kept = local_experts(subset, config)
     if checkpoint is not None:
         try:
             lazies = lazy_parameters(checkpoint, config, kept)
-            warn_if_chosen_elsewhere(subset, base, lazies, config.num_hidden_layers)
+            warn_if_chosen_elsewhere(subset, base, lazies, config.num_hidden_layers, excluded=exclude_experts)
         finally:
             checkpoint.source.close()
     small = subset_config(config, subset)
@@ -165,7 +170,9 @@ def from_pretrained(
         files = HubFiles(os.fspath(base), hub)
         try:
             tensors = fetch_parameters(files, config, kept, variant=kwargs.pop("variant", None))
-            warn_if_chosen_elsewhere(subset, base, tensors, config.num_hidden_layers)
+            warn_if_chosen_elsewhere(
+                subset, base, tensors, config.num_hidden_layers, excluded=exclude_experts
+            )
             dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
             with cache_view(files, dtype) as view:
                 return _load(

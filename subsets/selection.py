@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, overload
 
@@ -32,9 +33,14 @@ from .calibration import (
     tokenizer_of,
 )
 from .choice import Choice, check_sizes, masked_experts, random_scores
-from .exclusion import excluded_experts
+from .exclusion import excluded_experts, named_exclusion
 from .expert_subset import ExpertSubset
-from .fingerprint import attention_of, fingerprint_of, fingerprint_of_folder
+from .fingerprint import (
+    attention_of,
+    fingerprint_of,
+    fingerprint_of_folder,
+    warn_if_chosen_elsewhere,
+)
 from .hidden_states import HiddenStates
 from .hub_files import pinned
 from .layers import CheckpointLayers, Layers, LoadedLayers
@@ -221,11 +227,13 @@ def select_experts(
         hub_kwargs = pinned(source, hub_kwargs)
     several = isinstance(num_experts, Sequence)
     sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
-    excluded = (
-        [set()] * config.num_hidden_layers
-        if exclude_experts is None
-        else excluded_experts(exclude_experts, config, *library_of(source, **hub_kwargs))
-    )
+    excluded: list[set[int]] = [set()] * config.num_hidden_layers
+    if exclude_experts is not None:
+        exclude_experts = named_exclusion(exclude_experts, *library_of(source, **hub_kwargs))
+        excluded = excluded_experts(exclude_experts, config)
+        if isinstance(exclude_experts, ExpertSubset):
+            is_read = method != "random" or os.path.isdir(source or "")  # of a repository nothing is fetched
+            _warn_of_exclusion(exclude_experts, model, config, source, hub_kwargs if is_read else None)
     if isinstance(model, EmoPreTrainedModel):
         excluded = [never | masked for never, masked in zip(excluded, masked_experts(model), strict=True)]
     choice = Choice(config, method, budget, sizes, source, hub_kwargs.get("revision"), excluded)
@@ -291,6 +299,31 @@ def select_experts(
             checkpoint.source.close()
     subsets = [replace(subset, fingerprint=known_by) for subset in subsets]
     return subsets if several else subsets[0]
+
+
+def _warn_of_exclusion(
+    excluded: ExpertSubset,
+    model: Any,
+    config: EmoConfig,
+    source: str | None,
+    hub_kwargs: dict[str, Any] | None,
+) -> None:
+    """Say so where the experts to leave out were chosen on another model; `hub_kwargs` to look at weights."""
+    layers = config.num_hidden_layers
+    if isinstance(model, EmoPreTrainedModel):
+        tensors = dict(model.named_parameters())
+        warn_if_chosen_elsewhere(None, source or "", tensors, layers, excluded=excluded)
+        return
+    checkpoint = None
+    if excluded.fingerprint is not None and hub_kwargs is not None:
+        with suppress(CheckpointError):  # a choice at random needs no weights, any other says so itself
+            checkpoint = open_checkpoint(model, **hub_kwargs)
+    try:
+        lazies = {} if checkpoint is None else attention_of(checkpoint)
+        warn_if_chosen_elsewhere(None, source or "", lazies, layers, excluded=excluded)
+    finally:
+        if checkpoint is not None:
+            checkpoint.source.close()
 
 
 def _resolve(model: Any, dtype: Any, device: Any, hub_kwargs: dict[str, Any]) -> tuple[EmoConfig, str | None]:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig, LayerExperts
 from .checkpoint import Checkpoint, LazyTensor
-from .exclusion import remaining_subset
+from .exclusion import named_exclusion, remaining_subset
 from .expert_subset import (
     ExpertSubset,
     SubsetError,
@@ -197,10 +197,14 @@ def _prepare(
         commit = getattr(model.config, "_commit_hash", None)
         if commit is not None and "revision" not in hub_kwargs:
             hub_kwargs = hub_kwargs | {"revision": commit}
-        here = _subset_of(expert_subset, exclude_experts, model.config, source, hub_kwargs)
+        library = library_of(source, **hub_kwargs)
+        exclude_experts = named_exclusion(exclude_experts, *library)
+        here = _subset_of(expert_subset, exclude_experts, model.config, library)
     if here is not None:  # the model holds them all
         config = subset_config(model.config, here)
-        warn_if_chosen_elsewhere(here, source or "", weights, config.num_hidden_layers)
+        warn_if_chosen_elsewhere(
+            here, source or "", weights, config.num_hidden_layers, excluded=exclude_experts
+        )
         return config, _plan(model, config, here), None
     if source is None:
         raise SubsetError(
@@ -211,6 +215,7 @@ def _prepare(
     source_config = _source_config(model, source, hub_kwargs)
     library = library_of(source, **hub_kwargs)
     try:
+        exclude_experts = named_exclusion(exclude_experts, *library)
         subset = remaining_subset(expert_subset, exclude_experts, source_config, *library)
     except SubsetError as error:
         raise SubsetError(
@@ -221,7 +226,7 @@ def _prepare(
     if any(layer.new_rows for layer in layers):
         local = local_experts(subset, source_config)
         _read(model, layers, source, source_config, local, progress, hub_kwargs, is_own)
-    warn_if_chosen_elsewhere(subset, source, weights, config.num_hidden_layers)
+    warn_if_chosen_elsewhere(subset, source, weights, config.num_hidden_layers, excluded=exclude_experts)
     return config, layers, (source, hub_kwargs.get("revision"))
 
 
@@ -229,11 +234,9 @@ def _subset_of(
     expert_subset: Any,
     exclude_experts: Any,
     config: EmoConfig,
-    source: str | None,
-    hub_kwargs: dict[str, Any],
+    library: tuple[Any, Any],
 ) -> ExpertSubset | None:
     """The subset, if it is one of the experts that the model holds."""
-    library = library_of(source, **hub_kwargs)
     if expert_subset is None:
         # All experts of the root: the model holds them only if it is no subset itself.
         whole = config.retained_experts is None

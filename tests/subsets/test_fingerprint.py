@@ -10,7 +10,7 @@ from hub_server import HubServer
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers_emo import EmoForCausalLM, ExpertSubset, extract_subset, select_experts
+from transformers_emo import EmoForCausalLM, ExpertSubset, SubsetError, extract_subset, select_experts
 from transformers_emo.subsets import Checkpoint, union
 from transformers_emo.subsets.checkpoint import LocalFiles
 from transformers_emo.subsets.fingerprint import (
@@ -117,6 +117,38 @@ def test_serving_warns_of_a_subset_of_another_model_and_of_no_other(full, make_c
     assert use(chosen_on(full)) == []
     (message,) = use(chosen_on(make_checkpoint(seed=1)))
     assert WARNING in message and os.fspath(full) in message
+
+
+@pytest.mark.parametrize("use", ["select", "select in memory", "random", "load", "mask", "swap", "swap in"])
+def test_experts_left_out_are_those_of_the_same_model_too(full, make_checkpoint, tmp_path, caplog, use):
+    def said_of(excluded):
+        excluded.save(tmp_path / "excluded.json")
+        model = EmoForCausalLM.from_pretrained(full) if use != "swap" else None
+        caplog.clear()
+        if use == "select":
+            chosen_on(full, exclude_experts=tmp_path / "excluded.json")
+        elif use == "select in memory":
+            chosen_on(model, exclude_experts=excluded)
+        elif use == "random":
+            select_experts(full, num_experts=4, method="random", exclude_experts=excluded.to_dict())
+        elif use == "load":
+            EmoForCausalLM.from_pretrained(full, exclude_experts=excluded)
+        elif use == "mask":
+            with model.use_experts(exclude_experts=tmp_path / "excluded.json"):
+                pass
+        else:
+            held = FIRST if use == "swap" else None
+            model = EmoForCausalLM.from_pretrained(full, expert_subset=held)
+            caplog.clear()
+            model.swap_experts(exclude_experts=excluded)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said_of(chosen_on(full)) == []
+    (message,) = said_of(chosen_on(make_checkpoint(seed=1)))
+    assert WARNING in message and "The subset of experts to leave out" in message
+    other_size = ExpertSubset([[0, 3]] * 3, root_experts_per_layer=[16] * 3)
+    with pytest.raises(SubsetError, match="leave out was made for another model"):
+        said_of(other_size)
 
 
 @pytest.mark.parametrize("chosen", ["on the full model", "on the tuned one", "kept in the tuned one"])
