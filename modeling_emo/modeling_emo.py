@@ -487,6 +487,22 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
             )
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
+    def add_adapter(self, adapter_config, *args, **kwargs):
+        """Put a new PEFT adapter on the model; see `PreTrainedModel.add_adapter`.
+
+        Args:
+            adapter_config (`peft.PeftConfig`): mostly from `transformers_emo.training.lora_config`.
+            args, kwargs: as for every Transformers model.
+
+        Raises:
+            SubsetError: if `lora_config` made it for a model with other experts.
+
+        Example: see `load_adapter`.
+        """
+        if self._package is not None:
+            self._package.check_adapter_config(adapter_config, self.config)
+        return super().add_adapter(adapter_config, *args, **kwargs)
+
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """Put a PEFT adapter on the model; see `PreTrainedModel.load_adapter`.
 

@@ -154,6 +154,55 @@ def check_adapter(adapter: str | os.PathLike, config: EmoConfig, hub: dict[str, 
         )
 
 
+def check_adapter_config(adapter_config: Any, config: EmoConfig) -> None:
+    """See that an adapter's config was made for a model with the very experts that this one holds.
+
+    A config remembers the experts of the model that `lora_config` was given, and they are what is saved
+    beside the adapter: on other experts the record would be false. Configs without a record say nothing.
+
+    Args:
+        adapter_config (`peft.PeftConfig`): the adapter's.
+        config (`EmoConfig`): the model's.
+
+    Raises:
+        SubsetError: if it was made for other experts.
+
+    Example:
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> from transformers_emo import EmoConfig, SubsetError
+    >>> from transformers_emo.subsets.adapter_record import check_adapter_config
+    >>> made_for = SimpleNamespace(expert_subset={"experts": [[0, 3]]})
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    >>> try:
+    ...     check_adapter_config(made_for, config)
+    ... except SubsetError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    The adapter's config was made for the experts [0, 3] in layer 0, and this model holds [0, 1, 2, 3]...
+
+    ```
+    """
+    record = getattr(adapter_config, "expert_subset", None)
+    if record is None:
+        return
+    subset, here = ExpertSubset.from_dict(record), held_experts(config)
+    if subset.root_experts_per_layer not in (None, here.root_experts_per_layer):
+        check_record(subset, config)  # another model: it says so
+    differing = [
+        layer
+        for layer, (theirs, ours) in enumerate(zip(subset.experts, here.experts, strict=False))
+        if theirs != ours
+    ]
+    if differing or len(subset.experts) != len(here.experts):
+        layer = differing[0] if differing else min(len(subset.experts), len(here.experts)) - 1
+        raise SubsetError(
+            f"The adapter's config was made for the experts {subset.experts[layer]} in layer {layer}, and "
+            f"this model holds {here.experts[layer]}: make it anew by `lora_config(model, ...)`, after the "
+            "model's experts were chosen."
+        )
+
+
 def _file(adapter: str | os.PathLike, name: str, hub: dict[str, Any]) -> str | None:
     """A file of an adapter, or `None`: also where it was never fetched and the Hub cannot be reached."""
     return cached_file(

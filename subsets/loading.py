@@ -23,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.hub import extract_commit_hash
 
 from ..configuration import EmoConfig
-from .adapter_record import check_adapter
+from .adapter_record import check_adapter, check_adapter_config
 from .checkpoint import Checkpoint, LazyTensor, LocalFiles, rows_of
 from .exclusion import named_exclusion, remaining_subset
 from .expert_subset import SubsetError
@@ -235,6 +235,7 @@ def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike |
 
     Example: see `EmoPreTrainedModel.load_adapter`.
     """
+    check_adapter_config(kwargs.get("peft_config"), config)
     if adapter is not None:
         hub = dict(getattr(kwargs.get("load_config"), "download_kwargs", None) or {})
         hub |= kwargs.get("adapter_kwargs") or {}

@@ -36,6 +36,11 @@ _EXPERT_FACTOR = re.compile(
 def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
     """A PEFT `LoraConfig` whose adapter remembers the experts of `model`, whoever saves it.
 
+    They are those that the model holds now. So make a config for each model, and after its experts were
+    chosen or swapped: `model.add_adapter`, `EmoTrainer` and `emo train` refuse a config of other experts.
+    PEFT's `get_peft_model` shows the config no model and cannot; `save_adapter` writes the experts that the
+    model really holds.
+
     Args:
         model (`EmoPreTrainedModel`): the model to be adapted, full or a subset.
         kwargs: of `peft.LoraConfig`. What can be adapted: attention (`target_modules=["q_proj", "v_proj"]`);

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
+from ..subsets.adapter_record import check_adapter_config
 from .fine_tuning import KeepFrozenRows
 
 _LOSSES = {
@@ -93,6 +94,7 @@ class EmoTrainer(Trainer):
     Raises:
         ValueError: if there is no `EmoForCausalLM` in the model (classifiers train with `Trainer`), or with
             `label_smoothing_factor`: `Trainer` then leaves out what the model adds to the cross entropy.
+        SubsetError: if the model has an adapter whose config `lora_config` made for other experts.
 
     Example:
 
@@ -119,7 +121,9 @@ class EmoTrainer(Trainer):
 
     def __init__(self, *args, exact_balance: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
-        _causal_lm(self.model)  # type: ignore[arg-type]
+        config = _causal_lm(self.model).config  # type: ignore[arg-type]
+        for adapter_config in (getattr(self.model, "peft_config", None) or {}).values():
+            check_adapter_config(adapter_config, config)
         if self.label_smoother is not None:
             raise ValueError(
                 f"`label_smoothing_factor` is {self.args.label_smoothing_factor}, and `Trainer` would leave "

@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers_emo import EmoForCausalLM, SubsetError
-from transformers_emo.training import expand_adapter, load_adapter, lora_config, save_adapter
+from transformers_emo.training import (
+    EmoTrainer,
+    expand_adapter,
+    load_adapter,
+    lora_config,
+    save_adapter,
+    training_arguments,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 
@@ -337,3 +344,31 @@ def test_without_peft_the_error_says_what_to_install(make_model, monkeypatch, tm
 def test_a_model_without_adapter_is_not_saved_as_one(make_model, tmp_path):
     with pytest.raises(TypeError, match="get_peft_model"):
         save_adapter(make_model(), tmp_path)
+
+
+@pytest.mark.parametrize("made_for", [OTHER, UNEVEN, None], ids=["other", "uneven", "full"])
+def test_a_config_made_for_other_experts_is_refused(load, tmp_path, made_for):
+    config = lora_config(load(made_for), r=2, **TARGETS["attention"])
+    with pytest.raises(SubsetError, match="was made for the experts .* this model holds .* make it anew"):
+        load(SUBSET).add_adapter(config)
+    with pytest.raises(SubsetError, match="make it anew"):
+        load(SUBSET).load_adapter(adapter_state_dict={}, peft_config=config)
+    adapted = get_peft_model(load(SUBSET), config)
+    with pytest.raises(SubsetError, match="make it anew"):
+        EmoTrainer(adapted, training_arguments("fine-tune", tmp_path / "run", use_cpu=True))
+    save_adapter(adapted, tmp_path / "saved")  # what it really is
+    load_adapter(load(SUBSET), tmp_path / "saved")
+    assert EmoTrainer(
+        get_peft_model(load(made_for), config),
+        training_arguments("fine-tune", tmp_path / "run", use_cpu=True),
+    )
+
+
+def test_a_config_made_before_experts_were_swapped_is_refused(load):
+    model = load(SUBSET)
+    config = lora_config(model, r=2, **TARGETS["router"])
+    model.swap_experts(OTHER, progress=False)
+    with pytest.raises(SubsetError, match=r"experts \[1, 2, 9, 10, 11\] in layer 1"):
+        model.add_adapter(config)
+    model.swap_experts(SUBSET, progress=False)
+    model.add_adapter(config)
