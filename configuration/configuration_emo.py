@@ -135,7 +135,8 @@ class EmoConfig(PreTrainedConfig):
         document_pool_min, document_pool_max (`int`, *optional*): train with document pools: in every layer a
             document's tokens may use only so many routed experts, a number drawn from this range (both ends
             included) for each layer and document. No pools when not given. EMO was trained with 8 and 128.
-        document_pool_eval (`int`, *optional*): the pool size of evaluation with `document_pool=True`.
+        document_pool_eval (`int`, *optional*): the pool size of evaluation with `document_pool=True`; where
+            there are no more experts, as in a small subset, pools hold all of them.
         document_boundaries (`str`, defaults to `"eos"`): where the segments of routing begin, unless a call
             says: `"eos"` at every EOS token (as EMO was trained), `"after_eos"` after it, `"position_ids"`
             where position ids start again.

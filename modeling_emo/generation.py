@@ -104,9 +104,9 @@ class EmoGenerationMixin(GenerationMixin):
             exclude_experts (*optional*): never route to these experts, as in `use_experts`.
             document_pool (`int`, `bool` or `Sequence[int | None]`, *optional*): routed experts in the pools:
                 one number or one a layer, from those that a token picks to those there are; `True` for
-                `config.document_pool_eval`; `False` for none, even if the cache has pools. Among the experts
-                of `expert_subset`, if given. By default what `generation_config.document_pool` says, if it is
-                there.
+                `config.document_pool_eval`, or all where there are no more; `False` for none, even if the
+                cache has pools. Among the experts of `expert_subset`, if given. By default what
+                `generation_config.document_pool` says, if it is there.
             args, kwargs: as for every Transformers model.
 
         Raises:

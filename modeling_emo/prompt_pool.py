@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from ..configuration.configuration_emo import EmoConfig
 from .document_pool import DocumentPools, pool_mask
+
+logger = logging.get_logger(__name__)
 
 
 class PromptPool(NamedTuple):
@@ -306,7 +309,8 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
     Args:
         config (`EmoConfig`): the model's config.
         document_pool (`int`, `bool` or `Sequence[int | None]`): one size; `True` for
-            `config.document_pool_eval`; or one for each layer (anything for a dense one).
+            `config.document_pool_eval`, which in a subset with fewer experts is all of them, with a warning;
+            or one for each layer (anything for a dense one).
 
     Raises:
         ValueError: if a size is no integer from the routed experts that a token picks to those there are, the
@@ -323,19 +327,28 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
     ```
     """
     layers = config.layer_experts
+    most = max((layer.num_routed for layer in layers if not layer.is_dense), default=0)
     if document_pool is True:
         if config.document_pool_eval is None:
             raise ValueError(
                 "`document_pool=True` needs `config.document_pool_eval`: set it, or give the size."
             )
         document_pool = config.document_pool_eval
+        if (
+            most and document_pool > most
+        ):  # the size of the full model, which its subsets keep in their config
+            logger.warning_once(
+                f"`config.document_pool_eval` is {document_pool}, and no layer has more than {most} routed "
+                "experts: they are all in every pool, as without pools. For smaller pools give their size as "
+                "`document_pool`, or set it in the config."
+            )
+            document_pool = most
     is_list = isinstance(document_pool, Sequence) and not isinstance(document_pool, str)
     sizes: list[Any] = list(document_pool) if is_list else [document_pool] * len(layers)  # type: ignore
     if len(sizes) != len(layers):
         raise ValueError(
             f"`document_pool` has {len(sizes)} sizes, expected one for each of {len(layers)} layers."
         )
-    most = max((layer.num_routed for layer in layers if not layer.is_dense), default=0)
     for index, (size, layer) in enumerate(zip(sizes, layers, strict=True)):
         if layer.is_dense:
             sizes[index] = 0

@@ -1,6 +1,7 @@
 """Pools chosen from the prompt: the right experts, frozen, in every way of generating; one clear error."""
 
 import copy
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -420,6 +421,21 @@ def test_true_is_the_size_of_the_config(make_model):
     model = make_model(document_pool_eval=4)
     expected = model.generate(**batch(), document_pool=4, **NEW)
     assert torch.equal(model.generate(**batch(), document_pool=True, **NEW), expected)
+
+
+def test_true_is_all_experts_of_a_subset_that_has_fewer_than_the_config_says(make_checkpoint, caplog):
+    folder = make_checkpoint(document_pool_eval=7)
+    model = EmoForCausalLM.from_pretrained(
+        folder, expert_subset=[[0, 3, 4, 5, 11], [2, 3, 4, 11], [8, 9, 10, 11]]
+    )
+    assert model.config.document_pool_eval == 7
+    with caplog.at_level(logging.WARNING):
+        got = model.generate(**batch(), document_pool=True, **NEW)
+    assert "`config.document_pool_eval` is 7, and no layer has more than 4 routed" in caplog.text
+    assert torch.equal(got, model.generate(**batch(), document_pool=4, **NEW))
+    assert torch.equal(got, model.generate(**batch(), **NEW))
+    with pytest.raises(ValueError, match="`document_pool` is 7 in layer 0, expected an integer from"):
+        model.generate(**batch(), document_pool=7, **NEW)
 
 
 @settings(deadline=None)
