@@ -13,6 +13,7 @@ import os
 import struct
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _STORAGES = {
 }
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a file in a zip archive; its name and extra field follow
 _MAX_DESCRIPTION = 1 << 20
+_CHECKED_AT_ONCE = 1 << 20  # bytes: stay in the processor's cache
 
 
 class StoredTensor:
@@ -70,6 +72,32 @@ class StoredTensor:
         """
         for chunk in self._chunks:
             self._start(chunk)
+
+    def check_bytes(self) -> None:
+        """See that the elements of every chunk have the checksum (CRC-32) that `torch.save` wrote for them.
+
+        Reads the whole tensor. (`torch.serialization.set_crc32_options(False)` writes none that holds.)
+
+        Raises:
+            CheckpointError: if one has another, or cannot be read.
+
+        Example: see `DistributedCheckpoint`.
+        """
+        buffer = memoryview(bytearray(_CHECKED_AT_ONCE))
+        for chunk in self._chunks:
+            begin, length, expected = _storage(self._source, self.name, self.dtype, chunk)[1:]
+            found = 0
+            for start in range(begin, begin + length, len(buffer)):
+                part = buffer[: min(len(buffer), begin + length - start)]
+                self._source.read_into(chunk.file, start, part)
+                found = zlib.crc32(part, found)
+            if found != expected:
+                raise CheckpointError(
+                    f"The elements of {self.name} at {list(chunk.offsets)}, in {chunk.file} from byte "
+                    f"{begin}, have the checksum {found:08x}, and were saved with {expected:08x}: the file "
+                    "is damaged, copy it again. (If it was saved without checksums, convert without "
+                    "verification.)"
+                )
 
     def ranges(self, start: int, stop: int) -> list[tuple[str, int, int, int]] | None:
         """Where the bytes of rows lie, if each chunk holds whole rows.
@@ -171,6 +199,7 @@ class DistributedCheckpoint:
     Metadata(...)
     >>> checkpoint = DistributedCheckpoint(tmp_path / "step")
     >>> checkpoint["w"].check()
+    >>> checkpoint["w"].check_bytes()
     >>> checkpoint["w"].rows(1, 3)
     tensor([[2, 3],
             [4, 5]])
@@ -208,6 +237,13 @@ class DistributedCheckpoint:
 
 def _elements_start(source: Source, name: str, dtype: torch.dtype, chunk: ChunkLocation) -> int:
     """Where in its file the elements of a chunk begin."""
+    return _storage(source, name, dtype, chunk)[0]
+
+
+def _storage(
+    source: Source, name: str, dtype: torch.dtype, chunk: ChunkLocation
+) -> tuple[int, int, int, int]:
+    """Where in its file the elements of a chunk begin; where their storage does, its bytes and its CRC-32."""
     size = source.size(chunk.file)
     if chunk.start + chunk.length > size:
         raise CheckpointError(
@@ -236,6 +272,7 @@ def _elements_start(source: Source, name: str, dtype: torch.dtype, chunk: ChunkL
         OSError,
         RuntimeError,
         struct.error,
+        zlib.error,
     ) as error:
         raise CheckpointError(
             f"The chunk of {name} at {list(chunk.offsets)}, in {chunk.file} from byte {chunk.start}, is no "
@@ -257,7 +294,7 @@ def _elements_start(source: Source, name: str, dtype: torch.dtype, chunk: ChunkL
             f"The chunk of {name} at {list(chunk.offsets)} does not lie plainly in {chunk.file}: expected "
             f"{math.prod(chunk.sizes)} uncompressed little-endian elements of {dtype}. Copy the file again."
         )
-    return begin + offset * dtype.itemsize
+    return begin + offset * dtype.itemsize, begin, storage.file_size, storage.CRC
 
 
 def _described(data: bytes, dtype: torch.dtype, chunk: ChunkLocation, source: str) -> tuple[str, int]:

@@ -52,8 +52,9 @@ def convert_olmo_core(
             bfloat16 or float16.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
         tokenizer (`str` or `os.PathLike`, *optional*): a folder with tokenizer files to be copied.
-        verify (`bool`, defaults to `False`): compare the converted model's logits with those computed
-            straight from the checkpoint's tensors. Loads the converted model in float32.
+        verify (`bool`, defaults to `False`): check the sums that the checkpoint was saved with, and compare
+            the converted model's logits with those computed straight from the checkpoint's tensors. Loads the
+            converted model in float32.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Returns:
@@ -86,6 +87,10 @@ def convert_olmo_core(
     checkpoint = DistributedCheckpoint(step_folder / "model_and_optim")
     try:
         parts = _plan(config, checkpoint, progress)
+        if verify:
+            sources = sorted({part.source for part in parts})
+            for source in tqdm(sources, "Checking sums", unit="tensor", disable=not progress):
+                checkpoint[source].check_bytes()
         shards = plan_shards([PlannedTensor(part.name, part.shape) for part in parts], wanted, size)
         with new_folder(out) as folder:
             hashes = _write(folder, shards, wanted, parts, checkpoint, progress)

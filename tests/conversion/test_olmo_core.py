@@ -157,6 +157,36 @@ def test_verification_finds_a_wrong_conversion(wrong, step10, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_verification_finds_a_flipped_bit(step10, tmp_path):
+    shutil.copytree(step10, tmp_path / "step")
+    weights = DistributedCheckpoint(tmp_path / "step" / "model_and_optim")
+    name = "model.blocks.1.feed_forward_moe.experts.mlp.w2"
+    file, start, *_ = weights[name].ranges(200, 201)[0]
+    with open(tmp_path / "step" / "model_and_optim" / file, "r+b") as shard:
+        shard.seek(start)
+        byte = shard.read(1)[0]
+        shard.seek(start)
+        shard.write(bytes([byte ^ 1]))  # the lowest bit of one weight: no logit would tell
+    with pytest.raises(CheckpointError, match=f"{name} .*checksum .* copy it again"):
+        convert_olmo_core(tmp_path / "step", tmp_path / "out", verify=True, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("compression", [8, 12])
+def test_a_description_with_a_false_compression_is_damage(compression, step10, tmp_path):
+    shutil.copytree(step10, tmp_path / "step")
+    for shard in (tmp_path / "step" / "model_and_optim").glob("*.distcp"):
+        data = shard.read_bytes()
+        for signature, place in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):
+            at = -1
+            while (at := data.find(signature, at + 1)) >= 0:
+                if b"byteorder" in data[at : at + 80]:
+                    data = data[: at + place] + bytes([compression]) + data[at + place + 1 :]
+        shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match="copy the file again"):
+        convert_olmo_core(tmp_path / "step", tmp_path / "out", progress=False)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_dtypes(dtype, step10, tmp_path):
     convert_olmo_core(step10, tmp_path / "out", dtype=dtype, verify=True, progress=False)
