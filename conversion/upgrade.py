@@ -98,6 +98,12 @@ def upgrade_checkpoint(
     config = emo_config(content if is_emo else emo_settings(content, weights.tensors), settings or {})
     names = {name: name if is_emo else emo_name(content["model_type"], name) for name in weights.tensors}
     _check_weights({names[name]: span.shape for name, span in weights.tensors.items()}, config)
+    if len(set(names.values())) < len(names):
+        twice = sorted(name for name in names if list(names.values()).count(names[name]) > 1)
+        raise CheckpointError(
+            f"{twice[0]} and {twice[1]} are both {names[twice[0]]} of an EMO: the checkpoint has a tensor "
+            "twice, download it again."
+        )
     files = sorted({span.file for span in weights.tensors.values()})
     kept = _kept_files(folder)
     # Hashing goes on beside copying, from the page cache.

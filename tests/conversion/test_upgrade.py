@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -159,6 +159,18 @@ def test_mixtral_computes_the_same_as_an_emo(tmp_path):
 def test_models_that_no_emo_computes_are_refused(config, model, reason, tmp_path):
     model(config).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=reason):
+        upgrade_checkpoint(tmp_path / "model", tmp_path / "emo", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    config = MixtralConfig(**SMALL, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    old = "model.layers.0.input_layernorm.weight"
+    tensors[old.replace("input", "pre_attention")] = tensors[old] + 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="has a tensor twice"):
         upgrade_checkpoint(tmp_path / "model", tmp_path / "emo", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
