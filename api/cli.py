@@ -189,7 +189,9 @@ def _add_convert(commands: Any) -> None:
     )
     olmo_core.add_argument("--tokenizer", metavar="DIR", help="copy the tokenizer files of this folder")
     olmo_core.add_argument(
-        "--verify", action="store_true", help="compare logits with those of the training checkpoint"
+        "--verify",
+        action="store_true",
+        help="check saved sums, and compare logits with the training checkpoint",
     )
     olmo_core.set_defaults(run=_convert_olmo_core)
     back = kinds.add_parser(

@@ -10,9 +10,11 @@ files of the 14B model are well below what the Hub advises (`benchmarks/expert_s
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from tqdm.auto import tqdm
 
 from ..configuration import EmoConfig
 from ..subsets import Checkpoint, CheckpointError, TensorSpan
+from ..subsets.completeness import check_whole
 from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
 from ..subsets.model_folder import check_new, new_folder
 from ..subsets.safetensors_files import header_of, write_json
 from ..subsets.source_files import identity_of
+from .olmo_core import PROVENANCE
 from .source_folder import source_folder
 
 BACKBONE = "model-backbone.safetensors"
@@ -86,7 +90,8 @@ def shard_experts(
     config = EmoConfig.from_pretrained(folder)
     checkpoint = Checkpoint.from_folder(folder)
     try:
-        lazy_parameters(checkpoint, config, None)  # nothing is missing or of another shape
+        # Nothing is missing or of another shape.
+        check_whole(lazy_parameters(checkpoint, config, None), config, os.fspath(source))
         files = plan_expert_files(checkpoint.tensors, config, experts_per_file)
         # The commit of a repository is in the folder's name.
         with new_folder(out, plan={"source": identity_of(folder, checkpoint), "files": files}) as partial:
@@ -173,10 +178,10 @@ def _header(names: list[str], tensors: dict[str, TensorSpan]) -> bytes:
 
 
 def _write(path: Path, header: bytes, names: list[str], checkpoint: Checkpoint, bar: tqdm) -> None:
-    """Write a file under a passing name; one that is there already is whole."""
+    """Write a file under a passing name; one that is there already, in its size, is whole."""
     spans = [checkpoint.tensors[name] for name in names]
     size = len(header) + sum(span.end - span.start for span in spans)
-    if path.exists():
+    if path.exists() and path.stat().st_size == size:
         bar.update(size)
         return
     partial = path.with_name(f"{path.name}.partial")
@@ -192,7 +197,7 @@ def _write(path: Path, header: bytes, names: list[str], checkpoint: Checkpoint, 
                 bar.update(len(part))
         out.flush()
         os.fsync(out.fileno())
-    partial.rename(path)
+    partial.replace(path)
 
 
 def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int) -> None:
@@ -203,5 +208,11 @@ def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int)
         if path.is_file() and not is_weights and not any(part.startswith(".") for part in name.parts):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, partial / name)
+    provenance = partial / PROVENANCE
+    if provenance.is_file():  # how the source came to be; its hashes are of files that are not here
+        with suppress(ValueError, RecursionError):
+            said = json.loads(provenance.read_text(encoding="utf-8"))
+            if isinstance(said, dict) and said.pop("sha256", None) is not None:
+                write_json(provenance, said)
     weight_map = {name: file for file, names in files.items() for name in names}
     write_json(partial / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

@@ -1,5 +1,6 @@
 """Cutting a checkpoint by expert."""
 
+import json
 import os
 import shutil
 import signal
@@ -8,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers_emo import CheckpointError, EmoConfig, EmoForCausalLM
-from transformers_emo.conversion import expert_shards, shard_experts
+from transformers_emo.conversion import expert_shards, shard_experts, upgrade_checkpoint
 from transformers_emo.conversion.expert_shards import BACKBONE, plan_expert_files
 
 
@@ -43,6 +44,13 @@ def test_every_tensor_is_in_one_file_and_plain_transformers_loads_them(
     assert copied == {name for name in there if not name.endswith(".safetensors")}
 
 
+def test_the_notes_of_a_conversion_come_along_without_hashes_of_other_files(make_checkpoint, tmp_path):
+    upgrade_checkpoint(make_checkpoint(), tmp_path / "model", progress=False)
+    shard_experts(tmp_path / "model", tmp_path / "out", progress=False)
+    before, after = (json.loads((tmp_path / f / "conversion.json").read_text()) for f in ("model", "out"))
+    assert before.pop("sha256") and after == before
+
+
 def test_what_every_subset_keeps_is_in_the_backbone():
     config = EmoConfig(num_hidden_layers=2, num_experts=8, num_experts_per_tok=4, num_shared_experts=2)
     names = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in range(2) for e in range(8)]
@@ -56,8 +64,6 @@ def test_tensors_of_several_dtypes_are_aligned(make_checkpoint, tmp_path):
     source = make_checkpoint()
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
-    from safetensors.torch import save_file
-
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     shard_experts(source, tmp_path / "out", progress=False)
     assert same(tensors, tensors_of(tmp_path / "out"))
@@ -85,6 +91,8 @@ expert_shards.shard_experts({str(source)!r}, {str(out)!r}, progress=False)
     assert done.returncode == -signal.SIGKILL and not out.exists()
     first = {path: path.stat().st_ino for path in partial.glob("*.safetensors")}
     assert len(first) == 10
+    cut = first.popitem()[0]  # as a disk leaves it that was full or torn off
+    os.truncate(cut, 100)
     shard_experts(source, out, progress=False)
     assert not partial.exists() and not list(out.glob("*.partial")) and not (out / ".plan.json").exists()
     assert all((out / path.name).stat().st_ino == inode for path, inode in first.items())
@@ -124,6 +132,11 @@ def test_bad_input_is_refused_and_nothing_is_written(make_checkpoint, tmp_path):
         shard_experts(source, source)
     with pytest.raises(CheckpointError, match="save_pretrained"):
         plan_expert_files(["model.layers.0.mlp.experts.gate_up_proj"], EmoConfig())
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.layers.1.self_attn.v_proj.weight", "lm_head.weight"):
+        save_file({n: t for n, t in tensors.items() if n != name}, source / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"lacks the tensor {name.removeprefix('model.')}"):
+            shard_experts(source, tmp_path / "out", progress=False)
     os.truncate(source / "model.safetensors", 1000)
     with pytest.raises(CheckpointError):
         shard_experts(source, tmp_path / "out", progress=False)
