@@ -110,3 +110,50 @@ def test_a_module_that_another_thread_is_about_to_import_is_not_missed(toy):
     thread.join(30)
     installing.join(30)
     assert seen and set(seen) == {1}
+
+
+def test_threads_do_not_wait_for_each_other(toy, tmp_path):
+    """One installs in the midst of an import; the other's import is acted on by importing a part of that."""
+    (tmp_path / "toy_ours").mkdir()
+    (tmp_path / "toy_ours" / "__init__.py").write_text("import toy_stage\ntoy_stage.install()\n")
+    (tmp_path / "toy_ours" / "part.py").write_text("")
+    (tmp_path / "toy_outer.py").write_text(f"import toy_stage\ntoy_stage.wait()\nimport {toy}\n")
+    begun, installed = threading.Event(), threading.Event()
+    seen = []
+
+    def action(module):
+        importlib.import_module("toy_ours.part")
+        seen.append(module.__name__)
+
+    hook = AfterImport({"toy_outer": action, toy: action})
+
+    class Stage:
+        @staticmethod
+        def install():
+            assert begun.wait(30)
+            threading.Timer(0.1, installed.set).start()  # once it waits for the other thread
+            hook.install()
+
+        @staticmethod
+        def wait():
+            begun.set()
+            assert installed.wait(30)
+
+    sys.modules["toy_stage"] = Stage
+    errors = []
+
+    def run(name):
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            errors.append(error)
+
+    # The child first: its lock is held while its parent is imported, and the action wants it.
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("toy_outer", "toy_ours.part")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for name in ("toy_stage", "toy_outer", "toy_ours", "toy_ours.part"):
+        sys.modules.pop(name, None)
+    assert not errors and set(seen) == {"toy_outer", toy}
