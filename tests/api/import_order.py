@@ -32,13 +32,15 @@ ORDERS = [
     "from transformers_emo import EmoForCausalLM",
     "import transformers_emo.subsets.model_hooks\nfrom transformers_emo import select_experts",
 ]
+# No module of the package by its full name: Python 3.11 locks up where one thread imports a package, which imports
+# its module, and another that module, which first imports its package.
 AT_ONCE = [
     "import transformers_emo",
     CAUSAL,
     "import transformers.integrations.moe",
     "from transformers_emo import EmoForCausalLM",
     "from transformers_emo import select_experts",
-    "from transformers_emo.modeling_emo.expert_kernels import emo_experts_forward",
+    "from transformers_emo import EmoTokenizer",
 ]
 
 
