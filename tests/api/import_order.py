@@ -32,8 +32,8 @@ ORDERS = [
     "from transformers_emo import EmoForCausalLM",
     "import transformers_emo.subsets.model_hooks\nfrom transformers_emo import select_experts",
 ]
-# No module of the package by its full name: Python 3.11 locks up where one thread imports a package, which imports
-# its module, and another that module, which first imports its package.
+# No module of the package by its full name: Python 3.11 locks up where one thread imports a package, which
+# imports its module, and another that module, which first imports its package.
 AT_ONCE = [
     "import transformers_emo",
     CAUSAL,
