@@ -58,6 +58,7 @@ bench: $(VENV)/.installed-dev  ## measure what the README claims
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/document_pools.py
 	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/importing.py
 
 # Hours on two cores. Interrupted, it goes on where it was; the corpus needs Debian's package lists and PyPI.
 TINY := examples/emo_tiny

@@ -1,28 +1,22 @@
-"""The one place where EMO joins Transformers."""
+"""The one place where EMO joins Transformers.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.auto import tokenization_auto
+Each part is registered when the module of Transformers that takes it is imported: importing them, or EMO's
+network, takes ten times as long as the rest of this package and is left to those who use them. The functions
+below run in the midst of that import, so they import little and wait for nobody: configuration, tokenizer and
+kernels, but no network.
+"""
 
-from .configuration import EmoConfig, LegacyEmoConfig
-from .modeling_emo import (
-    EmoForCausalLM,
-    EmoForSequenceClassification,
-    EmoForTokenClassification,
-    EmoModel,
-    EmoPreTrainedModel,
-)
-from .modeling_emo.expert_kernels import emo_experts_forward, few_rows_linear, sorted_experts_forward
-from .modeling_emo.modeling_emo import EmoLinear
-from .subsets import model_hooks
-from .tokenization import EmoTokenizer
+from __future__ import annotations
+
+from collections import UserDict
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from .import_hook import AfterImport
+from .lazy_names import import_name
+
+_NETWORK = f"{__package__}.modeling_emo.modeling_emo"
 
 
 def register() -> None:
@@ -36,19 +30,77 @@ def register() -> None:
 
     ```
     """
-    EmoPreTrainedModel._package = model_hooks
-    EmoLinear._few_rows = staticmethod(few_rows_linear)
-    AutoConfig.register(EmoConfig.model_type, EmoConfig, exist_ok=True)
-    AutoConfig.register(LegacyEmoConfig.model_type, LegacyEmoConfig, exist_ok=True)
-    AutoModel.register(EmoConfig, EmoModel, exist_ok=True)
-    AutoModelForCausalLM.register(EmoConfig, EmoForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(EmoConfig, EmoForSequenceClassification, exist_ok=True)
-    AutoModelForTokenClassification.register(EmoConfig, EmoForTokenClassification, exist_ok=True)
-    AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
-    ALL_EXPERTS_FUNCTIONS.register(EmoPreTrainedModel._cpu_experts, emo_experts_forward)
-    ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
+    _HOOK.install()
+
+
+def _register_configs(configuration_auto: ModuleType) -> None:
+    from .configuration import EmoConfig, LegacyEmoConfig
+
+    for config in (EmoConfig, LegacyEmoConfig):
+        configuration_auto.AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def _register_models(modeling_auto: ModuleType) -> None:
+    from .configuration import EmoConfig
+
+    for auto_class, name in (
+        (modeling_auto.AutoModel, "EmoModel"),
+        (modeling_auto.AutoModelForCausalLM, "EmoForCausalLM"),
+        (modeling_auto.AutoModelForSequenceClassification, "EmoForSequenceClassification"),
+        (modeling_auto.AutoModelForTokenClassification, "EmoForTokenClassification"),
+    ):
+        mapping = auto_class._model_mapping
+        if not isinstance(mapping._extra_content, _ImportedOnAccess):
+            mapping._extra_content = _ImportedOnAccess(mapping._extra_content)
+        auto_class.register(EmoConfig, partial(import_name, _NETWORK, name), exist_ok=True)
+
+
+class _ImportedOnAccess(UserDict):
+    """What was registered with an auto-class, by config; a class that is yet to be imported is a `partial`.
+
+    Transformers imports its own models on access too, but only those in its own folder.
+    """
+
+    def __getitem__(self, config: Any) -> Any:
+        value = self.data[config]
+        if isinstance(value, partial):
+            value = self.data[config] = value()
+        return value
+
+
+def _register_tokenizer(tokenization_auto: ModuleType) -> None:
+    from .configuration import EmoConfig
+    from .tokenization import EmoTokenizer
+
+    tokenization_auto.AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
     # Registered alone, the class would serve only repositories that name none. Released ones may name
     # `GPT2Tokenizer`, which in Transformers 5 splits text as GPT-2 does, not as their `tokenizer.json` says.
     # This is how Transformers itself lists the models whose repositories name a wrong class.
     tokenization_auto.TOKENIZER_MAPPING_NAMES[EmoConfig.model_type] = EmoTokenizer.__name__
     tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(EmoConfig.model_type)
+
+
+def _register_experts(moe: ModuleType) -> None:
+    from .modeling_emo.expert_kernels import emo_experts_forward, sorted_experts_forward
+
+    moe.ALL_EXPERTS_FUNCTIONS.register("emo", emo_experts_forward)
+    moe.ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
+
+
+def _complete_network(network: ModuleType) -> None:
+    from .modeling_emo.expert_kernels import few_rows_linear
+    from .subsets import model_hooks
+
+    network.EmoPreTrainedModel._package = model_hooks
+    network.EmoLinear._few_rows = staticmethod(few_rows_linear)
+
+
+_HOOK = AfterImport(
+    {
+        "transformers.models.auto.configuration_auto": _register_configs,
+        "transformers.models.auto.modeling_auto": _register_models,
+        "transformers.models.auto.tokenization_auto": _register_tokenizer,
+        "transformers.integrations.moe": _register_experts,
+        _NETWORK: _complete_network,
+    }
+)

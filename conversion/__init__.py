@@ -1,19 +1,5 @@
 """From training checkpoints to the released layout and back, and from that to expert shards."""
 
-from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
-from .expert_shards import shard_experts
-from .olmo_core import convert_olmo_core
-from .pickled_metadata import UnsafePickleError, read_metadata
-from .to_olmo_core import convert_to_olmo_core
-from .upgrade import upgrade_checkpoint
+from ..lazy_names import lazy_names
 
-__all__ = [
-    "DistributedCheckpoint",
-    "StoredTensor",
-    "UnsafePickleError",
-    "convert_olmo_core",
-    "convert_to_olmo_core",
-    "read_metadata",
-    "shard_experts",
-    "upgrade_checkpoint",
-]
+__getattr__, __dir__, __all__ = lazy_names(__spec__)

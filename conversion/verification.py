@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from .. import modeling_emo
 from ..configuration import EmoConfig, LayerExperts
-from ..modeling_emo import EmoForCausalLM
 from .distributed_checkpoint import DistributedCheckpoint
 
 _TOKENS = 48
@@ -47,7 +47,7 @@ def verify_logits(
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (_TOKENS,), generator=generator)
     expected_TV = training_logits(checkpoint, config, input_ids, dtype)
-    model = EmoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = modeling_emo.EmoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits_TV = model(input_ids[None]).logits[0]
     difference = (logits_TV - expected_TV).abs().amax(-1).median().item()

@@ -1,37 +1,5 @@
 """The EMO network."""
 
-from .document_pool import draw_pool_sizes, pool_mask
-from .losses import BalanceCounts, document_pool_losses, lm_z_loss, load_balancing_loss
-from .modeling_emo import (
-    EmoForCausalLM,
-    EmoForSequenceClassification,
-    EmoForTokenClassification,
-    EmoModel,
-    EmoPreTrainedModel,
-)
-from .segments import (
-    flatten_segments,
-    lengths_from_segments,
-    segments_from_eos,
-    segments_from_lengths,
-    segments_from_positions,
-)
+from ..lazy_names import lazy_names
 
-__all__ = [
-    "BalanceCounts",
-    "EmoForCausalLM",
-    "EmoForSequenceClassification",
-    "EmoForTokenClassification",
-    "EmoModel",
-    "EmoPreTrainedModel",
-    "document_pool_losses",
-    "draw_pool_sizes",
-    "flatten_segments",
-    "lengths_from_segments",
-    "lm_z_loss",
-    "load_balancing_loss",
-    "pool_mask",
-    "segments_from_eos",
-    "segments_from_lengths",
-    "segments_from_positions",
-]
+__getattr__, __dir__, __all__ = lazy_names(__spec__)

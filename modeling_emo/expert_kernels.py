@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers import integrations  # its `moe` is no import: registering imports us in the midst of it
 
 from .native_library import find_kernels
 
@@ -198,7 +198,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
         and not is_traceable_wrapper_subclass(gate_up)  # quantised or distributed
     )
     if not is_ours:
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return integrations.moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index

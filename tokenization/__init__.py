@@ -1,15 +1,5 @@
 """The EMO tokenizer, packing documents into windows, and prompts with answers for fine-tuning."""
 
-from .answers import encode_answers
-from .dolma2 import build_dolma2_tokenizer
-from .packing import PackedStream, pack_dataset, pack_documents
-from .tokenization_emo import EmoTokenizer
+from ..lazy_names import lazy_names
 
-__all__ = [
-    "EmoTokenizer",
-    "PackedStream",
-    "build_dolma2_tokenizer",
-    "encode_answers",
-    "pack_dataset",
-    "pack_documents",
-]
+__getattr__, __dir__, __all__ = lazy_names(__spec__)

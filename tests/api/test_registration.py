@@ -2,34 +2,57 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import transformers_emo
+from conftest import TOY
+from transformers import AutoModel
+from transformers.integrations import moe
+from transformers_emo import EmoConfig, EmoPreTrainedModel
+from transformers_emo.modeling_emo import modeling_emo
 from transformers_emo.registration import register
 
 
-def run(code: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def test_import_registers_every_auto_class():
-    names = run(
-        "import transformers as t, transformers_emo as e\n"
-        "classes = (t.AutoModel, t.AutoModelForCausalLM, t.AutoModelForSequenceClassification,\n"
-        "           t.AutoModelForTokenClassification)\n"
-        "print([c._model_mapping[e.EmoConfig].__name__ for c in classes])\n"
-        "print(type(t.AutoConfig.for_model('emo')).__name__)"
+def test_importing_the_package_imports_neither_transformers_nor_torch():
+    """Nor does the command, to say what it can do: help comes at once."""
+    code = (
+        "import sys, transformers_emo\n"
+        "from transformers_emo.cli import main\n"
+        "try: main(['--version'])\n"
+        "finally: print({'torch', 'transformers', 'huggingface_hub', 'numpy'} & sys.modules.keys())"
     )
-    assert names.splitlines() == [
-        "['EmoModel', 'EmoForCausalLM', 'EmoForSequenceClassification', 'EmoForTokenClassification']",
-        "EmoConfig",
-    ]
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout.splitlines() == [f"emo {transformers_emo.__version__}", "set()"]
+
+
+def test_every_order_of_imports_registers_everything():
+    script = Path(__file__).parent / "import_order.py"
+    command = [sys.executable, "-W", "ignore", str(script), str(TOY)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout
+
+
+def test_modules_of_the_network_get_their_kernels_by_the_name_they_ask_for():
+    assert EmoPreTrainedModel._cpu_experts in moe.ALL_EXPERTS_FUNCTIONS
+
+
+def test_an_auto_class_tells_why_the_network_cannot_be_imported(monkeypatch):
+    """Not that there is none, as after the `KeyError` of a lookup."""
+    monkeypatch.delattr(modeling_emo, "EmoModel")
+    register()
+    try:
+        with pytest.raises(ImportError, match="Cannot import EmoModel from .*modeling_emo: AttributeError"):
+            AutoModel.from_config(EmoConfig(num_hidden_layers=1))
+    finally:
+        monkeypatch.undo()
+        register()
 
 
 def test_registering_again_changes_nothing():
+    before = list(sys.meta_path), dict(AutoModel._model_mapping._extra_content)
     register()
-    register()
+    assert (list(sys.meta_path), dict(AutoModel._model_mapping._extra_content)) == before
 
 
 def test_public_names_are_there():

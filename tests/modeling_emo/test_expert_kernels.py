@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.integrations import moe
 from transformers_emo import EmoConfig, EmoForCausalLM
 from transformers_emo.modeling_emo import expert_kernels
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
@@ -268,9 +269,7 @@ class TestWhoRunsTheExperts:
 
     def test_on_other_devices_transformers_decides(self, make_model, monkeypatch):
         called = []
-        monkeypatch.setattr(
-            expert_kernels, "grouped_mm_experts_forward", lambda *args: called.append(args) or args[1]
-        )
+        monkeypatch.setattr(moe, "grouped_mm_experts_forward", lambda *args: called.append(args) or args[1])
         model = make_model().to("meta")
         experts = model.model.layers[0].mlp.experts
         experts(torch.empty(2, 32, device="meta"), torch.empty(2, 4, dtype=torch.int64, device="meta"), None)

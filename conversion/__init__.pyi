@@ -1,0 +1,17 @@
+from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
+from .expert_shards import shard_experts
+from .olmo_core import convert_olmo_core
+from .pickled_metadata import UnsafePickleError, read_metadata
+from .to_olmo_core import convert_to_olmo_core
+from .upgrade import upgrade_checkpoint
+
+__all__ = [
+    "DistributedCheckpoint",
+    "StoredTensor",
+    "UnsafePickleError",
+    "convert_olmo_core",
+    "convert_to_olmo_core",
+    "read_metadata",
+    "shard_experts",
+    "upgrade_checkpoint",
+]

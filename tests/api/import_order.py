@@ -1,0 +1,119 @@
+"""Imports in one order after another, each in a process of its own: EMO must work alike after all of them.
+
+Run by `test_registration.py`. The processes are forked after what takes longest and is nobody's part here.
+"""
+
+import os
+import sys
+import threading
+import traceback
+
+import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
+
+TOY = sys.argv[1]
+CAUSAL = "from transformers import AutoModelForCausalLM"
+# Orders that import no network, neither Transformers' nor ours, until somebody wants a model.
+LIGHT = [
+    "import transformers_emo",
+    "import transformers_emo, transformers",
+    f"{CAUSAL}, AutoConfig, AutoTokenizer\nimport transformers_emo",
+    f"import transformers_emo\n{CAUSAL}",
+    "from transformers_emo import EmoConfig, EmoTokenizer, ExpertSubset, mix\nimport transformers",
+    "from transformers_emo.tokenization.tokenization_emo import EmoTokenizer",
+    "from transformers_emo.modeling_emo.expert_kernels import emo_experts_forward",
+]
+ORDERS = [
+    "import transformers.integrations.moe, transformers_emo",
+    "from transformers import Trainer, pipeline\nimport transformers_emo",
+    "from transformers_emo import EmoForCausalLM",
+    "import transformers_emo.subsets.model_hooks\nfrom transformers_emo import select_experts",
+]
+# No module of the package by its full name: Python 3.11 locks up where one thread imports a package, which
+# imports its module, and another that module, which first imports its package.
+AT_ONCE = [
+    "import transformers_emo",
+    CAUSAL,
+    "import transformers.integrations.moe",
+    "from transformers_emo import EmoForCausalLM",
+    "from transformers_emo import select_experts",
+    "from transformers_emo import EmoTokenizer",
+]
+
+
+def check() -> None:
+    """See that EMO is to Transformers what it should be."""
+    import transformers
+    import transformers_emo as emo
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    assert {"emo", "emo_sorted"} <= set(ALL_EXPERTS_FUNCTIONS.valid_keys())
+    assert type(transformers.AutoTokenizer.from_pretrained(TOY)) is emo.EmoTokenizer
+    config = transformers.AutoConfig.from_pretrained(TOY)
+    assert type(config) is emo.EmoConfig
+    assert issubclass(type(transformers.AutoConfig.for_model("flex_olmo_noqknorm_prenorm")), emo.EmoConfig)
+    for auto, network in (
+        (transformers.AutoModel, emo.EmoModel),
+        (transformers.AutoModelForCausalLM, emo.EmoForCausalLM),
+        (transformers.AutoModelForSequenceClassification, emo.EmoForSequenceClassification),
+        (transformers.AutoModelForTokenClassification, emo.EmoForTokenClassification),
+    ):
+        assert emo.EmoConfig in auto._model_mapping and auto._model_mapping[emo.EmoConfig] is network
+        assert network in auto._model_mapping._extra_content.values()
+    experts = [[0, 1, 2, 31]] * config.num_hidden_layers
+    model = transformers.AutoModelForCausalLM.from_pretrained(TOY, expert_subset=experts)
+    assert model.config.num_experts == 4 and model.config._experts_implementation == "emo"
+    with torch.no_grad():
+        assert model(torch.arange(4)[None]).logits.isfinite().all()
+
+
+def one_after_another(order: str, is_light: bool) -> None:
+    """Import so, then check."""
+    exec(order, {})
+    assert not (is_light and "transformers.modeling_utils" in sys.modules)
+    check()
+
+
+def all_at_once() -> None:
+    """Import in as many threads, then check."""
+    import transformers  # noqa: F401  its own first import is circular: two threads cannot make it
+
+    errors = []
+    start = threading.Barrier(len(AT_ONCE))
+
+    def run(line: str) -> None:
+        start.wait()
+        try:
+            exec(line, {})
+        except BaseException as error:
+            errors.append((line, error))
+
+    threads = [threading.Thread(target=run, args=(line,)) for line in AT_ONCE]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    check()
+
+
+def succeeds(name: str, run, *arguments) -> bool:
+    """Whether it runs to its end in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run(*arguments)
+        except BaseException:
+            print(f"--- {name}", traceback.format_exc(), sep="\n", flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+if __name__ == "__main__":
+    done = [succeeds(order, one_after_another, order, order in LIGHT) for order in LIGHT + ORDERS]
+    done.append(succeeds("all at once", all_at_once))
+    sys.exit(not all(done))
