@@ -38,6 +38,7 @@ from transformers_emo.modeling_emo.modeling_emo import EmoLinear
 from transformers_emo.modeling_emo.native_library import find_kernels
 
 PROMPT, LONG_PROMPT, SEQUENCES = 32, 1024, 8
+PARTS = ("one", "eight", "prompt")
 LARGEST_DIFFERENCE = 1e-4  # of float32 logits, in standard deviations of theirs
 
 
@@ -126,7 +127,11 @@ def random_tokens(vocabulary: int, *shape: int) -> list:
 
 
 def take_turns(
-    contenders: dict[str, Any], prompt: list[list[int]], steps: list[list[int]], turns: int
+    contenders: dict[str, Any],
+    prompt: list[list[int]],
+    steps: list[list[int]],
+    turns: int,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Of each contender the median of the turns, their fastest, growth, and how far its logits are off."""
     first = {name: each.run(prompt, steps) for name, each in contenders.items()}
@@ -135,6 +140,7 @@ def take_turns(
     for _ in range(turns):
         for name, each in contenders.items():
             runs[name].append(each.run(prompt, steps))
+        between()
     results = {}
     for name, each in runs.items():
         times = [statistics.median(run["steps"]) if steps else run["prompt"] for run in each]
@@ -165,35 +171,43 @@ def compare_rates(title: str, results: dict[str, dict], bars: dict[str, float]) 
             print(f"{ratio:.2f}  {title}: our rate / {name}'s{bar}", flush=True)
 
 
-@torch.no_grad()
-def read_bandwidth(model: EmoForCausalLM, seconds: float = 3.0) -> tuple[float, str]:
-    """Bytes a second of reading the experts' weights from memory, and the way that is fastest."""
-    weights = [layer.mlp.experts.gate_up_proj for layer in model.model.layers]
-    flat = [torch.empty(0, dtype=torch.int32).set_(weight.untyped_storage()) for weight in weights]  # type: ignore
-    count = sum(each.numel() * each.itemsize for each in flat)
-    ways: dict[str, Callable[[torch.Tensor], Any]] = {
-        "sum of int64": lambda x: x.view(torch.int64).sum(),
-        "sum of float32": lambda x: x.view(torch.float32).sum(),
-        "largest int32": lambda x: x.amax(),
-        "sum of 64 kB rows": lambda x: x.view(torch.float32).view(-1, 1 << 14).sum(dim=1),
-        "product of float32": lambda x: torch.mv(
-            x.view(torch.float32).view(-1, 2048), torch.ones(2048, dtype=torch.float32)
-        ),
-    }
-    kernels = find_kernels()
-    if kernels is not None:
-        row = torch.ones(1, 2048, dtype=torch.bfloat16)
-        ways["our product"] = lambda x: kernels.linear(row, x.view(torch.bfloat16).view(-1, 2048), None)
-    fastest = dict.fromkeys(ways, float("inf"))
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or max(fastest.values()) == float("inf"):
-        for name, way in ways.items():
+class Memory:
+    """How fast the machine reads: weights of several GB, by the best of several ways."""
+
+    def __init__(self, model: EmoForCausalLM):
+        weights = [layer.mlp.experts.gate_up_proj for layer in model.model.layers]
+        self.flat = [
+            torch.empty(0, dtype=torch.int32).set_(weight.untyped_storage())  # type: ignore[call-overload]
+            for weight in weights
+        ]
+        self.nbytes = sum(each.nbytes for each in self.flat)
+        ones = torch.ones(2048)
+        self.ways: dict[str, Callable[[torch.Tensor], Any]] = {
+            "sum of int64": lambda x: x.view(torch.int64).sum(),
+            "sum of float32": lambda x: x.view(torch.float32).sum(),
+            "largest int32": lambda x: x.amax(),
+            "product of float32": lambda x: torch.mv(x.view(torch.float32).view(-1, 2048), ones),
+        }
+        kernels, row = find_kernels(), torch.ones(1, 2048, dtype=torch.bfloat16)
+        if kernels is not None:
+            self.ways["our product"] = lambda x: kernels.linear(
+                row, x.view(torch.bfloat16).view(-1, 2048), None
+            )
+        self.times: dict[str, list[float]] = {name: [] for name in self.ways}
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Once, in each way."""
+        for name, way in self.ways.items():
             start = time.perf_counter()
-            for each in flat:
+            for each in self.flat:
                 way(each)
-            fastest[name] = min(fastest[name], time.perf_counter() - start)
-    name = min(fastest, key=fastest.__getitem__)
-    return count / fastest[name], name
+            self.times[name].append(time.perf_counter() - start)
+
+    def rates(self) -> dict[str, float]:
+        """Bytes a second of each way, the fastest first, by the medians so far."""
+        rates = {name: self.nbytes / statistics.median(times) for name, times in self.times.items()}
+        return dict(sorted(rates.items(), key=lambda item: -item[1]))
 
 
 @torch.no_grad()
@@ -230,7 +244,7 @@ def packed_products(model: EmoForCausalLM, picked: list[torch.Tensor]) -> float:
     """Seconds of the prompt's products alone: oneDNN, with weights that it packed beforehand."""
 
     def pack(weight: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), rows)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         return torch.randn(rows, weight.shape[1]).to(weight.dtype), packed
 
     def seconds(products: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -255,44 +269,56 @@ def packed_products(model: EmoForCausalLM, picked: list[torch.Tensor]) -> float:
     return total
 
 
-def compare(model: EmoForCausalLM, contenders: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print all tables."""
-    vocabulary = model.config.vocab_size
-    bandwidth, way = read_bandwidth(model)
-    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s ({way}, the best of several)")
-    rates = {}
-    for sequences in (1, SEQUENCES):
-        title = f"a token after {PROMPT}, {'one sequence' if sequences == 1 else f'{sequences} sequences'}"
-        prompt = random_tokens(vocabulary, sequences, PROMPT)
-        steps = random_tokens(vocabulary, args.tokens // (1 if sequences == 1 else 4), sequences)
-        read = statistics.mean(active_bytes(model, each) for each in picks(model, prompt, steps)[1:])
-        results = take_turns(contenders, prompt, steps, args.turns)
-        compare_rates(title, results, {"llama.cpp": 0.9} if sequences == 1 else {})
-        share = read / results["emo"]["seconds"] / bandwidth
-        bar = " (to reach: 0.75)" if sequences == 1 else ""
-        print(
-            f"{share:.2f}  {title}: share of the memory's speed{bar}, {read / 1e6:.0f} MB of weights a step"
-        )
-        for name, result in results.items():
-            show(name, result, f"{read / result['seconds'] / 1e9:.1f} GB/s, ")
-            rates[name, sequences] = sequences / result["seconds"]
-    for name in contenders:
-        bar = " (to reach: 3)" if name == "emo" else ""
-        ratio = rates[name, SEQUENCES] / rates[name, 1]
-        print(f"{ratio:.2f}  tokens a second, {SEQUENCES} sequences / one, {name}{bar}")
+def compare_steps(
+    model: EmoForCausalLM, contenders: dict[str, Any], sequences: int, args: argparse.Namespace
+) -> dict[str, float]:
+    """Print the table of decoding so many sequences; tokens a second."""
+    title = f"a token after {PROMPT}, {'one sequence' if sequences == 1 else f'{sequences} sequences'}"
+    prompt = random_tokens(model.config.vocab_size, sequences, PROMPT)
+    steps = random_tokens(model.config.vocab_size, args.tokens // (1 if sequences == 1 else 4), sequences)
+    read = statistics.mean(active_bytes(model, each) for each in picks(model, prompt, steps)[1:])
+    memory = Memory(model)
+    results = take_turns(contenders, prompt, steps, args.turns, memory.read)
+    rates = memory.rates()
+    compare_rates(title, results, {"llama.cpp": 0.9} if sequences == 1 else {})
+    share = read / results["emo"]["seconds"] / max(rates.values())
+    bar = " (to reach: 0.75)" if sequences == 1 else ""
+    print(f"{share:.2f}  {title}: share of the memory's speed{bar}, {read / 1e6:.0f} MB of weights a step")
+    print("    memory, GB/s: " + ", ".join(f"{rate / 1e9:.1f} {name}" for name, rate in rates.items()))
+    for name, result in results.items():
+        show(name, result, f"{read / result['seconds'] / 1e9:.1f} GB/s, ")
+    return {name: sequences / result["seconds"] for name, result in results.items()}
 
+
+def compare_prompts(model: EmoForCausalLM, contenders: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the table of reading a long prompt."""
     title = f"a prompt of {LONG_PROMPT}"
-    prompt = random_tokens(vocabulary, 1, LONG_PROMPT)
+    prompt = random_tokens(model.config.vocab_size, 1, LONG_PROMPT)
     picked = picks(model, prompt, [])[0]
     results = take_turns(contenders, prompt, [], args.turns)
     alone = packed_products(model, picked)
-    best = min(result["seconds"] for name, result in results.items() if name != "emo")
+    best = min([result["seconds"] for name, result in results.items() if name != "emo"], default=float("nan"))
     print(f"{results['emo']['seconds'] / best:.2f}  {title}: our time / the best other's (to reach: 0.8)")
     compare_rates(title, results, {})
     print(f"{alone / results['emo']['seconds']:.2f}  {title}: packed products' time / ours (to reach: 0.8)")
     for name, result in results.items():
         show(name, result, "")
-    print(f"    {'products alone':15} {1e3 * alone:8.1f} ms")
+    print(f"    {'products alone':15} {1e3 * alone:8.1f} ms", flush=True)
+
+
+def compare(model: EmoForCausalLM, contenders: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print all tables."""
+    rates = {
+        sequences: compare_steps(model, contenders, sequences, args)
+        for part, sequences in (("one", 1), ("eight", SEQUENCES))
+        if part in args.parts
+    }
+    for name in contenders if len(rates) == 2 else ():
+        bar = " (to reach: 3)" if name == "emo" else ""
+        ratio = rates[SEQUENCES][name] / rates[1][name]
+        print(f"{ratio:.2f}  tokens a second, {SEQUENCES} sequences / one, {name}{bar}")
+    if "prompt" in args.parts:
+        compare_prompts(model, contenders, args)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -341,6 +367,7 @@ def main() -> None:
     parser.add_argument("--llama", default=sys.executable, help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file of the model; written if it is not there")
     parser.add_argument("--only", nargs="+", help="names of contenders beside ours")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     parser.add_argument("--check", action="store_true", help="compare logits in float32, and stop")
     args = parser.parse_args()
     logging.disable_progress_bar()
