@@ -249,7 +249,7 @@ def packed_products(model: EmoForCausalLM, picked: list[torch.Tensor]) -> float:
 
     def seconds(products: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
         times = []
-        for _ in range(4):  # the first is the warm-up
+        for _ in range(3):  # the first is the warm-up
             start = time.perf_counter()
             for rows, packed in products:
                 torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
@@ -295,8 +295,8 @@ def compare_prompts(model: EmoForCausalLM, contenders: dict[str, Any], args: arg
     title = f"a prompt of {LONG_PROMPT}"
     prompt = random_tokens(model.config.vocab_size, 1, LONG_PROMPT)
     picked = picks(model, prompt, [])[0]
-    results = take_turns(contenders, prompt, [], args.turns)
     alone = packed_products(model, picked)
+    results = take_turns(contenders, prompt, [], args.turns)
     best = min([result["seconds"] for name, result in results.items() if name != "emo"], default=float("nan"))
     print(f"{results['emo']['seconds'] / best:.2f}  {title}: our time / the best other's (to reach: 0.8)")
     compare_rates(title, results, {})
