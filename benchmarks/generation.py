@@ -95,7 +95,7 @@ class Llama:
         return json.loads(line)
 
     def run(self, prompt: list[list[int]], steps: list[list[int]], exact: bool = False) -> dict[str, Any]:
-        """As `Torch.run`; with `exact` in float32, and without steps with the logits of all tokens."""
+        """As `Torch.run`; with `exact` in float32, and with the logits of all tokens of the prompt."""
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/logits.npy"
             request = {"prompt": prompt, "steps": steps, "exact": exact, "logits": path}
@@ -260,7 +260,7 @@ def packed_products(model: EmoForCausalLM, picked: list[torch.Tensor]) -> float:
     for layer, index in zip(model.model.layers, picked, strict=True):
         attention, experts = layer.self_attn, layer.mlp.experts
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        products = [pack(projection.weight, len(index)) for projection in projections]
+        products = [pack(projection.weight, LONG_PROMPT) for projection in projections]
         for expert, rows in enumerate(torch.bincount(index.flatten()).tolist()):
             if rows:
                 products.append(pack(experts.gate_up_proj[expert], rows))

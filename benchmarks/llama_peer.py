@@ -198,26 +198,24 @@ class Server:
         return seconds
 
     def run(
-        self, prompt: list[list[int]], steps: list[list[int]], exact: bool = False, logits: str | None = None
-    ) -> dict:
+        self, prompt: list[list[int]], steps: list[list[int]], logits: str, exact: bool = False
+    ) -> dict[str, Any]:
         """Read prompts (B, S), then steps of a token each (N, B): seconds, and how far the process grows.
 
-        `logits` names a file for the logits of the last call, of all tokens if there are no steps, float32.
+        The last token's logits (B, vocabulary), float32, go to the file `logits`. With `exact` all is in
+        float32, and the logits are those of all tokens of the prompts (B * S, vocabulary).
         """
         context = self.context(len(prompt), len(prompt[0]) + len(steps), exact)
         self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
         before = resident(peak=False, forget=True)
-        every = logits is not None and not steps
-        read = self.decode(context, prompt, 0, every)
+        read = self.decode(context, prompt, 0, exact)
         position = len(prompt[0])
         times = [
             self.decode(context, [[token] for token in step], position + n, False)
             for n, step in enumerate(steps)
         ]
-        if logits is not None:
-            rows = len(prompt) * (position if every else 1)
-            pointer = self.api.llama_get_logits(context)
-            np.save(logits, np.ctypeslib.as_array(pointer, (rows, self.vocabulary)))
+        rows = len(prompt) * (position if exact else 1)
+        np.save(logits, np.ctypeslib.as_array(self.api.llama_get_logits(context), (rows, self.vocabulary)))
         return {"prompt": read, "steps": times, "megabytes": resident(peak=True) - before}
 
 
