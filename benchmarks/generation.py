@@ -65,6 +65,12 @@ class Torch:
             for block, experts in zip(blocks, kept, strict=True):
                 block.experts = experts
 
+    def _logits(self, ids_BS: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Of the last tokens; the others' models let all tokens through all experts, as Transformers does."""
+        if self.experts == "emo":
+            return self.model(ids_BS, logits_to_keep=1, **kwargs).logits
+        return self.model.lm_head(self.model.model(ids_BS, **kwargs).last_hidden_state[:, -1:])
+
     @torch.no_grad()
     def run(self, prompt: list[list[int]], steps: list[list[int]]) -> dict[str, Any]:
         """Read prompts (B, S), then steps of a token each (N, B)."""
@@ -74,7 +80,7 @@ class Torch:
         with self._chosen():
             for ids in calls:
                 start = time.perf_counter()
-                logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = self._logits(ids, past_key_values=cache, use_cache=True)
                 times.append(time.perf_counter() - start)
         grown = resident(peak=True) - before
         return {"prompt": times[0], "steps": times[1:], "megabytes": grown, "logits": logits[:, -1].float()}
