@@ -99,14 +99,19 @@ class EmoLinear(nn.Linear):
         new.weight, new.bias = linear.weight, linear.bias
         return new
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) to (..., outputs)."""
+    @staticmethod
+    def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., inputs) and (outputs, inputs) to (..., outputs)."""
         few_rows = EmoLinear._few_rows
         if few_rows is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            output = few_rows(input, self.weight, self.bias)
+            output = few_rows(input, weight, bias)
             if output is not None:
                 return output
-        return super().forward(input)
+        return F.linear(input, weight, bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return self.product(input, self.weight, self.bias)
 
 
 class EmoAttention(FlexOlmoAttention):
@@ -172,7 +177,7 @@ class EmoTopKRouter(nn.Module):
             `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
             K), int64; with pools in training what the losses need, else `None`.
         """
-        logits_TE = F.linear(hidden_states, self.weight)
+        logits_TE = EmoLinear.product(hidden_states, self.weight)
         masked_TE = logits_TE
         if expert_mask is not None:
             masked_TE = logits_TE.masked_fill(~expert_mask.to(logits_TE.device), float("-inf"))
@@ -324,9 +329,12 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        last_tokens: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """(B, S, D) to (B, S, D); `expert_mask` and `pools` as in `EmoTopKRouter.forward`.
+
+        With `last_tokens` that many tokens come out: the others are there to be attended to.
 
         With pools in training the router's statistics follow: as outputs of the layer, and not through a
         hook, so that their gradient survives every kind of gradient checkpointing.
@@ -341,6 +349,8 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = residual + hidden_states
+        if last_tokens:
+            hidden_states = hidden_states[:, -last_tokens:]
         output, statistics = self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask, pools)
         hidden_states = hidden_states + output
         return hidden_states if statistics is None else (hidden_states, *statistics)
@@ -671,6 +681,7 @@ class EmoModel(EmoPreTrainedModel):
         document_ids: torch.Tensor | None = None,
         attention_within_documents: bool | None = None,
         prompt_pool: PromptPool | None = None,
+        last_tokens: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EmoModelOutputWithPast:
         """Run the decoder.
@@ -696,6 +707,9 @@ class EmoModel(EmoPreTrainedModel):
                 `max_length_k`, and neither a mask nor `document_ids`.
             prompt_pool (`PromptPool`, *optional*): choose pools from prompts, and keep them in the cache (set
                 by `generate`). Pools that are in the cache already hold, unless `document_pool` is `False`.
+            last_tokens (`int`, defaults to 0): let only so many tokens at the end through the feed-forward
+                block of the last layer, where nobody wants the others (0: all). `last_hidden_state` has no
+                more then, unless there are pools, which the last layer too chooses from all tokens.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
@@ -781,6 +795,7 @@ class EmoModel(EmoPreTrainedModel):
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            is_last = index == self.config.num_hidden_layers - 1
             output = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -789,6 +804,7 @@ class EmoModel(EmoPreTrainedModel):
                 position_embeddings=position_embeddings,
                 expert_mask=self.expert_masks[index],
                 pools=None if pools is None else pools[index],
+                last_tokens=last_tokens if is_last and pools is None else 0,
                 **kwargs,
             )
             if isinstance(output, tuple):
@@ -886,6 +902,10 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = _wants_router_logits(self.config, self.training and labels is not None)
+        # A prompt's other tokens need not go through the last layer's experts, unless somebody looks at them.
+        recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        is_seen = output_router_logits or recorded not in (None, False) or torch.is_grad_enabled()
+        last_tokens = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -894,6 +914,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            last_tokens=0 if is_seen else max(last_tokens, 0),
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo.modeling_emo import EmoLinear
+from transformers_emo.modeling_emo.modeling_emo import EmoLinear, EmoTopKRouter
 from transformers_emo.modeling_emo.native_library import find_kernels
 
 pytestmark = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
@@ -97,6 +97,17 @@ def test_a_model_decodes_the_same_with_and_without(calls, monkeypatch):
         torch.testing.assert_close(
             model(ids[:, :1], past_key_values=cache).logits, found, atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_router_of_many_experts_uses_it(calls):
+    config = EmoConfig(hidden_size=512, num_experts=512, num_experts_per_tok=4)
+    router = EmoTopKRouter(config, config.layer_experts[0])
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 512)
+    with torch.no_grad():
+        found = router(x)[0]
+    assert calls == [2]
+    torch.testing.assert_close(found, F.linear(x, router.weight).detach(), atol=1e-4, rtol=1e-5)
 
 
 def test_adapters_on_it_train(make_model):
