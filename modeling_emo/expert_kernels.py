@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from .gradient_memory import empty_gradient
 from .native_library import Kernels, find_kernels
 
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
-# From so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster (measured).
+# Without AMX, from so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster.
+# For gradients they always are (both measured).
 _MANY_ROWS = 192
 
 
@@ -113,7 +115,7 @@ def _sorted_backward(grad_TD, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
 
 def _new_gradient(weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
     """Room for a gradient whose rows of hit experts are about to be written; the others' are zeros."""
-    gradient = torch.empty_like(weight)
+    gradient = empty_gradient(weight)
     for e in set(range(len(weight))) - {e for e, _, _ in spans}:
         gradient[e].zero_()
     return gradient
@@ -133,13 +135,15 @@ def _experts(
     return _compute(x, gate_up, down, weights, index, native, save)
 
 
-def _kernels_for(x, gate_up, down, index) -> Kernels | None:
-    """The compiled kernels, where they are to compute this."""
+def _kernels_for(x, gate_up, down, index, *, backward: bool = False) -> Kernels | None:
+    """The compiled kernels, where they are the fastest here."""
     if x.dtype not in _COMPILED_DTYPES or not (gate_up.is_contiguous() and down.is_contiguous()):
         return None
-    if x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down):
-        return None
-    return find_kernels()
+    kernels = find_kernels()
+    if kernels is None or kernels.fits_tiles(*down.shape[1:]):
+        return kernels
+    many_rows = x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down)
+    return None if backward or many_rows else kernels
 
 
 def _compute(x, gate_up, down, weights, index, native: bool, save: bool):
@@ -170,7 +174,7 @@ def _experts_backward(
     wants: list[bool],
     native: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    kernels = _kernels_for(x, gate_up, down, index) if native else None
+    kernels = _kernels_for(x, gate_up, down, index, backward=True) if native else None
     if kernels is None:
         gradients = _sorted_backward(grad, x, gate_up, down, weights, index, saved, wants)
     else:
@@ -198,9 +202,7 @@ def _keep(ctx: Any, inputs, output) -> None:
 
 def _backward(ctx: Any, grad, _):
     wants = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.transformers_emo.experts_backward(
-        grad, *ctx.saved_tensors, wants, ctx.native
-    )
+    gradients = torch.ops.transformers_emo.experts_backward(grad, *ctx.saved_tensors, wants, ctx.native)
     return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), None, None, None
 
 

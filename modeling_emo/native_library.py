@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from .gradient_memory import empty_gradient
+
 logger = logging.get_logger(__name__)
 
 _SOURCE = Path(__file__).parent / "native"
@@ -61,10 +63,14 @@ class Kernels:
         self._experts = library.emo_experts
         self._experts.argtypes = [number, *[pointer] * 7, *[size] * 5, number, number]
         self._experts_backward = library.emo_experts_backward
-        self._experts_backward.argtypes = [number, *[pointer] * 11, *[size] * 5, number, number]
+        self._experts_backward.argtypes = [number, *[pointer] * 11, *[size] * 5, number]
         self._linear = library.emo_linear
         self._linear.argtypes = [number, *[pointer] * 4, *[size] * 3, number]
         self.has_tiles = bool(library.emo_has_tiles())
+
+    def fits_tiles(self, hidden: int, width: int) -> bool:
+        """Whether experts of these sizes run on AMX here."""
+        return self.has_tiles and hidden % 32 == 0 and width % 32 == 0
 
     def experts(
         self,
@@ -122,30 +128,34 @@ class Kernels:
         index_TK: torch.Tensor,
         saved_P2F: torch.Tensor,
         wants: Sequence[bool] = (True, True, True, True),
-        *,
-        tiles: bool = True,
     ) -> list[torch.Tensor | None]:
-        """Gradients of `experts`.
+        """Gradients of `experts`, where `fits_tiles`.
 
         Args:
             grad_TD (`torch.Tensor`): (T, D), of its output.
-            x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK, tiles: as there.
+            x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK: as there.
             saved_P2F (`torch.Tensor`): (T * K, 2F), what `experts` gave with `save`.
             wants (`Sequence[bool]`, defaults to all): which gradients to compute.
 
         Returns:
             `list`: gradients of x, gate_up, down and weights (float32); `None` for those not wanted.
+
+        Raises:
+            ValueError: if `fits_tiles` says no.
         """
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
+        if not self.fits_tiles(hidden, width):
+            raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
+                f"No gradients for sizes {hidden} and {width}: AMX and multiples of 32 it takes."
+            )
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
-        gradients = [torch.empty_like(t) if wanted else None for t, wanted in zip(inputs, wants, strict=True)]
+        gradients = [empty_gradient(t) if wanted else None for t, wanted in zip(inputs, wants, strict=True)]
         failed = self._experts_backward(
             x_TD.dtype == torch.bfloat16,
             *(tensor.data_ptr() for tensor in (grad_TD, *inputs, index_TK, saved_P2F)),
             *(None if gradient is None else gradient.data_ptr() for gradient in gradients),
             *(tokens, top_k, experts, hidden, width),
             torch.get_num_threads(),
-            tiles,
         )
         if failed:
             raise MemoryError(f"No memory for the gradients of {tokens} tokens with {top_k} experts each.")
@@ -242,7 +252,14 @@ def build_kernels(variant: str = "native") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [compiler, *_FLAGS, *VARIANTS[variant], str(_SOURCE / "emo_kernels.cpp"), "-o", str(built)]
+            command = [
+                compiler,
+                *_FLAGS,
+                *VARIANTS[variant],
+                str(_SOURCE / "emo_kernels.cpp"),
+                "-o",
+                str(built),
+            ]
             run = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if run.returncode:
                 reason = "\n".join(run.stderr.strip().splitlines()[:8])

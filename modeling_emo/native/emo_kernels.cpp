@@ -5,7 +5,7 @@
 // with `in` contiguous: nothing is repacked, and nothing held twice. There are two kinds of inner loop:
 //
 //   * dot products along `in` with vectors of whatever width the machine has, for float32 and bfloat16;
-//   * AMX tiles for bfloat16 where the machine has them. A tile of weights is 16 stored rows as they are; the
+//   * AMX tiles where the machine has them. A tile of weights is 16 stored rows as they are; the
 //     other factor, the few tokens, is what is brought into the pairwise order that AMX wants. So a product
 //     comes out transposed, 16 outputs by 16 tokens, and SiLU(gate) * up leaves it in just the order that the
 //     next product wants.
@@ -16,8 +16,8 @@
 // T tokens, K picks each, P = T * K picks, E experts, D hidden size, F expert width. Picks are kept by
 // expert.
 //
-// `vectors.h`, `dot_products.h`, `outer_products.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks;
-// `experts.h`, `gradients.h` and `linear.h` are the operations.
+// `vectors.h`, `dot_products.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks; `experts.h`,
+// `gradients.h` and `linear.h` are the operations.
 
 #include "experts.h"
 #include "gradients.h"
@@ -28,24 +28,31 @@ namespace {
 // Waking threads takes longer than a small product does.
 int useful_threads(index_t work, int threads) { return work < (1 << 18) ? 1 : threads; }
 
+bool fits_tiles(const Shape& s) { return s.D % 32 == 0 && s.F % 32 == 0 && amx_allowed(); }
+
 template <class T>
 void experts(const void* x, const void* gate_up, const void* down, const float* weights, const index_t* index,
              void* out, void* saved, const Shape& s, int threads, int use_tiles) {
   const Routing routing(index, s);
-  // A row or two an expert are a stream of weights, which dot products read better.
-  const bool tiles = use_tiles && sizeof(T) == 2 && s.D % 32 == 0 && s.F % 32 == 0 && amx_allowed() &&
-                     routing.pick.size() > 2 * routing.experts.size();
   const Experts<T> job{s,       (const T*)x, (const T*)gate_up, (const T*)down,
                        weights, (T*)out,     (T*)saved,         routing};
-  job.run(tiles, useful_threads(routing.pick.size() * s.D * s.F, threads));
+  threads = useful_threads(routing.pick.size() * s.D * s.F, threads);
+#if defined(EMO_AMX)
+  // A row or two an expert are a stream of weights, which dot products read better; float32 has to be split
+  // first.
+  const size_t few = sizeof(T) == 4 ? 48 : 2;
+  if (use_tiles && fits_tiles(s) && routing.pick.size() > few * routing.experts.size())
+    return job.run_tiles(threads);
+#endif
+  job.run(threads);
 }
 
+#if defined(EMO_AMX)
 template <class T>
 void gradients(const void* grad, const void* x, const void* gate_up, const void* down, const float* weights,
                const index_t* index, const void* saved, void* grad_x, void* grad_gate_up, void* grad_down,
-               float* grad_weights, const Shape& s, int threads, int use_tiles) {
+               float* grad_weights, const Shape& s, int threads) {
   const Routing routing(index, s);
-  const bool tiles = use_tiles && sizeof(T) == 2 && s.D % 32 == 0 && s.F % 32 == 0 && amx_allowed();
   const Gradients<T> job{s,
                          (const T*)grad,
                          (const T*)x,
@@ -58,8 +65,9 @@ void gradients(const void* grad, const void* x, const void* gate_up, const void*
                          (T*)grad_down,
                          grad_weights,
                          routing};
-  job.run(tiles, useful_threads(std::max<index_t>(routing.pick.size(), s.E) * s.D * s.F, threads));
+  job.run(useful_threads(std::max<index_t>(routing.pick.size(), s.E) * s.D * s.F, threads));
 }
+#endif
 
 }  // namespace
 
@@ -79,14 +87,16 @@ int emo_experts(int is_bf16, const void* x, const void* gate_up, const void* dow
   return 1;
 }
 
-// Gradients not wanted are null.
+// Only with tiles, and for sizes that are multiples of 32. Gradients not wanted are null.
 int emo_experts_backward(int is_bf16, const void* grad, const void* x, const void* gate_up, const void* down,
                          const float* weights, const int64_t* index, const void* saved, void* grad_x,
-                         void* grad_gate_up, void* grad_down, float* grad_weights, int64_t T, int64_t K, int64_t E,
-                         int64_t D, int64_t F, int threads, int use_tiles) try {
+                         void* grad_gate_up, void* grad_down, float* grad_weights, int64_t T, int64_t K,
+                         int64_t E, int64_t D, int64_t F, int threads) try {
+#if defined(EMO_AMX)
   (is_bf16 ? gradients<bf16> : gradients<float>)(grad, x, gate_up, down, weights, index, saved, grad_x,
-                                                 grad_gate_up, grad_down, grad_weights, {T, K, E, D, F}, threads,
-                                                 use_tiles);
+                                                 grad_gate_up, grad_down, grad_weights, {T, K, E, D, F},
+                                                 threads);
+#endif
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -3,8 +3,6 @@
 
 #include <omp.h>
 
-#include <optional>
-
 #include "dot_products.h"
 #include "routing.h"
 #include "tiles.h"
@@ -82,26 +80,67 @@ struct Experts {
 
 #if defined(EMO_AMX)
   // The same, with activations packed as `pack_rows` does, every expert's rows filled up to whole tiles.
-  void tile_gate_up(const Part& part, bf16* activations, bf16* packed) const {
-    const bf16* base = (const bf16*)gate_up + part.expert->id * 2 * s.F * s.D;
-    const bf16* rows[TOKEN_BLOCK];
-    alignas(64) float sums[1024];
-    for (index_t m0 = 0; m0 < part.rows; m0 += TOKEN_BLOCK) {
-      const index_t count = std::min(TOKEN_BLOCK, part.rows - m0), place = part.expert->begin + m0;
-      for (index_t m = 0; m < count; ++m) rows[m] = (const bf16*)x + routing.token[place + m] * s.D;
-      pack_rows(rows, count, s.D, packed);
-      for (index_t f = part.from; f < part.to; f += TILE)
+  static constexpr int N = PARTS<T>;
+  static constexpr index_t BLOCK = TOKEN_BLOCK<T>;
+
+  // sums[block of 32 tokens] = 16 rows of weights and 16 others times packed tokens, as `tile_products`
+  // leaves them.
+  static void times_rows(const bf16* first, const bf16* second, index_t in, Numbers tokens, index_t count,
+                         float* sums) {
+    for (index_t m = 0; m < count; m += 2 * TILE)
+      tile_products<1>(true, m + TILE < count, {first, second, 2 * in, 32, 0},
+                       packed_strips(tokens + m * in, TILE * in), in, sums + m * 32);
+  }
+  static void times_rows(const float* first, const float* second, index_t in, Numbers tokens, index_t count,
+                         float* sums) {
+    constexpr index_t DEEP = 128;  // split at a time
+    alignas(64) bf16 room[3 * 2 * TILE * DEEP];
+    const Room rows{room, 2 * TILE * DEEP};
+    for (index_t k0 = 0; k0 < in; k0 += DEEP) {
+      const index_t deep = std::min(DEEP, in - k0);
+      for (index_t r = 0; r < TILE; ++r) {
+        split_row(first + r * in + k0, deep, rows + r * 32);
+        split_row(second + r * in + k0, deep, rows + (TILE * deep + r * 32));
+      }
+      const Strips left = packed_strips(rows, TILE * deep);
+      for (index_t m = 0; m < count; m += 2 * TILE) {
+        const Strips right = packed_strips(tokens + (m * in + 16 * k0), TILE * in);
+        if (k0)
+          tile_products<3, true>(true, m + TILE < count, left, right, deep, sums + m * 32);
+        else
+          tile_products<3>(true, m + TILE < count, left, right, deep, sums + m * 32);
+      }
+    }
+  }
+  // 32 numbers after each other are 512 apart in a strip of packed rows.
+  static void split_row(const float* from, index_t count, Room strip) {
+    for (index_t k = 0; k < count; k += 32) {
+      __m512i parts[3];
+      load_parts(from + k, parts);
+      strip.store(16 * k, parts);
+    }
+  }
+
+  void tile_gate_up(const Part& part, Numbers tokens, Room activations, Room packed) const {
+    const T* base = gate_up + part.expert->id * 2 * s.F * s.D;
+    Numbers rows[BLOCK];
+    alignas(64) float all_sums[BLOCK * 32];
+    for (index_t m0 = 0; m0 < part.rows; m0 += BLOCK) {
+      const index_t count = std::min(BLOCK, part.rows - m0), place = part.expert->begin + m0;
+      for (index_t m = 0; m < count; ++m) rows[m] = tokens + routing.token[place + m] * s.D;
+      pack_rows<N>(rows, count, s.D, packed);
+      for (index_t f = part.from; f < part.to; f += TILE) {
+        const T* gate = base + f * s.D;
+        times_rows(gate, gate + s.F * s.D, s.D, packed, count, all_sums);
         for (index_t m = 0; m < count; m += 2 * TILE) {
-          const bool pair = m + TILE < count;
-          const bf16* gate = base + f * s.D;
-          tile_products(true, pair, {gate, gate + s.F * s.D, 2 * s.D, 32},
-                        packed_strips(packed + m * s.D, TILE * s.D), s.D, sums);
-          for (index_t t = 0; t < (pair ? 2 : 1); ++t) {
-            bf16* tile = activations + (part.first_row + m0 + m + t * TILE) * s.F + f / 32 * 512;
-            activate_tile(sums + 256 * t, sums + 512 + 256 * t, tile + f % 32 * 16);
+          const float* sums = all_sums + m * 32;
+          for (index_t t = 0; t < (m + TILE < count ? 2 : 1); ++t) {
+            const index_t tile = (part.first_row + m0 + m + t * TILE) * s.F + f / 32 * 512 + f % 32 * 16;
+            activate_tile<N>(sums + 256 * t, sums + 512 + 256 * t, activations + tile);
             if (saved) save_tile(sums + 256 * t, place + m + t * TILE, count - m - t * TILE, f);
           }
         }
+      }
     }
   }
 
@@ -110,23 +149,23 @@ struct Experts {
     for (int part = 0; part < 2; ++part, sums += 512, f += s.F) {
       turn(sums, lines);
       for (index_t m = 0; m < std::min(TILE, count); ++m)
-        _mm256_storeu_si256((__m256i*)(saved + (place + m) * 2 * s.F + f),
-                            (__m256i)_mm512_cvtneps_pbh((__m512)lines[m]));
+        put(saved + (place + m) * 2 * s.F + f, (vec)lines[m]);
     }
   }
 
-  void tile_down(index_t from, index_t to, const bf16* activations, float* sums) const {
-    alignas(64) float products[1024];
+  void tile_down(index_t from, index_t to, Numbers activations, float* sums) const {
+    alignas(64) float all_products[BLOCK * 32];
     for (const auto& expert : routing.experts) {
-      const bf16* base = (const bf16*)down + expert.id * s.D * s.F;
+      const T* base = down + expert.id * s.D * s.F;
       const index_t rows = expert.end - expert.begin;
-      for (index_t m0 = 0; m0 < rows; m0 += TOKEN_BLOCK)
-        for (index_t d = from; d < to; d += 2 * TILE)
-          for (index_t m = m0; m < std::min(rows, m0 + TOKEN_BLOCK); m += 2 * TILE) {
-            const bf16* w = base + d * s.F;
-            const bool pair = m + TILE < std::min(rows, m0 + TOKEN_BLOCK);
-            tile_products(true, pair, {w, w + TILE * s.F, 2 * s.F, 32},
-                          packed_strips(activations + m * s.F, TILE * s.F), s.F, products);
+      for (index_t m0 = 0; m0 < rows; m0 += BLOCK)
+        for (index_t d = from; d < to; d += 2 * TILE) {
+          const T* w = base + d * s.F;
+          const index_t end = std::min(rows, m0 + BLOCK);
+          times_rows(w, w + TILE * s.F, s.F, activations + m0 * s.F, end - m0, all_products);
+          for (index_t m = m0; m < end; m += 2 * TILE) {
+            const bool pair = m + TILE < end;
+            const float* products = all_products + (m - m0) * 32;
             for (index_t t = 0; t < (pair ? 4 : 3); ++t) {  // tiles w0 t0, w0 t1, w1 t0, w1 t1
               if (!pair && t == 1) continue;
               const index_t first = m + t % 2 * TILE;
@@ -140,52 +179,68 @@ struct Experts {
               }
             }
           }
-      activations += (rows + TILE - 1) / TILE * TILE * s.F;
+        }
+      activations = activations + (rows + TILE - 1) / TILE * TILE * s.F;
+    }
+  }
+
+  void run_tiles(int threads) const {
+    const index_t rows_each = routing.experts.empty() ? 0 : routing.pick.size() / routing.experts.size();
+    // Tokens are packed anew for every part: large parts where there are many.
+    const auto parts = cut(routing, s.F, rows_each > 64 ? 256 : 64, TILE);
+    const index_t block = down_block(threads, s.T <= 64 ? 64 : 256), rows = routing.padded;
+    Buffer<bf16> act(N * rows * s.F), packed(threads * N * BLOCK * s.D);
+    Buffer<bf16> halves(N == 1 ? 0 : N * s.T * s.D);
+    Buffer<float> sums(threads * s.T * block);
+    const Numbers tokens = N == 1 ? Numbers{(const bf16*)x, 0} : Numbers{halves.p, s.T * s.D};
+    const Room activations{act.p, rows * s.F};
+#pragma omp parallel num_threads(threads)
+    {
+      const int me = omp_get_thread_num();
+      const Room mine_packed{packed.p + me * N * BLOCK * s.D, BLOCK * s.D};
+      const Tiles configured;
+      if constexpr (N > 1)
+#pragma omp for
+        for (index_t t = 0; t < s.T; ++t) ::split_row(x + t * s.D, s.D, Room{halves.p, tokens.gap} + t * s.D);
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < parts.size(); ++i) tile_gate_up(parts[i], tokens, activations, mine_packed);
+#pragma omp for schedule(dynamic)
+      for (index_t from = 0; from < s.D; from += block)
+        finish(from, std::min(s.D, from + block), sums.p + me * s.T * block,
+               [&](index_t to, float* into) { tile_down(from, to, activations, into); });
     }
   }
 #endif
 
-  void run(bool tiles, int threads) const {
-    const index_t places = routing.pick.size(), fill = tiles ? 16 : 1;
-    const index_t rows_each = routing.experts.empty() ? 0 : places / routing.experts.size();
-    // Tiles pack the tokens anew for every part: large parts where there are many.
-    const auto parts = cut(routing, s.F, tiles && rows_each > 64 ? 256 : 64, fill);
-    // A part of the second product reads all activations: large parts where there are many of them.
+  // Columns of outputs at a time. Each reads all activations: many where there are many of those.
+  index_t down_block(int threads, index_t most) const {
     const index_t share = (s.D / (4 * threads) + 31) / 32 * 32;
-    const index_t block = std::clamp<index_t>(share, 32, s.T <= 64 ? 64 : tiles ? 256 : 128);
-    Buffer<T> activations((tiles ? routing.padded : places) * s.F);
+    return std::clamp<index_t>(share, 32, most);
+  }
+
+  // The columns [from, to) of the output, which `add(to, sums)` adds to sums[token][to - from].
+  template <class Add>
+  void finish(index_t from, index_t to, float* sums, Add add) const {
+    const index_t width = to - from;
+    std::fill(sums, sums + s.T * width, 0.0f);
+    add(to, sums);
+    for (index_t t = 0; t < s.T; ++t)
+      for (index_t d = 0; d < width; ++d) store(out + t * s.D + from + d, sums[t * width + d]);
+  }
+
+  void run(int threads) const {
+    const auto parts = cut(routing, s.F, 64, 1);
+    const index_t block = down_block(threads, s.T <= 64 ? 64 : 128);
+    Buffer<T> activations(routing.pick.size() * s.F);
     Buffer<float> sums(threads * s.T * block);
-    Buffer<T> packed(tiles ? threads * TOKEN_BLOCK * s.D : 0);
 #pragma omp parallel num_threads(threads)
     {
-      const int me = omp_get_thread_num();
-      float* mine = sums.p + me * s.T * block;
-#if defined(EMO_AMX)
-      std::optional<Tiles> configured;
-      if (tiles) configured.emplace();
-#endif
 #pragma omp for schedule(dynamic)
-      for (size_t i = 0; i < parts.size(); ++i) {
-#if defined(EMO_AMX)
-        if (tiles)
-          tile_gate_up(parts[i], (bf16*)activations.p, (bf16*)packed.p + me * TOKEN_BLOCK * s.D);
-        else
-#endif
-          dot_gate_up(parts[i], activations.p);
-      }
+      for (size_t i = 0; i < parts.size(); ++i) dot_gate_up(parts[i], activations.p);
 #pragma omp for schedule(dynamic)
-      for (index_t from = 0; from < s.D; from += block) {
-        const index_t to = std::min(s.D, from + block), width = to - from;
-        std::fill(mine, mine + s.T * width, 0.0f);
-#if defined(EMO_AMX)
-        if (tiles)
-          tile_down(from, to, (const bf16*)activations.p, mine);
-        else
-#endif
-          dot_down(from, to, activations.p, mine);
-        for (index_t t = 0; t < s.T; ++t)
-          for (index_t d = 0; d < width; ++d) store(out + t * s.D + from + d, mine[t * width + d]);
-      }
+      for (index_t from = 0; from < s.D; from += block)
+        finish(from, std::min(s.D, from + block), sums.p + omp_get_thread_num() * s.T * block,
+               [&](index_t to, float* into) { dot_down(from, to, activations.p, into); });
     }
   }
 };

@@ -68,28 +68,27 @@ inline void put(bf16* to, vec x) {
 #endif
 }
 
-// Numbers that nobody reads soon: past the caches, where the processor can and the place is aligned.
 template <class T>
-inline void stream_row(const float* from, index_t width, T* to) {
+inline void copy_back(const float* from, index_t count, T* to) {
+  index_t i = 0;
+  for (; i + LANES <= count; i += LANES) put(to + i, load(from + i));
+  for (; i < count; ++i) store(to + i, from[i]);
+}
+
+// A copy that nobody reads soon: past the caches, where the processor can and the place is aligned.
+template <class T>
+inline void stream_copy(const T* from, index_t count, T* to) {
   index_t i = 0;
 #if defined(__AVX512F__)
-  if (size_t(to) % 64 == 0) {
-    if constexpr (sizeof(T) == 4) {
-      for (; i + 16 <= width; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
-    }
-#if defined(__AVX512BF16__)
-    if constexpr (sizeof(T) == 2)
-      for (; i + 32 <= width; i += 32)
-        _mm512_stream_si512((__m512i*)(to + i), (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i)));
-#endif
-  }
+  if (size_t(to) % 64 == 0)
+    for (; i + index_t(64 / sizeof(T)) <= count; i += 64 / sizeof(T))
+      _mm512_stream_si512((__m512i*)(to + i), _mm512_loadu_si512(from + i));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4)
-    if (size_t(to) % 32 == 0)
-      for (; i + 8 <= width; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+  if (size_t(to) % 32 == 0)
+    for (; i + index_t(32 / sizeof(T)) <= count; i += 32 / sizeof(T))
+      _mm256_stream_si256((__m256i*)(to + i), _mm256_loadu_si256((const __m256i*)(from + i)));
 #endif
-  for (; i + LANES <= width; i += LANES) put(to + i, load(from + i));
-  for (; i < width; ++i) store(to + i, from[i]);
+  memcpy(to + i, from + i, (count - i) * sizeof(T));
 }
 // Before others may read what was streamed.
 inline void finish_streams() {
