@@ -1,9 +1,9 @@
 """Memory for large gradients, kept from one backward pass to the next.
 
-A block's experts have gradients of gigabytes. Fresh memory comes page by page, each cleared first, which takes
-longer than the gradients take to compute, and `zero_grad` gives it all back. Here memory is asked for in large
-pages, and what is given back stays for the next pass, marked as free: the system takes it whenever anyone needs
-memory (`MADV_FREE`; until then tools count it as the process's).
+A block's experts have gradients of gigabytes. Fresh memory comes page by page, each cleared first, which
+takes longer than the gradients take to compute, and `zero_grad` gives it all back. Here memory is asked for
+in large pages, and what is given back stays for the next pass, marked as free: the system takes it whenever
+anyone needs memory (`MADV_FREE`; until then tools count it as the process's).
 """
 
 import ctypes

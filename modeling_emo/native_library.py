@@ -146,8 +146,6 @@ class Kernels:
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
         if not self.fits_tiles(hidden, width):
             raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
-                f"No gradients for sizes {hidden} and {width}: AMX and multiples of 32 it takes."
-            )
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
         gradients = [empty_gradient(t) if wanted else None for t, wanted in zip(inputs, wants, strict=True)]
         failed = self._experts_backward(
