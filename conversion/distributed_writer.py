@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import IO, cast
 
@@ -70,9 +71,8 @@ def write_distributed_checkpoint(
     entries: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     hashes: dict[str, str] = {}
-    incoming = iter(chunks)
-    held = next(incoming, None)
-    with ThreadPoolExecutor(1) as hasher:
+    with ThreadPoolExecutor(1) as hasher, closing(_ahead(chunks)) as incoming:
+        held = next(incoming, None)
         while held is not None:
             file = f"__0_{len(hashes)}.distcp"
             with open(folder / file, "xb") as out:
@@ -119,6 +119,16 @@ def row_ranges(rows: int, row_bytes: int, max_bytes: int) -> Iterator[tuple[int,
     step = max(1, max_bytes // max(1, row_bytes))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
+
+
+def _ahead(chunks: Iterable[tuple[str, torch.Tensor]]) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """The same chunks; the next one is made while one is used."""
+    incoming = iter(chunks)
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(next, incoming, None)
+        while (chunk := coming.result()) is not None:
+            coming = maker.submit(next, incoming, None)
+            yield chunk
 
 
 class _Hashed:

@@ -1,9 +1,9 @@
 """`"emo"`, the experts implementation of EMO on a CPU, `"emo_sorted"`, the same without compiled code, and
 linear layers of a few rows.
 
-The forward is in C++ (`native/emo_kernels.cpp`). Without a compiler and for other dtypes, tokens are sorted
-by expert once, and every expert is two matrix products, each into its place in one buffer. The backward is
-four products an expert, with all else over all picks at once. Transformers' own implementations either build
+Both directions are in C++ (`native/`). Without a compiler and for other dtypes, tokens are sorted by expert
+once, and every expert is two matrix products, each into its place in one buffer; backward four, with all else
+over all picks at once. Transformers' own implementations either build
 gradients of the size of all experts for every expert (`eager`), or go through a fallback (`grouped_mm`).
 
 Shape suffixes: T tokens, K experts taken per token, P = T * K picks, E experts, D hidden size, F expert
@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import integrations  # its `moe` is no import: registering imports us in the midst of it
 
-from .native_library import find_kernels
+from .gradient_memory import empty_gradient
+from .native_library import Kernels, find_kernels
 
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
-# From so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster (measured).
+# Without AMX, from so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster.
+# For gradients they always are (both measured).
 _MANY_ROWS = 192
 
 
@@ -113,7 +115,7 @@ def _sorted_backward(grad_TD, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
 
 def _new_gradient(weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
     """Room for a gradient whose rows of hit experts are about to be written; the others' are zeros."""
-    gradient = torch.empty_like(weight)
+    gradient = empty_gradient(weight)
     for e in set(range(len(weight))) - {e for e, _, _ in spans}:
         gradient[e].zero_()
     return gradient
@@ -133,11 +135,21 @@ def _experts(
     return _compute(x, gate_up, down, weights, index, native, save)
 
 
+def _kernels_for(x, gate_up, down, index, *, backward: bool = False) -> Kernels | None:
+    """The compiled kernels, where they are the fastest here."""
+    if x.dtype not in _COMPILED_DTYPES or not (gate_up.is_contiguous() and down.is_contiguous()):
+        return None
+    kernels = find_kernels()
+    if kernels is None or kernels.fits_tiles(*down.shape[1:]):
+        return kernels
+    many_rows = x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down)
+    return None if backward or many_rows else kernels
+
+
 def _compute(x, gate_up, down, weights, index, native: bool, save: bool):
     """The output, and with `save` gate and up of every pick, sorted (else no rows)."""
-    kernels = find_kernels() if native and x.dtype in _COMPILED_DTYPES else None
-    many_rows = x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down)
-    if kernels is None or many_rows or not (gate_up.is_contiguous() and down.is_contiguous()):
+    kernels = _kernels_for(x, gate_up, down, index) if native else None
+    if kernels is None:
         out, saved = _sorted_forward(x, gate_up, down, weights, index)
         return out, saved if save else saved.new_empty(0, saved.shape[1])
     weights, index = weights.float().contiguous(), index.long().contiguous()
@@ -160,13 +172,21 @@ def _experts_backward(
     index: torch.Tensor,
     saved: torch.Tensor,
     wants: list[bool],
+    native: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = _sorted_backward(grad, x, gate_up, down, weights, index, saved, wants)
+    kernels = _kernels_for(x, gate_up, down, index, backward=True) if native else None
+    if kernels is None:
+        gradients = _sorted_backward(grad, x, gate_up, down, weights, index, saved, wants)
+    else:
+        routing = weights.float().contiguous(), index.long().contiguous()
+        inputs = grad.contiguous(), x.contiguous(), gate_up, down, *routing, saved
+        *gradients, grad_weights = kernels.experts_backward(*inputs, wants)
+        gradients = *gradients, None if grad_weights is None else grad_weights.to(weights.dtype)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore
 
 
 @_experts_backward.register_fake
-def _(grad, x, gate_up, down, weights, index, saved, wants):
+def _(grad, x, gate_up, down, weights, index, saved, wants, native):
     tensors = zip((x, gate_up, down, weights), wants, strict=True)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
@@ -175,13 +195,14 @@ def _(grad, x, gate_up, down, weights, index, saved, wants):
 
 
 def _keep(ctx: Any, inputs, output) -> None:
-    x, gate_up, down, weights, index, _, _ = inputs
+    x, gate_up, down, weights, index, native, _ = inputs
+    ctx.native = native
     ctx.save_for_backward(x, gate_up, down, weights, index, output[1])
 
 
 def _backward(ctx: Any, grad, _):
     wants = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.transformers_emo.experts_backward(grad, *ctx.saved_tensors, wants)
+    gradients = torch.ops.transformers_emo.experts_backward(grad, *ctx.saved_tensors, wants, ctx.native)
     return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), None, None, None
 
 

@@ -1,7 +1,7 @@
 """Compiles the C++ kernels on the machine that runs them, once, and loads them.
 
-The source is one file with a plain C interface, without headers of Python or PyTorch: it compiles in seconds
-with whatever compiler the system has, and one build serves every version of PyTorch. Where there is no
+The source has a plain C interface and no headers of Python or PyTorch: it compiles in seconds with whatever
+compiler the system has, and one build serves every version of PyTorch. Where there is no
 compiler, all runs without, slower.
 """
 
@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from .gradient_memory import empty_gradient
+
 logger = logging.get_logger(__name__)
 
-_SOURCE = Path(__file__).parent / "native" / "emo_kernels.cpp"
+_SOURCE = Path(__file__).parent / "native"
 _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 # What the compiler is told of the machine. All but the first are for tests: each takes away something the
 # machine has.
@@ -59,9 +62,15 @@ class Kernels:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._experts = library.emo_experts
         self._experts.argtypes = [number, *[pointer] * 7, *[size] * 5, number, number]
+        self._experts_backward = library.emo_experts_backward
+        self._experts_backward.argtypes = [number, *[pointer] * 11, *[size] * 5, number]
         self._linear = library.emo_linear
         self._linear.argtypes = [number, *[pointer] * 4, *[size] * 3, number]
         self.has_tiles = bool(library.emo_has_tiles())
+
+    def fits_tiles(self, hidden: int, width: int) -> bool:
+        """Whether experts of these sizes run on AMX here."""
+        return self.has_tiles and hidden % 32 == 0 and width % 32 == 0
 
     def experts(
         self,
@@ -109,6 +118,47 @@ class Kernels:
             raise MemoryError(f"No memory for the activations of {tokens} tokens with {top_k} experts each.")
         return out_TD, saved_P2F
 
+    def experts_backward(
+        self,
+        grad_TD: torch.Tensor,
+        x_TD: torch.Tensor,
+        gate_up_E2FD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        weights_TK: torch.Tensor,
+        index_TK: torch.Tensor,
+        saved_P2F: torch.Tensor,
+        wants: Sequence[bool] = (True, True, True, True),
+    ) -> list[torch.Tensor | None]:
+        """Gradients of `experts`, where `fits_tiles`.
+
+        Args:
+            grad_TD (`torch.Tensor`): (T, D), of its output.
+            x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK: as there.
+            saved_P2F (`torch.Tensor`): (T * K, 2F), what `experts` gave with `save`.
+            wants (`Sequence[bool]`, defaults to all): which gradients to compute.
+
+        Returns:
+            `list`: gradients of x, gate_up, down and weights (float32); `None` for those not wanted.
+
+        Raises:
+            ValueError: if `fits_tiles` says no.
+        """
+        (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
+        if not self.fits_tiles(hidden, width):
+            raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
+        inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
+        gradients = [empty_gradient(t) if wanted else None for t, wanted in zip(inputs, wants, strict=True)]
+        failed = self._experts_backward(
+            x_TD.dtype == torch.bfloat16,
+            *(tensor.data_ptr() for tensor in (grad_TD, *inputs, index_TK, saved_P2F)),
+            *(None if gradient is None else gradient.data_ptr() for gradient in gradients),
+            *(tokens, top_k, experts, hidden, width),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"No memory for the gradients of {tokens} tokens with {top_k} experts each.")
+        return gradients
+
     def linear(
         self, x_MD: torch.Tensor, weight_ND: torch.Tensor, bias_N: torch.Tensor | None
     ) -> torch.Tensor:
@@ -155,7 +205,7 @@ def library_path(variant: str = "native") -> Path:
     ```
     """
     parts = [
-        _SOURCE.read_text(encoding="utf-8"),
+        *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.iterdir())),
         *_FLAGS,
         *VARIANTS[variant],
         platform.machine(),
@@ -200,7 +250,14 @@ def build_kernels(variant: str = "native") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / path.name
-            command = [compiler, *_FLAGS, *VARIANTS[variant], str(_SOURCE), "-o", str(built)]
+            command = [
+                compiler,
+                *_FLAGS,
+                *VARIANTS[variant],
+                str(_SOURCE / "emo_kernels.cpp"),
+                "-o",
+                str(built),
+            ]
             run = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if run.returncode:
                 reason = "\n".join(run.stderr.strip().splitlines()[:8])

@@ -11,8 +11,8 @@ from transformers_emo.modeling_emo.native_library import find_kernels
 EXPERTS, TOP_K, HIDDEN, WIDTH = 6, 3, 12, 8
 
 
-def make_experts(dtype=torch.float32, **changes) -> EmoExperts:
-    config = EmoConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, **changes)
+def make_experts(dtype=torch.float32, *, hidden=HIDDEN, width=WIDTH, **changes) -> EmoExperts:
+    config = EmoConfig(hidden_size=hidden, intermediate_size=width, **changes)
     torch.manual_seed(0)
     experts = EmoExperts(config, EXPERTS).to(dtype)
     for parameter in experts.parameters():
@@ -31,11 +31,11 @@ def run(experts, implementation, hidden, index, weights) -> dict[str, torch.Tens
     return {"output": output, "hidden": hidden.grad, "weights": weights.grad} | gradients
 
 
-def make_inputs(tokens: int, index=None, dtype=torch.float32):
+def make_inputs(tokens: int, index=None, dtype=torch.float32, hidden=HIDDEN):
     torch.manual_seed(1)
     if index is None:
         index = torch.rand(tokens, EXPERTS).argsort(dim=1)[:, :TOP_K]
-    return torch.randn(tokens, HIDDEN, dtype=dtype), index, torch.rand(tokens, TOP_K, dtype=dtype)
+    return torch.randn(tokens, hidden, dtype=dtype), index, torch.rand(tokens, TOP_K, dtype=dtype)
 
 
 OURS = ("emo", "emo_sorted")
@@ -53,6 +53,16 @@ def assert_same(experts, hidden, index, weights, **tolerance):
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 def test_numbers_are_those_of_the_loop(tokens):
     assert_same(make_experts(), *make_inputs(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_sizes_that_fit_tiles_are_the_same(dtype, tolerance):
+    """Where the machine has AMX it computes these, in both directions."""
+    experts = make_experts(dtype, hidden=64, width=96)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for tokens in (3, 150):
+        assert_same(experts, *make_inputs(tokens, dtype=dtype, hidden=64), atol=tolerance, rtol=tolerance)
 
 
 def test_experts_that_no_token_takes_have_no_gradient():

@@ -96,6 +96,66 @@ def test_experts_are_near_float64(variant, call):
     assert torch.equal(again, out) and len(nothing) == 0
 
 
+@pytest.mark.skipif(not load_kernels().has_tiles, reason="gradients are compiled for AMX, which is not here")
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65, 97, 300])),
+    experts=st.integers(1, 6),
+    data=st.data(),
+    hidden=st.sampled_from([32, 96, 160, 544, 1056]),
+    width=st.sampled_from([32, 64, 96, 288]),
+    wants=st.lists(st.booleans(), min_size=4, max_size=4),
+    dtype=DTYPE,
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants, dtype, threads):
+    """Sizes on both sides of every block; experts of no token and of all; picks of other ranks."""
+    top_k = data.draw(st.integers(1, experts))
+    torch.manual_seed(tokens)
+    x, grad = (torch.randn(tokens, hidden).to(dtype) for _ in range(2))
+    gate_up = (torch.randn(experts, 2 * width, hidden) / hidden**0.5).to(dtype)
+    down = (torch.randn(experts, hidden, width) / width**0.5).to(dtype)
+    index = torch.rand(tokens, experts + 1).argsort(dim=1)[:, :top_k].contiguous()
+    weights = torch.rand(tokens, top_k)
+    inputs = [tensor.double().requires_grad_() for tensor in (x, gate_up, down, weights)]
+    out, _ = experts_in_float64(*inputs, index)
+    expected = torch.autograd.grad(out, inputs, grad.double(), materialize_grads=True)
+    kernels, before = load_kernels(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, saved = kernels.experts(x, gate_up, down, weights, index, save=True)
+        found = kernels.experts_backward(grad, x, gate_up, down, weights, index, saved, wants)
+    finally:
+        torch.set_num_threads(before)
+    for gradient, value, wanted in zip(found, expected, wants, strict=True):
+        assert (gradient is not None) == wanted
+        if wanted:
+            assert_near(gradient, value, dtype)
+
+
+@pytest.mark.skipif(not load_kernels().has_tiles, reason="gradients are compiled for AMX, which is not here")
+def test_gradients_of_experts_without_tokens_are_zeros():
+    x, gate_up, down = torch.ones(3, 32), torch.ones(4, 64, 32), torch.ones(4, 32, 32)
+    index, weights = torch.full((3, 1), 2), torch.ones(3, 1)
+    _, saved = load_kernels().experts(x, gate_up, down, weights, index, save=True)
+    for again in range(2):  # memory that was used before, too
+        _, of_gate_up, of_down, _ = load_kernels().experts_backward(
+            x, x, gate_up, down, weights, index, saved
+        )
+        assert not of_gate_up[[0, 1, 3]].any() and not of_down[[0, 1, 3]].any(), again
+        assert of_gate_up[2].all() and of_down[2].all()
+        of_gate_up.fill_(5)
+        of_down.fill_(5)
+
+
+def test_gradients_of_sizes_that_do_not_fit_are_refused():
+    kernels = load_kernels()
+    x, index, weights = torch.ones(1, 12), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    inputs = x, torch.ones(1, 16, 12), torch.ones(1, 12, 8), weights, index
+    with pytest.raises(ValueError, match="12 and 8"):
+        kernels.experts_backward(x, *inputs, torch.ones(1, 16))
+
+
 @VARIANT
 @settings(max_examples=25, deadline=None)
 @given(
@@ -187,9 +247,8 @@ class TestBuilding:
             build_kernels("portable")
 
     def test_what_the_compiler_says_is_passed_on(self, monkeypatch, tmp_path):
-        source = tmp_path / "broken.cpp"
-        source.write_text("#error wrong")
-        monkeypatch.setattr(native_library, "_SOURCE", source)
+        (tmp_path / "emo_kernels.cpp").write_text("#error wrong")
+        monkeypatch.setattr(native_library, "_SOURCE", tmp_path)
         with pytest.raises(KernelBuildError, match="wrong"):
             build_kernels("portable")
 

@@ -1,0 +1,162 @@
+// Numbers, vectors of whatever width the machine has, and memory.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using index_t = int64_t;
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline void store(float* to, float x) { *to = x; }
+inline void store(bf16* to, float x) {  // to the nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  to->bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
+}
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 4, TILE_OUTS = 6;  // 24 sums, 4 rows and 1 weight fill 32 registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TILE_ROWS = 2, TILE_OUTS = 4;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, TILE_ROWS = 4, TILE_OUTS = 6;
+#else
+constexpr int LANES = 4, TILE_ROWS = 2, TILE_OUTS = 4;
+#endif
+
+// Vectors by the compilers' own extension: one source for every machine.
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+inline vec load(const float* p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vec load(const bf16* p) {
+  hvec h;
+  memcpy(&h, p, sizeof h);
+  return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+inline void put(float* to, vec x) { memcpy(to, &x, sizeof x); }
+inline void put(bf16* to, vec x) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+  memcpy(to, &rounded, sizeof rounded);
+#else
+  for (int i = 0; i < LANES; ++i) store(to + i, x[i]);
+#endif
+}
+
+template <class T>
+inline void copy_back(const float* from, index_t count, T* to) {
+  index_t i = 0;
+  for (; i + LANES <= count; i += LANES) put(to + i, load(from + i));
+  for (; i < count; ++i) store(to + i, from[i]);
+}
+
+// A copy that nobody reads soon: past the caches, where the processor can and the place is aligned.
+template <class T>
+inline void stream_copy(const T* from, index_t count, T* to) {
+  index_t i = 0;
+#if defined(__AVX512F__)
+  if (size_t(to) % 64 == 0)
+    for (; i + index_t(64 / sizeof(T)) <= count; i += 64 / sizeof(T))
+      _mm512_stream_si512((__m512i*)(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX2__)
+  if (size_t(to) % 32 == 0)
+    for (; i + index_t(32 / sizeof(T)) <= count; i += 32 / sizeof(T))
+      _mm256_stream_si256((__m256i*)(to + i), _mm256_loadu_si256((const __m256i*)(from + i)));
+#endif
+  memcpy(to + i, from + i, (count - i) * sizeof(T));
+}
+// Before others may read what was streamed.
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <int N>
+inline float sum(float __attribute__((vector_size(4 * N))) v) {
+  if constexpr (N == 4) {
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  } else {
+    float __attribute__((vector_size(2 * N))) low, high;
+    memcpy(&low, &v, 2 * N);
+    memcpy(&high, (const char*)&v + 2 * N, 2 * N);
+    return sum<N / 2>(low + high);
+  }
+}
+
+// What one step along `in` takes: so many numbers of each factor, and their products added to a vector of
+// sums.
+template <class T>
+struct Step {
+  static constexpr int size = LANES;
+  using reg = vec;
+  static reg get(const T* p) { return load(p); }
+  static vec add(vec sums, reg a, reg b) { return sums + a * b; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Step<bf16> {
+  static constexpr int size = 32;
+  using reg = __m512bh;
+  static reg get(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static vec add(vec sums, reg a, reg b) { return (vec)_mm512_dpbf16_ps((__m512)sums, a, b); }
+};
+#endif
+
+// exp to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+inline vec exponential(vec x) {
+  const vec low = x * 0 - 87.0f, high = x * 0 + 88.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const vec shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const vec n = shifted - 12582912.0f;
+  const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const ivec exponent = __builtin_convertvector(n, ivec) + 127;
+  return p * (vec)(exponent << 23);
+}
+inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
+
+template <class T>
+struct Buffer {
+  T* p;
+  explicit Buffer(size_t count) {
+    void* found = nullptr;
+    if (posix_memalign(&found, 64, count * sizeof(T) + 64)) throw std::bad_alloc();
+    p = (T*)found;
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { free(p); }
+};
+
+}  // namespace
