@@ -34,7 +34,7 @@ INSTRUCTION_SETS = (
     *("asimd", "bf16", "i8mm", "sve"),
 )
 # A line of a script that begins with a ratio, or with one and another in brackets, is a row of a table.
-ROW = re.compile(r"(?P<ratio>-?\d+(\.\d+)?( \([^)]*\))?) {2,}(?P<what>\S.*)")
+ROW = re.compile(r"(?P<ratio>-?\d+\.\d+( \([^)]*\))?) {2,}(?P<what>\S.*)")
 
 
 @dataclass(frozen=True)

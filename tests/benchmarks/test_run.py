@@ -161,6 +161,28 @@ def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_tables_are_of_ratios_and_all_else_stays_as_it_is():
+    lines = [
+        "2 layers",
+        "0.50  a / b",
+        "0.25 (0.20)  c / d",
+        "",
+        "experts   files",
+        "      1     125   1.000",
+    ]
+    assert runner.render_lines(lines).split("\n") == [
+        "    2 layers",
+        "",
+        "| ratio | |",
+        "|---|---|",
+        "| 0.50 | a / b |",
+        "| 0.25 (0.20) | c / d |",
+        "",
+        "    experts   files",
+        "          1     125   1.000",
+    ]
+
+
 LINES = st.lists(
     st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\u2028\u2029\x85"))
 )
