@@ -138,7 +138,7 @@ def render_lines(lines: Iterable[str]) -> str:
 def render_section(script: Script, outcome: Outcome, circumstances: str) -> str:
     """The section of a script in the results, without its heading."""
     bar = f" **Bar:** {script.bar}" if script.bar else ""
-    parts = [script.claim + bar]
+    parts = [script.claim[:1].upper() + script.claim[1:] + bar]
     if outcome.status:
         parts.append(
             f"**Failed** with status {outcome.status} after {outcome.seconds:.0f} s; what it printed before:"
