@@ -51,14 +51,9 @@ typecheck: $(VENV)/.installed-dev
 	for room in $(ROOMS); do cp -rs $(CURDIR)/$$room build/typecheck/transformers_emo/$$room; done
 	$(BIN)/mypy build/typecheck/transformers_emo
 
-bench: $(VENV)/.installed-dev  ## measure what the README claims
-	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/selection.py
-	$(BIN)/python benchmarks/extraction.py
-	$(BIN)/python benchmarks/conversion.py
-	$(BIN)/python benchmarks/document_pools.py
-	$(BIN)/python benchmarks/serving.py
-	$(BIN)/python benchmarks/importing.py
+# BENCH="experts loading --quick" measures a selection; `python benchmarks/run.py --help` says what else.
+bench: $(VENV)/.installed-dev  ## measure what the README claims, into benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 # Hours on two cores. Interrupted, it goes on where it was; the corpus needs Debian's package lists and PyPI.
 TINY := examples/emo_tiny

@@ -1,6 +1,8 @@
 """Converting a training checkpoint and back, against copying files.
 
-    python benchmarks/conversion.py [--layers 4] [--folder DIR] [--runs 1]
+    python benchmarks/conversion.py [--quick] [--layers 4] [--folder DIR] [--runs 1]
+
+Claim: converting costs little more than writing the files, and memory for a few tensors.
 
 Takes the synthetic model of `benchmarks/loading.py` (EMO's true width) as a training checkpoint in float32,
 and prints ratios of time, every file written to the disk before the clock stops and the page cache of what is
@@ -68,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="one layer")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="keep the model here")
     parser.add_argument("--runs", type=int, default=1)
@@ -77,6 +80,8 @@ def main() -> None:
         source, out, dtype = args.convert
         print(json.dumps(convert(Path(source), Path(out), dtype)))
         return
+    if args.quick:
+        args.layers = 1
     with tempfile.TemporaryDirectory(dir=args.folder and args.folder.parent) as temporary:
         here = Path(temporary)
         model = args.folder or here / "model"

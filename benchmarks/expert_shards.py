@@ -1,5 +1,9 @@
 """Expert shards: how many files, and how many bytes too many, for experts grouped by 1, 2, 4 or 8.
 
+    python benchmarks/expert_shards.py
+
+Claim: cut by single experts, a checkpoint gives every subset without a byte too many.
+
 Subsets are those that `select_experts` takes for each domain of the toy model, and random ones of a model as
 large as the released one. Waste is the bytes of the files that a subset needs, over those of its tensors.
 """

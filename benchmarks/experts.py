@@ -2,6 +2,12 @@
 
     python benchmarks/experts.py [--quick] [--threads N] [--experts 128 16] [--dtypes bfloat16 float32]
 
+Claim: on a CPU a block of experts runs faster with this package than any other way.
+
+Bar: of the time of the best other, with 128 experts: bfloat16 forward of 1, 8 and 64 tokens 0.7, 512 0.75,
+2048 0.85, 8192 0.9; float32 forward of 1 token 0.8, 8 to 512 0.6, 2048 0.8; forward and backward 0.5. With 16
+experts: forward 1.0.
+
 A block of the released model's width (2048 hidden, 1024 an expert, top 8) with random weights and routing.
 All take turns in one run. Times are medians after a warm-up, by the clock, or with one thread in processor
 time, which other work on the machine stretches less. First comes the ratio to the best of the others, beside

@@ -1,6 +1,9 @@
 """Choosing experts from a folder against running the pruned model, and against the naive algorithm.
 
-    python benchmarks/selection.py [--layers 4] [--folder DIR]
+    python benchmarks/selection.py [--quick] [--layers 4] [--folder DIR]
+
+Claim: choosing experts layer by layer costs no more than one pass of the model that they make, and memory for
+one layer.
 
 Chooses 16 of 128 experts layerwise over 4,096 tokens, from a synthetic checkpoint of EMO's true width (as in
 loading.py), and runs the model of these experts over the same tokens, without a head; each in a fresh
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from loading import disk_bytes, drop_from_cache, make_checkpoint, peak_bytes
@@ -103,6 +107,7 @@ def run_pruned(folder: str, subset: Path) -> dict:
 def against_naive(folder: str, _: Path) -> dict:
     """The naive algorithm, the choice in memory and from disk; what each took."""
     import torch
+    from experts import peak_megabytes
     from transformers.utils import logging
     from transformers_emo import EmoConfig, EmoModel, select_experts
 
@@ -129,9 +134,11 @@ def against_naive(folder: str, _: Path) -> dict:
         kept.append([*score.topk(KEPT - 1).indices.sort().values.tolist(), num_experts - 1])
     result["naive"] = clock.read()
     for name, source in (("memory", model), ("disk", folder)):
+        choose_from = partial(select_experts, source, input_ids=[ids], num_experts=KEPT, progress=False)
         clock = Clock()
-        chosen = select_experts(source, input_ids=[ids], num_experts=KEPT, progress=False)
+        chosen = choose_from()
         result[name] = clock.read()
+        result[f"{name} memory"] = peak_megabytes(choose_from)
         result[f"{name} equals naive"] = chosen.experts == kept
     return result
 
@@ -150,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="one layer, one run")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--runs", type=int, default=3)
@@ -163,6 +171,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         print(json.dumps(PARTS[args.part](str(args.folder), args.subset)))
         return
+    if args.quick:
+        args.layers = args.runs = 1
     with tempfile.TemporaryDirectory() as temporary:
         folder, subset = args.folder or Path(temporary, "model"), Path(temporary, "subset.json")
         make_checkpoint(folder, args.layers)
@@ -201,7 +211,10 @@ def main() -> None:
         same = naive[f"{name} equals naive"]
         for kind in ("wall", "processor"):
             ratio = naive["naive"][kind] / naive[name][kind]
-            print(f"16 layers, naive / choice from {name}, {kind} time: {ratio:.2f}  (same choice: {same})")
+            print(
+                f"16 layers, naive / choice from {name}, {kind} time: {ratio:.2f}  "
+                f"(same choice: {same}; {naive[f'{name} memory']:.0f} MB)"
+            )
 
 
 if __name__ == "__main__":

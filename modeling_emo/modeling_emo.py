@@ -65,6 +65,12 @@ def _wants_router_logits(config: EmoConfig, training: bool) -> bool:
     return training if config.output_router_logits == "training" else bool(config.output_router_logits)
 
 
+def _quantises_experts(quantization_config: Any) -> bool:
+    """Whether torchao is told to quantise the stacked parameters of the experts."""
+    quant_type = getattr(quantization_config, "quant_type", None)
+    return any("experts" in name for name in getattr(quant_type, "fqn_to_config", None) or ())
+
+
 def _resolve_output_router_logits(forward: Callable) -> Callable:
     """Give `forward` a plain `output_router_logits`; Transformers takes it from the config as it is."""
 
@@ -486,6 +492,8 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         quantised = getattr(self.config, "quantization_config", None) is not None
         if requested_experts is None and self._cpu_experts in ALL_EXPERTS_FUNCTIONS and not quantised:
             return self._cpu_experts
+        if requested_experts is None and quantised and _quantises_experts(self.config.quantization_config):
+            return "eager"  # the others want operations that quantised stacks of experts do not have
         return super().get_correct_experts_implementation(requested_experts)
 
     @staticmethod
