@@ -2,6 +2,10 @@
 
     python benchmarks/importing.py [--runs 7]
 
+Claim: `import transformers_emo` adds next to nothing to `import transformers, torch`.
+
+Bar: at most 0.3 seconds.
+
 Every line is run in fresh processes, in turns, after one of each that does not count; medians. Ratio and
 difference first, against the line they are compared with. The commands are compared with an empty Python.
 """
@@ -51,12 +55,11 @@ def main() -> None:
     for command in LINES.values():
         seconds(command)
     times = [{name: seconds(command) for name, command in LINES.items()} for _ in range(args.runs)]
-    print("ratio  extra s       s")
     for name, base in PAIRS.items():
         ratio = statistics.median(run[name] / run[base] for run in times)
         extra = statistics.median(run[name] - run[base] for run in times)
         took = statistics.median(run[name] for run in times)
-        print(f"{ratio:5.2f}  {extra:7.3f}  {took:6.3f}  {name} / {base}")
+        print(f"{ratio:.2f}  {extra:6.3f} s more, {took:6.3f} s: {name} / {base}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ turns neighbours, and not halves, so that the rows of q and k change places.
 Shape suffixes: R routed experts, F expert width, D hidden size.
 """
 
+import ctypes
 import json
 import mmap
 import sys
@@ -224,10 +225,11 @@ def resident(*, peak: bool, forget: bool = False) -> float:
     name = "VmHWM" if peak else "VmRSS"
     try:
         if forget:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith(name))) / 1024
-    except OSError:  # no Linux
+    except (OSError, AttributeError):  # no Linux, or another C library
         return float("nan")
 
 
