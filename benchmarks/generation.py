@@ -10,8 +10,8 @@ one; a prompt of 1,024 in 0.8 of the best other's time, at 0.8 of the speed of p
 
 Without `--folder` a checkpoint is made, as wide as the released model, of 4 layers and random bfloat16
 weights (7.4 GB). All read the same weights and the same random tokens, and take turns in one run: a token
-after 32, one sequence and eight; a prompt with the logits of its last token. Times are medians of turns, after
-a warm-up that also says how far the logits are from ours. Ratios come first. MB are how far the process grows
+after 32, one sequence and eight; a prompt with the logits of its last token. Times are medians of turns after
+a warm-up that also says how far the logits are from ours. Ratios come first. MB are how far a process grows
 meanwhile. Beside them stand what the machine allows: for tokens how fast it reads memory, the best of several
 ways; for prompts the products alone, of weights that oneDNN packed beforehand, with the rows that each expert
 really gets. Random routing spreads eight sequences over some 46 experts a layer, three times one's weights:
