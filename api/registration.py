@@ -88,11 +88,11 @@ def _register_experts(moe: ModuleType) -> None:
 
 
 def _complete_network(network: ModuleType) -> None:
-    from .modeling_emo.expert_kernels import few_rows_linear
+    from .modeling_emo import layer_kernels
     from .subsets import model_hooks
 
     network.EmoPreTrainedModel._package = model_hooks
-    network.EmoLinear._few_rows = staticmethod(few_rows_linear)
+    network._CompiledLayers.module = layer_kernels
 
 
 _HOOK = AfterImport(

@@ -41,7 +41,7 @@ from loading import make_checkpoint
 from transformers import DynamicCache
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo.modeling_emo import EmoLinear
+from transformers_emo.modeling_emo.modeling_emo import _CompiledLayers
 from transformers_emo.modeling_emo.native_library import find_kernels
 
 PROMPT, LONG_PROMPT, SEQUENCES = 32, 1024, 8
@@ -57,18 +57,18 @@ class Torch:
 
     @contextmanager
     def _chosen(self) -> Iterator[None]:
-        """Ours as it is; for the others PyTorch's own linear layers, and their experts."""
-        ours, blocks = EmoLinear._few_rows, [layer.mlp for layer in self.model.model.layers]
+        """Ours as it is; for the others PyTorch's own layers, and their experts."""
+        ours, blocks = _CompiledLayers.module, [layer.mlp for layer in self.model.model.layers]
         kept = [block.experts for block in blocks]
         self.model.config._experts_implementation = self.experts
         if self.experts != "emo":
-            EmoLinear._few_rows = None
+            _CompiledLayers.module = None
         try:
             for block, loop in zip(blocks, self.loops or kept, strict=True):
                 block.experts = loop
             yield
         finally:
-            EmoLinear._few_rows, self.model.config._experts_implementation = ours, "emo"
+            _CompiledLayers.module, self.model.config._experts_implementation = ours, "emo"
             for block, experts in zip(blocks, kept, strict=True):
                 block.experts = experts
 

@@ -1,10 +1,9 @@
-"""`"emo"`, the experts implementation of EMO on a CPU, `"emo_sorted"`, the same without compiled code, and
-linear layers of a few rows.
+"""`"emo"`, the experts implementation of EMO on a CPU, and `"emo_sorted"`, the same without compiled code.
 
 Both directions are in C++ (`native/`). Without a compiler and for other dtypes, tokens are sorted by expert
 once, and every expert is two matrix products, each into its place in one buffer; backward four, with all else
-over all picks at once. Transformers' own implementations either build
-gradients of the size of all experts for every expert (`eager`), or go through a fallback (`grouped_mm`).
+over all picks at once. Transformers' own implementations either build gradients of the size of all experts
+for every expert (`eager`), or go through a fallback (`grouped_mm`).
 
 Shape suffixes: T tokens, K experts taken per token, P = T * K picks, E experts, D hidden size, F expert
 width.
@@ -289,52 +288,3 @@ def sorted_experts_forward(
     ```
     """
     return _forward(self, hidden_states, top_k_index, top_k_weights, native=False)
-
-
-# The kernel is faster than PyTorch up to so many rows (measured on AVX-512 and AMX), from so many weights on.
-_FEW_ROWS = {torch.bfloat16: 4, torch.float32: 32}
-_MANY_WEIGHTS = 1 << 18
-
-
-def few_rows_linear(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor | None:
-    """`torch.nn.functional.linear` where the weights are many, the rows few, and all is on a CPU.
-
-    Args:
-        input (`torch.Tensor`): (..., D).
-        weight (`torch.Tensor`): (N, D).
-        bias (`torch.Tensor`, *optional*): (N,).
-
-    Returns:
-        `torch.Tensor` or `None`: (..., N); `None` where PyTorch is to do it: many rows, few weights, other
-        dtypes than bfloat16 and float32 or not the same, autocast, other devices, subclasses of tensors
-        (quantised, distributed or fake ones), no compiled kernels.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.modeling_emo.expert_kernels import few_rows_linear
-    >>> few_rows_linear(torch.ones(64, 512), torch.ones(512, 512), None) is None  # many rows
-    True
-
-    ```
-    """
-    rows = input.numel() // max(input.shape[-1], 1)
-    if (
-        not 0 < rows <= _FEW_ROWS.get(weight.dtype, 0)
-        or weight.numel() < _MANY_WEIGHTS
-        or input.dtype != weight.dtype
-        or (bias is not None and bias.dtype != weight.dtype)
-        or input.device.type != "cpu"
-        or weight.device.type != "cpu"
-        or type(input) is not torch.Tensor
-        or type(weight) not in (torch.Tensor, nn.Parameter)
-        or not weight.is_contiguous()
-        or torch.is_autocast_enabled("cpu")
-        or (kernels := find_kernels()) is None
-    ):
-        return None
-    rows_MD = input.reshape(rows, input.shape[-1]).contiguous()
-    return kernels.linear(rows_MD, weight, bias).view(*input.shape[:-1], weight.shape[0])

@@ -29,11 +29,13 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.flex_olmo.modeling_flex_olmo import (
     FlexOlmoAttention,
     FlexOlmoRMSNorm,
     FlexOlmoRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -83,8 +85,29 @@ def _resolve_output_router_logits(forward: Callable) -> Callable:
     return wrapper
 
 
+class _CompiledLayers:
+    """The package's compiled code for what a layer does beside its experts (`layer_kernels`).
+
+    It is for inference on a CPU. What it does not compute, PyTorch does.
+    """
+
+    module: ClassVar[Any] = None  # set on import of the package
+
+    @classmethod
+    def call(cls, name: str, *args) -> torch.Tensor | None:
+        """What a function of `layer_kernels` makes of these arguments, or `None`."""
+        if cls.module is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return getattr(cls.module, name)(*args)
+
+
 class EmoRMSNorm(FlexOlmoRMSNorm):
-    """FlexOlmo's norm unchanged: it multiplies by its weight in float32, before casting down."""
+    """FlexOlmo's norm: it multiplies by its weight in float32, before casting down."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (..., D)."""
+        output = _CompiledLayers.call("rms_norm", hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states) if output is None else output
 
 
 class EmoRotaryEmbedding(FlexOlmoRotaryEmbedding):
@@ -93,10 +116,6 @@ class EmoRotaryEmbedding(FlexOlmoRotaryEmbedding):
 
 class EmoLinear(nn.Linear):
     """`nn.Linear`; when a CPU decodes, the package's kernel runs: it reads weights faster than PyTorch's."""
-
-    # A function of (rows, weight, bias) that gives `None` for what it leaves to PyTorch. Set on import of the
-    # package.
-    _few_rows: ClassVar[Callable | None] = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "EmoLinear":
@@ -108,12 +127,8 @@ class EmoLinear(nn.Linear):
     @staticmethod
     def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """(..., inputs) and (outputs, inputs) to (..., outputs)."""
-        few_rows = EmoLinear._few_rows
-        if few_rows is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            output = few_rows(input, weight, bias)
-            if output is not None:
-                return output
-        return F.linear(input, weight, bias)
+        output = _CompiledLayers.call("few_rows_linear", input, weight, bias)
+        return F.linear(input, weight, bias) if output is None else output
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -125,10 +140,46 @@ class EmoAttention(FlexOlmoAttention):
 
     def __init__(self, config: EmoConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.q_norm = nn.Identity()
-        self.k_norm = nn.Identity()
+        del self.q_norm, self.k_norm
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, EmoLinear.of(getattr(self, name)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, S, D) to (B, S, D), and what the attention implementation tells of its weights."""
+        batch, length, _ = hidden_states.shape
+
+        def heads(projection: nn.Module) -> torch.Tensor:
+            return projection(hidden_states).view(batch, length, -1, self.head_dim)
+
+        query, key = _rotate_both(heads(self.q_proj), heads(self.k_proj), *position_embeddings)
+        value = heads(self.v_proj).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+
+
+def _rotate_both(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embeddings of queries and keys, (B, S, H, W) to (B, H, S, W)."""
+    rotated = [_CompiledLayers.call("rotate", states, cos, sin) for states in (query, key)]
+    if rotated[0] is None or rotated[1] is None:
+        return apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
 
 
 class EmoMLP(nn.Module):

@@ -66,6 +66,11 @@ class Kernels:
         self._experts_backward.argtypes = [number, *[pointer] * 11, *[size] * 5, number]
         self._linear = library.emo_linear
         self._linear.argtypes = [number, *[pointer] * 4, *[size] * 3, number]
+        self._rms_norm = library.emo_rms_norm
+        self._rms_norm.argtypes = [number, *[pointer] * 3, *[size] * 2, ctypes.c_float, number]
+        self._rotate = library.emo_rotate
+        self._rotate.argtypes = [number, *[pointer] * 4, *[size] * 4, number]
+        self._rms_norm.restype = self._rotate.restype = None
         self.has_tiles = bool(library.emo_has_tiles())
 
     def fits_tiles(self, hidden: int, width: int) -> bool:
@@ -171,6 +176,21 @@ class Kernels:
         if self._linear(x_MD.dtype == torch.bfloat16, *pointers, *sizes):
             raise MemoryError(f"No memory for a product of {rows} rows with {outputs} outputs.")
         return out_MN
+
+    def rms_norm(self, x_MD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """`weight * x / sqrt(mean(x ** 2) + epsilon)` of each row (M, D), in float32, rounded at the end."""
+        out_MD = torch.empty_like(x_MD)
+        pointers = x_MD.data_ptr(), weight_D.data_ptr(), out_MD.data_ptr()
+        self._rms_norm(x_MD.dtype == torch.bfloat16, *pointers, *x_MD.shape, epsilon, torch.get_num_threads())
+        return out_MD
+
+    def rotate(self, x_MHW: torch.Tensor, cos_PW: torch.Tensor, sin_PW: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of M rows with H heads; row m has the float32 cosines and sines of m modulo P."""
+        out_MHW = torch.empty_like(x_MHW)
+        pointers = x_MHW.data_ptr(), cos_PW.data_ptr(), sin_PW.data_ptr(), out_MHW.data_ptr()
+        sizes = *x_MHW.shape, len(cos_PW), torch.get_num_threads()
+        self._rotate(x_MHW.dtype == torch.bfloat16, *pointers, *sizes)
+        return out_MHW
 
 
 def _cache_folder() -> Path:

@@ -17,8 +17,9 @@
 // expert.
 //
 // `vectors.h`, `dot_products.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks; `experts.h`,
-// `gradients.h` and `linear.h` are the operations.
+// `gradients.h`, `linear.h` and `elementwise.h` are the operations.
 
+#include "elementwise.h"
 #include "experts.h"
 #include "gradients.h"
 #include "linear.h"
@@ -112,5 +113,23 @@ int emo_linear(int is_bf16, const void* x, const void* weight, const void* bias,
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+void emo_rms_norm(int is_bf16, const void* x, const void* weight, void* out, int64_t rows, int64_t width,
+                  float epsilon, int threads) {
+  threads = useful_threads(rows * width, threads);
+  if (is_bf16)
+    rms_norm((const bf16*)x, (const bf16*)weight, (bf16*)out, rows, width, epsilon, threads);
+  else
+    rms_norm((const float*)x, (const float*)weight, (float*)out, rows, width, epsilon, threads);
+}
+
+void emo_rotate(int is_bf16, const void* x, const float* cosines, const float* sines, void* out, int64_t rows,
+                int64_t heads, int64_t width, int64_t positions, int threads) {
+  threads = useful_threads(rows * heads * width, threads);
+  if (is_bf16)
+    rotate((const bf16*)x, cosines, sines, (bf16*)out, rows, heads, width, positions, threads);
+  else
+    rotate((const float*)x, cosines, sines, (float*)out, rows, heads, width, positions, threads);
 }
 }

@@ -1,11 +1,18 @@
-"""Linear layers while decoding: who multiplies, and that nobody notices."""
+"""Compiled layers of inference: who computes, and that nobody notices."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo.modeling_emo import EmoLinear, EmoTopKRouter
+from transformers_emo.modeling_emo.modeling_emo import (
+    EmoLinear,
+    EmoRMSNorm,
+    EmoRotaryEmbedding,
+    EmoTopKRouter,
+    _CompiledLayers,
+    _rotate_both,
+)
 from transformers_emo.modeling_emo.native_library import find_kernels
 
 pytestmark = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
@@ -92,7 +99,7 @@ def test_a_model_decodes_the_same_with_and_without(calls, monkeypatch):
         cache = model(ids, use_cache=True).past_key_values
         found = model(ids[:, :1], past_key_values=cache).logits
         assert calls == [1] * 9  # q, k, v and o of two layers, and the head
-        monkeypatch.setattr(EmoLinear, "_few_rows", None)
+        monkeypatch.setattr(_CompiledLayers, "module", None)
         cache = model(ids, use_cache=True).past_key_values
         torch.testing.assert_close(
             model(ids[:, :1], past_key_values=cache).logits, found, atol=1e-5, rtol=1e-5
@@ -116,3 +123,70 @@ def test_adapters_on_it_train(make_model):
     ids = torch.randint(2, 96, (1, 6))
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.any() for name, p in model.named_parameters() if "lora_B" in name)
+
+
+class TestBetweenTheProducts:
+    @pytest.fixture
+    def compiled(self, monkeypatch):
+        """Names of what the compiled code computed."""
+        kernels, seen = find_kernels(), []
+        for name in ("rms_norm", "rotate"):
+            run = getattr(kernels, name)
+            monkeypatch.setattr(
+                kernels, name, lambda *args, run=run, name=name: seen.append(name) or run(*args)
+            )
+        return seen
+
+    @pytest.fixture
+    def plainly(self, monkeypatch):
+        """Runs a function without compiled code."""
+
+        def run(function, *args):
+            with monkeypatch.context() as patch:
+                patch.setattr(_CompiledLayers, "module", None)
+                return function(*args)
+
+        return run
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(1, 1, 70), (2, 5, 64), (3, 2048)])
+    def test_norms_are_those_of_pytorch(self, compiled, plainly, dtype, shape):
+        norm = EmoRMSNorm(shape[-1]).to(dtype)
+        torch.nn.init.normal_(norm.weight)
+        x = (3 * torch.randn(shape)).to(dtype)
+        with torch.no_grad():
+            found = norm(x)
+            assert compiled == ["rms_norm"] and found.dtype == dtype
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(found, plainly(norm, x), atol=tolerance, rtol=tolerance)
+            turned = x.transpose(0, -2).contiguous().transpose(0, -2)
+            assert torch.equal(norm(turned), found)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("batch", [1, 3])  # each sequence may have positions of its own
+    def test_rotations_are_those_of_pytorch(self, compiled, plainly, dtype, batch):
+        rotary = EmoRotaryEmbedding(EmoConfig(hidden_size=4 * 36, num_attention_heads=4))
+        states = torch.randn(3, 7, 4, 36).to(dtype), torch.randn(3, 7, 2, 36).to(dtype)
+        positions = torch.arange(7)[None] + torch.tensor([0, 90, 5])[:batch, None]
+        cos, sin = rotary(states[0], positions)
+        with torch.no_grad():
+            found = _rotate_both(*states, cos, sin)
+            assert compiled == ["rotate"] * 2
+            expected = plainly(_rotate_both, *states, cos, sin)
+        for one, other in zip(found, expected, strict=True):
+            assert one.shape == other.shape and one.dtype == dtype
+            tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+    def test_what_is_not_for_it_goes_to_pytorch(self, compiled):
+        norm = EmoRMSNorm(64)
+        assert norm(torch.randn(2, 64)).grad_fn is not None
+        states, angles = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 8)
+        with torch.no_grad():
+            norm(torch.randn(2, 64).bfloat16())  # two dtypes
+            norm(torch.randn(0, 64))
+            norm.double()(torch.randn(2, 64).double())
+            _rotate_both(states, states, angles.bfloat16(), angles.bfloat16())
+            with torch.autocast("cpu", torch.bfloat16):
+                _rotate_both(states, states, angles, angles)
+        assert compiled == []
