@@ -81,36 +81,43 @@ struct Experts {
 #if defined(EMO_AMX)
   // The same, with activations packed as `pack_rows` does, every expert's rows filled up to whole tiles.
   static constexpr int N = PARTS<T>;
-  static constexpr index_t BLOCK = TOKEN_BLOCK<T>;
+  static constexpr index_t BLOCK = TOKEN_BLOCK;
 
-  // sums[block of 32 tokens] = 16 rows of weights and 16 others times packed tokens, as `tile_products`
-  // leaves them.
-  static void times_rows(const bf16* first, const bf16* second, index_t in, Numbers tokens, index_t count,
-                         float* sums) {
+  // How many pairs of strips of weights meet the tokens at a time: where weights have to be split, tokens are
+  // read a few times less.
+  static constexpr index_t PAIRS = N == 1 ? 1 : 8;
+  static constexpr index_t SUMS = BLOCK * 32;
+
+  // sums[pair][block of 32 tokens] = 16 rows of weights and 16 others times packed tokens, as `tile_products`
+  // leaves them. The rows of the next pair come `next` rows after these.
+  static void times_rows(const bf16* first, const bf16* second, index_t, index_t, index_t in, Numbers tokens,
+                         index_t count, float* sums) {
     for (index_t m = 0; m < count; m += 2 * TILE)
       tile_products<1>(true, m + TILE < count, {first, second, 2 * in, 32, 0},
                        packed_strips(tokens + m * in, TILE * in), in, sums + m * 32);
   }
-  static void times_rows(const float* first, const float* second, index_t in, Numbers tokens, index_t count,
-                         float* sums) {
+  static void times_rows(const float* first, const float* second, index_t next, index_t pairs, index_t in,
+                         Numbers tokens, index_t count, float* sums) {
     constexpr index_t DEEP = 128;  // split at a time
     alignas(64) bf16 room[3 * 2 * TILE * DEEP];
     const Room rows{room, 2 * TILE * DEEP};
-    for (index_t k0 = 0; k0 < in; k0 += DEEP) {
-      const index_t deep = std::min(DEEP, in - k0);
-      for (index_t r = 0; r < TILE; ++r) {
-        split_row(first + r * in + k0, deep, rows + r * 32);
-        split_row(second + r * in + k0, deep, rows + (TILE * deep + r * 32));
+    for (index_t k0 = 0; k0 < in; k0 += DEEP)
+      for (index_t p = 0; p < pairs; ++p) {
+        const index_t deep = std::min(DEEP, in - k0), at = p * next * in + k0;
+        for (index_t r = 0; r < TILE; ++r) {
+          split_row(first + r * in + at, deep, rows + r * 32);
+          split_row(second + r * in + at, deep, rows + (TILE * deep + r * 32));
+        }
+        const Strips left = packed_strips(rows, TILE * deep);
+        for (index_t m = 0; m < count; m += 2 * TILE) {
+          const Strips right = packed_strips(tokens + (m * in + 16 * k0), TILE * in);
+          float* found = sums + p * SUMS + m * 32;
+          if (k0)
+            tile_products<3, true>(true, m + TILE < count, left, right, deep, found);
+          else
+            tile_products<3>(true, m + TILE < count, left, right, deep, found);
+        }
       }
-      const Strips left = packed_strips(rows, TILE * deep);
-      for (index_t m = 0; m < count; m += 2 * TILE) {
-        const Strips right = packed_strips(tokens + (m * in + 16 * k0), TILE * in);
-        if (k0)
-          tile_products<3, true>(true, m + TILE < count, left, right, deep, sums + m * 32);
-        else
-          tile_products<3>(true, m + TILE < count, left, right, deep, sums + m * 32);
-      }
-    }
   }
   // 32 numbers after each other are 512 apart in a strip of packed rows.
   static void split_row(const float* from, index_t count, Room strip) {
@@ -124,22 +131,22 @@ struct Experts {
   void tile_gate_up(const Part& part, Numbers tokens, Room activations, Room packed) const {
     const T* base = gate_up + part.expert->id * 2 * s.F * s.D;
     Numbers rows[BLOCK];
-    alignas(64) float all_sums[BLOCK * 32];
+    Buffer<float> all_sums(PAIRS * SUMS);
     for (index_t m0 = 0; m0 < part.rows; m0 += BLOCK) {
       const index_t count = std::min(BLOCK, part.rows - m0), place = part.expert->begin + m0;
       for (index_t m = 0; m < count; ++m) rows[m] = tokens + routing.token[place + m] * s.D;
       pack_rows<N>(rows, count, s.D, packed);
-      for (index_t f = part.from; f < part.to; f += TILE) {
-        const T* gate = base + f * s.D;
-        times_rows(gate, gate + s.F * s.D, s.D, packed, count, all_sums);
-        for (index_t m = 0; m < count; m += 2 * TILE) {
-          const float* sums = all_sums + m * 32;
-          for (index_t t = 0; t < (m + TILE < count ? 2 : 1); ++t) {
-            const index_t tile = (part.first_row + m0 + m + t * TILE) * s.F + f / 32 * 512 + f % 32 * 16;
-            activate_tile<N>(sums + 256 * t, sums + 512 + 256 * t, activations + tile);
-            if (saved) save_tile(sums + 256 * t, place + m + t * TILE, count - m - t * TILE, f);
+      for (index_t f0 = part.from; f0 < part.to; f0 += PAIRS * TILE) {
+        const T* gate = base + f0 * s.D;
+        const index_t pairs = std::min(PAIRS, (part.to - f0) / TILE);
+        times_rows(gate, gate + s.F * s.D, TILE, pairs, s.D, packed, count, all_sums.p);
+        for (index_t p = 0; p < pairs; ++p)
+          for (index_t m = 0; m < count; m += TILE) {
+            const float* sums = &all_sums.p[p * SUMS + m / 32 * 1024 + m % 32 * 16];
+            const index_t f = f0 + p * TILE, row = part.first_row + m0 + m;
+            activate_tile<N>(sums, sums + 512, activations + (row * s.F + f / 32 * 512 + f % 32 * 16));
+            if (saved) save_tile(sums, place + m, count - m, f);
           }
-        }
       }
     }
   }
@@ -154,31 +161,28 @@ struct Experts {
   }
 
   void tile_down(index_t from, index_t to, Numbers activations, float* sums) const {
-    alignas(64) float all_products[BLOCK * 32];
+    Buffer<float> all_sums(PAIRS * SUMS);
     for (const auto& expert : routing.experts) {
       const T* base = down + expert.id * s.D * s.F;
       const index_t rows = expert.end - expert.begin;
       for (index_t m0 = 0; m0 < rows; m0 += BLOCK)
-        for (index_t d = from; d < to; d += 2 * TILE) {
-          const T* w = base + d * s.F;
-          const index_t end = std::min(rows, m0 + BLOCK);
-          times_rows(w, w + TILE * s.F, s.F, activations + m0 * s.F, end - m0, all_products);
-          for (index_t m = m0; m < end; m += 2 * TILE) {
-            const bool pair = m + TILE < end;
-            const float* products = all_products + (m - m0) * 32;
-            for (index_t t = 0; t < (pair ? 4 : 3); ++t) {  // tiles w0 t0, w0 t1, w1 t0, w1 t1
-              if (!pair && t == 1) continue;
-              const index_t first = m + t % 2 * TILE;
-              __m512i lines[16];
-              turn(products + 256 * t, lines);
-              for (index_t i = 0; i < std::min(TILE, rows - first); ++i) {
-                const index_t place = expert.begin + first + i;
-                float* line = sums + routing.token[place] * (to - from) + d - from + t / 2 * TILE;
-                const __m512 weight = _mm512_set1_ps(weights[routing.pick[place]]);
-                _mm512_storeu_ps(line, _mm512_fmadd_ps(weight, (__m512)lines[i], _mm512_loadu_ps(line)));
+        for (index_t d0 = from; d0 < to; d0 += PAIRS * 2 * TILE) {
+          const T* w = base + d0 * s.F;
+          const index_t count = std::min(BLOCK, rows - m0), pairs = std::min(PAIRS, (to - d0) / (2 * TILE));
+          times_rows(w, w + TILE * s.F, 2 * TILE, pairs, s.F, activations + m0 * s.F, count, all_sums.p);
+          for (index_t p = 0; p < pairs; ++p)
+            for (index_t m = 0; m < count; m += TILE)
+              for (index_t half = 0; half < 2; ++half) {
+                __m512i lines[16];
+                turn(&all_sums.p[p * SUMS + m / 32 * 1024 + m % 32 * 16 + half * 512], lines);
+                const index_t d = d0 - from + p * 2 * TILE + half * TILE;
+                for (index_t i = 0; i < std::min(TILE, count - m); ++i) {
+                  const index_t place = expert.begin + m0 + m + i;
+                  float* line = sums + routing.token[place] * (to - from) + d;
+                  const __m512 weight = _mm512_set1_ps(weights[routing.pick[place]]);
+                  _mm512_storeu_ps(line, _mm512_fmadd_ps(weight, (__m512)lines[i], _mm512_loadu_ps(line)));
+                }
               }
-            }
-          }
         }
       activations = activations + (rows + TILE - 1) / TILE * TILE * s.F;
     }

@@ -77,7 +77,7 @@ struct Gradients {
   }
 
   static constexpr int N = PARTS<T>;
-  static constexpr index_t BLOCK = TOKEN_BLOCK<T>;
+  static constexpr index_t BLOCK = TOKEN_BLOCK;
   static constexpr index_t COLUMNS =
       1024 / sizeof(T);                     // of weights at a time: rows are read in pieces of 1 KB
   static constexpr index_t OUTS = 256;      // rows of a weight's gradient at a time

@@ -73,8 +73,7 @@ inline void transpose(const __m512i (&a)[16], __m512i (&out)[16]) {
 template <class T>
 constexpr int PARTS = sizeof(T) == 4 ? 3 : 1;
 // Tokens packed at a time: with 2048 inputs, half of the second cache.
-template <class T>
-constexpr index_t TOKEN_BLOCK = sizeof(T) == 4 ? 96 : 256;
+constexpr index_t TOKEN_BLOCK = 256;
 
 // The nearest number of 8 bits, and the rest.
 inline __m512i cut_bits(__m512* x) {
@@ -305,12 +304,14 @@ template <class T>
 void tile_times_columns(Numbers rows, index_t count, const T* weights, index_t stride, index_t depth,
                         index_t columns, float* sums) {
   constexpr int N = PARTS<T>;
-  constexpr index_t DEEP = N == 1 ? 64 : 32;
-  alignas(64) bf16 room[N * DEEP * 32];
-  const Room packed{room, DEEP * 32};
+  constexpr index_t DEEPEST = N == 1 ? 64 : 128;
+  const index_t block_depth =
+      N > 1 && count <= 32 ? 32 : DEEPEST;  // sums of many rows are not read that often
+  alignas(64) bf16 room[N * DEEPEST * 32];
+  const Room packed{room, DEEPEST * 32};
   const index_t pieces = columns / 32, line = 64 / sizeof(T);
-  for (index_t k0 = 0; k0 < depth; k0 += DEEP) {
-    const index_t deep = std::min(DEEP, depth - k0), next = std::min(DEEP, depth - k0 - deep);
+  for (index_t k0 = 0; k0 < depth; k0 += block_depth) {
+    const index_t deep = std::min(block_depth, depth - k0), next = std::min(block_depth, depth - k0 - deep);
     for (index_t c = 0; c < columns; c += 32) {
       const T* block = weights + k0 * stride + c;
       const T* after = weights + (k0 + deep) * stride;
