@@ -90,8 +90,8 @@ class RemoteFile:
             if not part.is_of(metadata.etag, metadata.size):
                 raise CheckpointError(
                     f"The server of {self.repo_id} has another {self.file} than the one of which "
-                    f"{part.folder} keeps parts (now {metadata.size} bytes, etag {metadata.etag}): nothing of "
-                    f"it was taken. `emo cache clear {self.repo_id}` throws the old parts away."
+                    f"{part.folder} keeps parts (now {metadata.size} bytes, etag {metadata.etag}): nothing "
+                    f"of it was taken. `emo cache clear {self.repo_id}` throws the old parts away."
                 )
             location = urljoin(self.url, metadata.location)
             headers = build_hf_headers(token=self.token, library_name="transformers-emo")
