@@ -46,7 +46,8 @@ def open_part(
     infix = "" if variant is None else f".{variant}"
     single = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
     sharded = SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}")
-    if files.is_whole(single) or files.exists(single):
+    # With an index in the cache there is no single file: not asked again, the Hub may be out of reach.
+    if files.is_whole(single) or (not files.is_whole(sharded) and files.exists(single)):
         files.fetch_headers([single])
         return Checkpoint.from_files("", [single], files)
     index = files.find(sharded)

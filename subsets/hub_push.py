@@ -55,7 +55,7 @@ def push_subset(
         repo_id (`str`): the repository, `user/name`; made if need be.
         name (`str`): what to load it by: letters, digits, `.`, `-`, `+` and `_`.
         token (`str` or `bool`, *optional*): as everywhere in huggingface_hub.
-        revision (`str`, *optional*): the branch.
+        revision (`str`, *optional*): the branch; made if need be.
         private (`bool`, *optional*): make the repository private, if it is made.
         commit_message (`str`, *optional*): the commit's title.
 
@@ -74,7 +74,7 @@ def push_subset(
             "of them a letter, a digit or '_'."
         )
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    _make_place(api, repo_id, "model", revision, private)
     files = {file: json.dumps(subset.to_dict()) + "\n"}
     if not api.file_exists(repo_id, _CARD, revision=revision):
         files[_CARD] = _library_card(subset, repo_id, name)
@@ -105,7 +105,7 @@ def push_folder(
         folder (`str` or `os.PathLike`): the folder.
         repo_id (`str`): the repository, `user/name`; made if need be.
         token (`str` or `bool`, *optional*): as everywhere in huggingface_hub.
-        revision (`str`, *optional*): the branch.
+        revision (`str`, *optional*): the branch; made if need be.
         private (`bool`, *optional*): make the repository private, if it is made.
         commit_message (`str`, *optional*): the commit's title.
 
@@ -115,7 +115,7 @@ def push_folder(
     Raises:
         CheckpointError: if weights of a model are missing, cut short or damaged; before anything is sent.
         ValueError: if the folder is none of these, its model is no EMO, or one of the documents' files is
-            called `default.jsonl`.
+            called `default.jsonl` or has `*`, `?`, `[` or `]` in its name.
 
     Example:
 
@@ -146,6 +146,11 @@ def push_folder(
             f"A domain of {folder} is called 'default', the name by which `load_dataset` gives all of them: "
             "rename default.jsonl."
         )
+    elif patterns := [name for name in documents if set(name) & set("*?[]")]:
+        raise ValueError(
+            f"{patterns[0]!r} in {folder} would be a pattern on the Hub and not the name of a file, and its "
+            "documents would be missing from the dataset: rename it."
+        )
     elif documents:
         repo_type, card = "dataset", _documents_card(documents, repo_id)
     else:
@@ -155,9 +160,7 @@ def push_folder(
         )
     api = HfApi(token=token)
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
-    api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    _make_place(api, repo_id, repo_type, revision, private)
     commit = api.upload_folder(
         folder_path=folder, ignore_patterns=_NOT_PUSHED, commit_message=commit_message, **where
     )
@@ -240,6 +243,13 @@ def complete_adapter_card(folder: str | os.PathLike, subset: ExpertSubset) -> No
     if text not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{text}"
     card.save(path)
+
+
+def _make_place(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool | None) -> None:
+    """The repository and the branch, where they are not there. A pull request's is made by opening one."""
+    api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
 
 
 def _add_tags(data: Any, *more: str) -> None:

@@ -78,15 +78,21 @@ class RemoteFile:
                 self._metadata = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
             return self._metadata
 
-    def stream(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` to `end`; fewer if the connection breaks.
+    def stream(self, start: int, end: int, part: PartialFile) -> Iterator[bytes]:
+        """The bytes from `start` to `end`, to be put into `part`; fewer if the connection breaks.
 
         Raises:
             RangesIgnoredError: if the server sends the whole file instead.
-            CheckpointError: if it refuses, or sends other bytes.
+            CheckpointError: if it refuses, sends other bytes, or has another file than `part` is of.
         """
         metadata = self.metadata()
         for last in (False, True):
+            if not part.is_of(metadata.etag, metadata.size):
+                raise CheckpointError(
+                    f"The server of {self.repo_id} has another {self.file} than the one of which "
+                    f"{part.folder} keeps parts (now {metadata.size} bytes, etag {metadata.etag}): nothing "
+                    f"of it was taken. `emo cache clear {self.repo_id}` throws the old parts away."
+                )
             location = urljoin(self.url, metadata.location)
             headers = build_hf_headers(token=self.token, library_name="transformers-emo")
             if not _takes_token(location, self.url):
@@ -105,17 +111,16 @@ class RemoteFile:
                 if response.status_code == 416:
                     raise CheckpointError(f"{self.file} of {self.repo_id} is shorter than expected.")
                 hf_raise_for_status(response)
-                self._check(response, start)
+                self._check(response, start, metadata.size)
                 # As it comes: with a chunk size, what waits to fill one is lost where the connection breaks.
                 yield from response.iter_raw()
                 return
 
-    def _check(self, response: Any, start: int) -> None:
+    def _check(self, response: Any, start: int, size: int | None) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         if response.status_code != 206 or encoding != "identity":
             raise RangesIgnoredError(f"The server of {self.repo_id} sends {self.file} as a whole only.")
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        size = self.metadata().size
         if match is None or int(match[1]) != start or match[3] not in ("*", str(size)):
             raise CheckpointError(
                 f"The server of {self.repo_id} sent {response.headers.get('Content-Range')!r} of "
@@ -193,7 +198,7 @@ def _fetch_piece(fetch: Fetch, start: int, end: int, bar: tqdm, stop: threading.
     while position < end and not stop.is_set():
         before, reason = position, None
         try:
-            for data in fetch.remote.stream(position, end):
+            for data in fetch.remote.stream(position, end, fetch.part):
                 data = data[: end - position]
                 fetch.part.write(position, data)
                 position += len(data)

@@ -78,6 +78,10 @@ class PartialFile:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
+    def is_of(self, etag: str | None, size: int | None) -> bool:
+        """Whether this is where parts of a file with this etag and size are kept."""
+        return etag is not None and size == self.size and self.folder.name == _folder_name(etag)
+
     def missing(self, ranges: list[Range]) -> list[Range]:
         """What of these ranges is not there."""
         with self._lock:
@@ -166,8 +170,12 @@ def part_folder(repo_folder: Path, etag: str) -> Path:
 
     ```
     """
+    return repo_folder / _FOLDER / _folder_name(etag)
+
+
+def _folder_name(etag: str) -> str:
     is_hash = re.fullmatch(r"[0-9a-f]{40,64}", etag)
-    return repo_folder / _FOLDER / (etag if is_hash else hashlib.sha256(etag.encode()).hexdigest())
+    return etag if is_hash else hashlib.sha256(etag.encode()).hexdigest()
 
 
 def write_about(folder: Path, file: str, commit: str, size: int) -> None:

@@ -220,3 +220,51 @@ out["forced"] = facts(load(expert_subset=FIRST, force_download=True))
     weights = [number for number, r in enumerate(hub.requests) if (r.file or "").endswith(".safetensors")]
     assert not any(marks[0] < number < marks[1] for number in weights)
     assert any(number > marks[1] for number in weights)
+
+
+def test_what_is_in_the_cache_loads_while_the_hub_is_out_of_reach(hub, make_checkpoint):
+    """As all of a repository does: nobody has said that there is no network."""
+    folder = make_checkpoint(shards=True)
+    hub.commit("user/model", folder)
+    code = "out = facts(load(expert_subset=FIRST))"
+    first = run(hub, code)
+    assert run(hub, code, HF_ENDPOINT="http://127.0.0.1:9") == first == local(folder, [[0, 3, 11]] * 3)
+
+
+def test_parts_of_a_file_that_changed_under_its_commit_are_never_mixed(hub, make_checkpoint):
+    """No Hub does so; a mirror may. The two files are of one size and have one header."""
+    old, new = make_checkpoint(0), make_checkpoint(1)
+    hub.commit("user/model", old)
+    (hub.root / "work" / "go").mkdir()
+
+    def replace(process):
+        while process.poll() is None:
+            if any(request.path == "/mark/loaded" for request in list(hub.requests)):
+                hub.commit("user/other", new)
+                files, others = (repo.commits[repo.branches["main"]].files for repo in hub.repos.values())
+                files["model.safetensors"] = others["model.safetensors"]
+                (hub.root / "work" / "go" / "on").touch()
+                return
+            time.sleep(0.01)
+
+    code = """
+import os, time
+from transformers_emo import cli
+out["first"] = facts(load(expert_subset=FIRST))
+mark("loaded")
+while not os.path.exists("go/on"):
+    time.sleep(0.01)
+try:
+    out["mixed"] = facts(load(expert_subset=SECOND))
+except OSError as error:
+    out["error"] = str(error)
+out["kept"] = facts(load(expert_subset=FIRST))
+cli.main(["cache", "clear", "user/model"])
+out["second"] = facts(load(expert_subset=SECOND))
+print(json.dumps(out))
+"""
+    out = json.loads(hub.run(FACTS + code, meanwhile=replace).splitlines()[-1])
+    assert out["first"] == out["kept"] == local(old, [[0, 3, 11]] * 3)
+    assert "has another model.safetensors than the one" in out["error"] and "mixed" not in out
+    assert "emo cache clear user/model" in out["error"]
+    assert out["second"] == local(new, [[0, 4, 11]] * 3)

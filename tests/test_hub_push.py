@@ -151,6 +151,25 @@ for name in ("math", "code"):
     assert text_of(hub, "user/model", "README.md") == "# Mine"
 
 
+def test_a_branch_is_made_for_a_subset_as_for_a_folder(hub):
+    hub.commit("user/model", {"README.md": b"# Mine"})
+    hub.commit("user/model", {"note.txt": b"-"}, branch="refs/pr/1")
+    hub.run("""
+from transformers_emo import ExpertSubset
+for branch in ("dev", "refs/pr/1"):
+    ExpertSubset([[0, 31]]).push_to_hub("user/model", "math", revision=branch)
+    ExpertSubset([[0, 31]]).push_to_hub("user/new", "math", revision="dev")
+""")
+    branches = hub.repos["user/model"].branches
+    assert {"main", "dev", "refs/pr/1"} == set(branches)
+    assert "subsets/math.json" not in files_of(hub, "user/model")
+    for branch in ("dev", "refs/pr/1"):
+        assert "subsets/math.json" in hub.repos["user/model"].commits[branches[branch]].files
+    # The Hub makes no branch of this name: it comes with the pull request.
+    made = [request.path for request in hub.requests if "/branch/" in request.path]
+    assert made and not any("refs/pr" in path for path in made)
+
+
 def test_a_push_that_is_killed_goes_on_and_sends_nothing_twice(hub, tmp_path):
     folder = tmp_path / "model"
     tiny_model(num_hidden_layers=6).save_pretrained(folder, max_shard_size="60KB")
@@ -211,7 +230,15 @@ def test_what_would_get_a_false_card_is_not_pushed(make_checkpoint, tmp_path, ca
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / ".draft.jsonl").write_text('{"text": "a"}\n')
-    cases = {other: "of type 'mixtral'", documents: "rename default.jsonl", hidden: "nothing to push"}
+    pattern = tmp_path / "pattern"
+    pattern.mkdir()
+    (pattern / "page[1].jsonl").write_text('{"text": "a"}\n')
+    cases = {
+        other: "of type 'mixtral'",
+        documents: "rename default.jsonl",
+        hidden: "nothing to push",
+        pattern: "'page[1].jsonl' in",
+    }
     for folder, message in cases.items():
         assert cli.main(["push", str(folder), "user/large"]) == 1
         assert message in capsys.readouterr().err
