@@ -296,6 +296,11 @@ _FEW_ROWS = {torch.bfloat16: 4, torch.float32: 32}
 _MANY_WEIGHTS = 1 << 18
 
 
+def _fits_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
+    same = bias.dtype == weight.dtype and bias.device == weight.device
+    return same and bias.shape == weight.shape[:1] and bias.is_contiguous()
+
+
 def few_rows_linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -326,7 +331,8 @@ def few_rows_linear(
         not 0 < rows <= _FEW_ROWS.get(weight.dtype, 0)
         or weight.numel() < _MANY_WEIGHTS
         or input.dtype != weight.dtype
-        or (bias is not None and bias.dtype != weight.dtype)
+        or weight.shape[1:] != input.shape[-1:]
+        or (bias is not None and not _fits_bias(bias, weight))
         or input.device.type != "cpu"
         or weight.device.type != "cpu"
         or type(input) is not torch.Tensor
