@@ -171,7 +171,11 @@ class Kernels:
         if not self.fits_tiles(hidden, width):
             raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
-        gradients = [empty_gradient(t) if wanted else None for t, wanted in zip(inputs, wants, strict=True)]
+        # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.
+        makers = torch.empty_like, empty_gradient, empty_gradient, torch.empty_like
+        gradients = [
+            make(t) if wanted else None for make, t, wanted in zip(makers, inputs, wants, strict=True)
+        ]
         failed = self._experts_backward(
             x_TD.dtype == torch.bfloat16,
             *(tensor.data_ptr() for tensor in (grad_TD, *inputs, index_TK, saved_P2F)),

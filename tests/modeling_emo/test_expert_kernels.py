@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations import moe
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo import expert_kernels
+from transformers_emo.modeling_emo import expert_kernels, gradient_memory
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 from transformers_emo.modeling_emo.native_library import find_kernels
 
@@ -145,6 +145,18 @@ def test_a_huge_negative_gate_is_shut(sizes):
     found = run(experts, "emo", hidden.abs() + 0.1, index, weights)
     for name, value in found.items():
         assert not value.any(), name
+
+
+@pytest.mark.skipif(not gradient_memory._HAS_ADVICE, reason="no memory is kept here")
+def test_no_memory_is_kept_for_each_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(gradient_memory, "_free", {})
+    monkeypatch.setattr(gradient_memory, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(gradient_memory, "_PAGE", 4096)
+    experts = make_experts(hidden=64, width=96)
+    for tokens in (100, 200, 300):
+        run(experts, "emo", *make_inputs(tokens, hidden=64))
+        experts.zero_grad()
+    assert 0 < sum(map(len, gradient_memory._free.values())) <= 2  # of the two weights
 
 
 def test_very_many_rows_are_the_same():
