@@ -13,6 +13,11 @@ _FEW_ROWS = {torch.bfloat16: 4, torch.float32: 32}
 _MANY_WEIGHTS = 1 << 18
 
 
+def _fits_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
+    same = bias.dtype == weight.dtype and bias.device == weight.device
+    return same and bias.shape == weight.shape[:1] and bias.is_contiguous()
+
+
 def few_rows_linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
@@ -42,7 +47,8 @@ def few_rows_linear(
     if (
         not 0 < rows <= _FEW_ROWS.get(weight.dtype, 0)
         or weight.numel() < _MANY_WEIGHTS
-        or (bias is not None and bias.dtype != weight.dtype)
+        or weight.shape[1:] != input.shape[-1:]
+        or (bias is not None and not _fits_bias(bias, weight))
         or not weight.is_contiguous()
         or (kernels := _kernels_for(input, weight)) is None
     ):
@@ -101,7 +107,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """
     batch, length, heads, width = states.shape
     if (
-        cos.dtype != torch.float32
+        any(angles.dtype != torch.float32 or angles.device.type != "cpu" for angles in (cos, sin))
         or cos.shape != sin.shape
         or cos.shape not in ((batch, length, width), (1, length, width))
         or width % 2

@@ -45,6 +45,25 @@ class KernelBuildError(RuntimeError):
     """
 
 
+def _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK) -> None:
+    """C++ reads where it is told to: what does not fit would be read past its end."""
+    inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
+    sizes = (*x_TD.shape, *down_EDF.shape, *index_TK.shape)
+    if len(sizes) == 7:
+        tokens, hidden, experts, _, width, _, top_k = sizes
+        picks = (tokens, top_k)
+        fitting = (tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width), picks, picks
+        if all(tensor.shape == shape for tensor, shape in zip(inputs, fitting, strict=True)) and all(
+            tensor.is_cpu for tensor in inputs
+        ):
+            return
+    names = "tokens (T, D)", "gate_up (E, 2F, D)", "down (E, D, F)", "weights (T, K)", "index (T, K)"
+    found = ", ".join(
+        f"{name} {tuple(tensor.shape)} on {tensor.device}" for name, tensor in zip(names, inputs, strict=True)
+    )
+    raise ValueError(f"The experts' inputs do not fit each other, or are not all on the CPU: {found}.")
+
+
 class Kernels:
     """The compiled functions, for tensors on the CPU: contiguous, bfloat16 or float32.
 
@@ -102,7 +121,11 @@ class Kernels:
         Returns:
             `tuple`: (T, D); (T * K, 2F) gate and up, sorted by expert and within one by token (no rows unless
             `save`).
+
+        Raises:
+            ValueError: if the shapes do not fit each other, or a tensor is not on the CPU.
         """
+        _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK)
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
         out_TD = torch.empty_like(x_TD)
         saved_P2F = x_TD.new_empty(tokens * top_k if save else 0, 2 * width)
@@ -146,13 +169,18 @@ class Kernels:
             `list`: gradients of x, gate_up, down and weights (float32); `None` for those not wanted.
 
         Raises:
-            ValueError: if `fits_tiles` says no.
+            ValueError: if `fits_tiles` says no, or as `experts`.
         """
+        _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK)
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
         if not self.fits_tiles(hidden, width):
             raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
-        gradients = [empty_gradient(t) if wanted else None for t, wanted in zip(inputs, wants, strict=True)]
+        # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.
+        makers = torch.empty_like, empty_gradient, empty_gradient, torch.empty_like
+        gradients = [
+            make(t) if wanted else None for make, t, wanted in zip(makers, inputs, wants, strict=True)
+        ]
         failed = self._experts_backward(
             x_TD.dtype == torch.bfloat16,
             *(tensor.data_ptr() for tensor in (grad_TD, *inputs, index_TK, saved_P2F)),

@@ -305,8 +305,7 @@ void tile_times_columns(Numbers rows, index_t count, const T* weights, index_t s
                         index_t columns, float* sums) {
   constexpr int N = PARTS<T>;
   constexpr index_t DEEPEST = N == 1 ? 64 : 128;
-  const index_t block_depth =
-      N > 1 && count <= 32 ? 32 : DEEPEST;  // sums of many rows are not read that often
+  const index_t block_depth = N > 1 && count <= 32 ? 32 : DEEPEST;  // each block adds to the sums of all rows
   alignas(64) bf16 room[N * DEEPEST * 32];
   const Room packed{room, DEEPEST * 32};
   const index_t pieces = columns / 32, line = 64 / sizeof(T);

@@ -128,9 +128,10 @@ struct Step<bf16> {
 };
 #endif
 
-// exp to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+// exp to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. From 88.4 on
+// infinite, so that SiLU of a huge negative number is zero.
 inline vec exponential(vec x) {
-  const vec low = x * 0 - 87.0f, high = x * 0 + 88.0f;
+  const vec low = x * 0 - 87.0f, high = x * 0 + 89.0f;
   x = x < low ? low : x;
   x = x > high ? high : x;
   const vec shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations import moe
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo import expert_kernels
+from transformers_emo.modeling_emo import expert_kernels, gradient_memory
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 from transformers_emo.modeling_emo.native_library import find_kernels
 
@@ -98,6 +98,65 @@ def test_no_tokens_are_no_output():
 
 def test_all_tokens_may_take_the_same_experts():
     assert_same(make_experts(), *make_inputs(70, torch.tensor([[5, 0, 3]] * 70)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden": (9, 16)},
+        {"index": (4, TOP_K)},
+        {"weights": (9, 1)},
+        {"gate_up_proj": (1, 2 * WIDTH, HIDDEN)},
+        {"gate_up_proj": (EXPERTS, 2, HIDDEN)},
+        {"down_proj": (2, HIDDEN, WIDTH)},
+        {"hidden": (3, 3, HIDDEN)},
+    ],
+    ids=str,
+)
+def test_inputs_that_do_not_fit_are_refused(changes):
+    """Compiled code would read past their ends."""
+    experts = make_experts(_experts_implementation="emo")
+    inputs = dict(zip(("hidden", "index", "weights"), make_inputs(9), strict=True))
+    for name, shape in changes.items():
+        if name in inputs:
+            inputs[name] = torch.zeros(shape, dtype=inputs[name].dtype)
+        else:
+            setattr(experts, name, torch.nn.Parameter(torch.zeros(shape)))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"do not fit each other.*down \(E, D, F\)"):
+        experts(*inputs.values())
+
+
+def test_weights_that_are_nowhere_are_refused():
+    """Their address is null."""
+    experts = make_experts(_experts_implementation="emo").to("meta")
+    with torch.no_grad(), pytest.raises(ValueError, match="gate_up .* on meta"):
+        experts(*make_inputs(9))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden": 64, "width": 96}], ids=["vectors", "tiles"])
+def test_a_huge_negative_gate_is_shut(sizes):
+    """SiLU of it is zero, and so is its slope."""
+    experts = make_experts(**sizes)
+    hidden, index, weights = make_inputs(9, hidden=sizes.get("hidden", HIDDEN))
+    with torch.no_grad():
+        gate, up = experts.gate_up_proj.chunk(2, dim=1)
+        gate.fill_(-1e36)
+        up.fill_(1e3)
+    found = run(experts, "emo", hidden.abs() + 0.1, index, weights)
+    for name, value in found.items():
+        assert not value.any(), name
+
+
+@pytest.mark.skipif(not gradient_memory._HAS_ADVICE, reason="no memory is kept here")
+def test_no_memory_is_kept_for_each_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(gradient_memory, "_free", {})
+    monkeypatch.setattr(gradient_memory, "_LEAST_BYTES", 1)
+    monkeypatch.setattr(gradient_memory, "_PAGE", 4096)
+    experts = make_experts(hidden=64, width=96)
+    for tokens in (100, 200, 300):
+        run(experts, "emo", *make_inputs(tokens, hidden=64))
+        experts.zero_grad()
+    assert 0 < sum(map(len, gradient_memory._free.values())) <= 2  # of the two weights
 
 
 def test_very_many_rows_are_the_same():

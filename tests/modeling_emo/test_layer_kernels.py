@@ -71,6 +71,21 @@ def test_what_is_not_for_the_kernel_goes_to_pytorch(calls):
     assert calls == []
 
 
+def test_shapes_that_do_not_fit_are_pytorchs_to_refuse(calls):
+    """The kernel would read past the end of the weights."""
+    weight = torch.randn(500, 600)
+    with torch.no_grad():
+        for shape in [(1, 6000), (1, 60), (6000,)]:
+            with pytest.raises(RuntimeError, match="shapes|size"):
+                EmoLinear.product(torch.randn(shape), weight)
+        with pytest.raises(RuntimeError):
+            EmoLinear.product(torch.randn(1, 600), weight, torch.randn(3))
+        bias = torch.randn(1000)[::2]
+        found = EmoLinear.product(torch.zeros(1, 600), weight, bias)
+    assert torch.equal(found[0], bias)
+    assert calls == []
+
+
 def test_quantised_weights_go_to_pytorch(calls):
     quantization = pytest.importorskip("torchao.quantization")
     linear = make_linear(torch.bfloat16, bias=False)
