@@ -112,7 +112,10 @@ def run(command: Sequence[str]) -> Outcome:
         except BaseException:  # interrupted: nothing must go on running
             child.kill()
             raise
-    shown = ["python", *(os.path.relpath(part, HERE.parent) for part in command[1:2]), *command[2:]]
+    script, *arguments = command[1:]
+    # Where things lie on this machine is nobody's business.
+    names = [Path(part).name if os.path.isabs(part) else part for part in arguments]
+    shown = ["python", os.path.relpath(script, HERE.parent), *names]
     return Outcome(tuple(lines), child.returncode, time.perf_counter() - start, shlex.join(shown))
 
 

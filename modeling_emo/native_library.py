@@ -177,9 +177,9 @@ class Kernels:
             raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
         # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.
-        makers = torch.empty_like, empty_gradient, empty_gradient, torch.empty_like
         gradients = [
-            make(t) if wanted else None for make, t, wanted in zip(makers, inputs, wants, strict=True)
+            None if not wanted else empty_gradient(tensor) if tensor.dim() == 3 else torch.empty_like(tensor)
+            for tensor, wanted in zip(inputs, wants, strict=True)
         ]
         failed = self._experts_backward(
             x_TD.dtype == torch.bfloat16,

@@ -205,3 +205,8 @@ def test_no_line_is_lost(lines):
     for line in lines:
         row = runner.ROW.fullmatch(line.strip())
         assert line.strip() in rendered or (row and row["what"] in rendered)
+
+
+def test_results_do_not_say_where_things_lie(scripts, tmp_path):
+    outcome = runner.run([sys.executable, str(scripts / "good.py"), "--folder", str(tmp_path / "model")])
+    assert outcome.command.endswith("good.py --folder model") and str(tmp_path) not in outcome.command
