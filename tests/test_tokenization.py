@@ -122,6 +122,11 @@ def test_documents_end_with_eos_and_hold_no_other(toy):
     assert toy.encode_documents("One document.") == documents[:1]
 
 
+def test_half_a_surrogate_pair_is_a_replaced_character(toy):
+    found = toy.encode_documents(["a \ud83d b", "\ud83d\ude00", "plain"])
+    assert found == toy.encode_documents(["a \ufffd b", "\U0001f600", "plain"])
+
+
 def test_documents_need_an_eos_token(toy):
     tokenizer = copy.deepcopy(toy)
     tokenizer.eos_token = None

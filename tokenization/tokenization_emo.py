@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 # What `tokenizer_config.json` says of the class, so that tools without this package read what is saved.
 _SAVED_CLASS = "PreTrainedTokenizerFast"
 _DEFAULT_TOKENS = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def _whole(text: str) -> str:
+    """The text with whole surrogate pairs joined, and halves replaced by U+FFFD."""
+    if not isinstance(text, str) or not _SURROGATES.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class EmoTokenizer(TokenizersBackend):
@@ -78,6 +88,7 @@ class EmoTokenizer(TokenizersBackend):
         """Encode whole documents for training: the ids of each, with EOS after the last one and nowhere else.
 
         The text of a special token inside a document is text: a page that quotes `<|endoftext|>` stays whole.
+        Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD, as tiktoken has it.
 
         Args:
             texts (`Iterable[str]`): the documents; a string is one document.
@@ -105,6 +116,7 @@ class EmoTokenizer(TokenizersBackend):
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return []
+        texts = [_whole(text) for text in texts]
         encoded = self(
             texts,
             add_special_tokens=False,
