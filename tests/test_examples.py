@@ -52,7 +52,7 @@ def test_adapter_is_trained_on_a_subset(elsewhere):
     assert {"adapter_config.json", "expert_subset.json"} <= set(os.listdir("out/subset_lora"))
 
 
-@pytest.mark.parametrize("name", ["subset_sft", "subset_lora"])
+@pytest.mark.parametrize("name", ["subset_sft", pytest.param("subset_lora", marks=pytest.mark.slow)])
 def test_scripts_teach_the_answers(elsewhere, monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [f"examples/{name}.py", "out"])
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
