@@ -32,6 +32,10 @@ MAPS = Path("/proc/self/maps")
 VARIANT = pytest.mark.parametrize(
     "variant", VARIANTS if platform.machine() in ("x86_64", "AMD64") else ["native", "portable"]
 )
+KERNELS = native_library.find_kernels()
+WITH_TILES = pytest.mark.skipif(
+    KERNELS is None or not KERNELS.has_tiles, reason="gradients are compiled for AMX, which is not here"
+)
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
 # What each operation may be off, relative to the largest number.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
@@ -97,7 +101,7 @@ def test_experts_are_near_float64(variant, call):
     assert torch.equal(again, out) and len(nothing) == 0
 
 
-@pytest.mark.skipif(not load_kernels().has_tiles, reason="gradients are compiled for AMX, which is not here")
+@WITH_TILES
 @settings(max_examples=40, deadline=None)
 @given(
     tokens=st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65, 97, 300])),
@@ -134,7 +138,7 @@ def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants,
             assert_near(gradient, value, dtype, slack=10)  # a sum may be small where its terms are large
 
 
-@pytest.mark.skipif(not load_kernels().has_tiles, reason="gradients are compiled for AMX, which is not here")
+@WITH_TILES
 def test_gradients_of_experts_without_tokens_are_zeros():
     x, gate_up, down = torch.ones(3, 32), torch.ones(4, 64, 32), torch.ones(4, 32, 32)
     index, weights = torch.full((3, 1), 2), torch.ones(3, 1)
