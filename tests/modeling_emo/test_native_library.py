@@ -38,7 +38,7 @@ WITH_TILES = pytest.mark.skipif(
 )
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
 # What each operation may be off, relative to the largest number.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}
 
 
 def experts_in_float64(x, gate_up, down, weights, index):
