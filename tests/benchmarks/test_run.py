@@ -128,14 +128,19 @@ def test_interruption_leaves_what_was_there_and_no_process(scripts):
     waiting.write_text(
         "def main():\n    import os, time\n    print('pid', os.getpid())\n    time.sleep(600)\n\n\nmain()\n"
     )
+    # A test run in the background of a shell ignores interruptions, and so would its children.
     command = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"import sys; sys.path.insert(0, {str(runner.HERE)!r}); import run; from pathlib import Path; "
         f"run.main(['waits'], Path({str(scripts)!r}))"
     )
     with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True) as process:
         pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid"))
         process.send_signal(2)
-        process.wait(60)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
     for _ in range(100):
         if not Path(f"/proc/{pid}").exists():
             break
