@@ -115,7 +115,7 @@ def run(command: Sequence[str]) -> Outcome:
     script, *arguments = command[1:]
     # Where things lie on this machine is nobody's business.
     names = [Path(part).name if os.path.isabs(part) else part for part in arguments]
-    shown = ["python", os.path.relpath(script, HERE.parent), *names]
+    shown = ["python", f"{HERE.name}/{Path(script).name}", *names]
     return Outcome(tuple(lines), child.returncode, time.perf_counter() - start, shlex.join(shown))
 
 
