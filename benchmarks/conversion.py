@@ -14,14 +14,13 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from extraction import timed
-from loading import make_checkpoint, peak_bytes
+from loading import make_checkpoint
+from processes import in_own_process, peak_bytes
 from transformers_emo.conversion import convert_olmo_core, convert_to_olmo_core
 
 
@@ -51,9 +50,7 @@ def measure(what: str, source: Path, out: Path, dtype: str, longer: Path, runs: 
     for _ in range(runs):
         shutil.rmtree(out, ignore_errors=True)
         copies = [copying()] if longer.exists() else []
-        command = [sys.executable, __file__, "--convert", str(source), str(out), dtype]
-        child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(child.stdout.splitlines()[-1])
+        found = in_own_process(__file__, ["--convert", source, out, dtype])
         copies.append(copying())
         ratios.append(found["seconds"] / statistics.mean(copies))
         peaks.append(found["bytes"] / 1e9)

@@ -17,7 +17,7 @@ import statistics
 import time
 
 import torch
-from experts import peak_megabytes
+from processes import peak_megabytes
 from transformers_emo import EmoConfig, EmoForCausalLM
 from transformers_emo.modeling_emo.document_pool import PoolRequest, document_pools
 from transformers_emo.modeling_emo.modeling_emo import EmoSparseMoeBlock

@@ -15,7 +15,6 @@ it the same of the fastest runs. MB are how far the process grows during a call,
 """
 
 import argparse
-import gc
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from processes import peak_megabytes
 from torch import nn
 from transformers_emo import EmoConfig
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
@@ -87,24 +87,6 @@ def measure(calls: dict[str, Callable[[], None]], seconds: float, clock: Callabl
             call()
             times[name].append(clock() - begin)
     return times
-
-
-def peak_megabytes(call: Callable[[], None]) -> float:
-    """How far the process grows; not a number where there is no Linux to ask."""
-    gc.collect()
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = _status("VmRSS")
-        call()
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        return float("nan")
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name))
 
 
 def compare(experts: EmoExperts, tokens: int, args: argparse.Namespace, *, training: bool) -> None:

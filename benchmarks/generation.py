@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 import torch
 from experts import LoopExperts
-from llama_peer import resident
 from loading import make_checkpoint
+from processes import resident
 from transformers import DynamicCache
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM

@@ -11,7 +11,6 @@ turns neighbours, and not halves, so that the rows of q and k change places.
 Shape suffixes: R routed experts, F expert width, D hidden size.
 """
 
-import ctypes
 import json
 import mmap
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processes import resident
 
 Array = np.ndarray[Any, Any]
 
@@ -218,19 +218,6 @@ class Server:
         rows = len(prompt) * (position if exact else 1)
         np.save(logits, np.ctypeslib.as_array(self.api.llama_get_logits(context), (rows, self.vocabulary)))
         return {"prompt": read, "steps": times, "megabytes": resident(peak=True) - before}
-
-
-def resident(*, peak: bool, forget: bool = False) -> float:
-    """Megabytes of the process in memory; with `peak` the most since they were last forgotten."""
-    name = "VmHWM" if peak else "VmRSS"
-    try:
-        if forget:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(name))) / 1024
-    except (OSError, AttributeError):  # no Linux, or another C library
-        return float("nan")
 
 
 def serve(path: str, threads: int) -> None:

@@ -19,13 +19,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from processes import disk_bytes, in_own_process, peak_bytes
 
 KEPT = 16
 BLOCK, PIECE = 1 << 28, 1 << 24
@@ -135,21 +135,6 @@ def read_plainly(folder: str, what: str) -> dict:
     }
 
 
-def peak_bytes() -> int:
-    """Largest resident size so far. Not `ru_maxrss`, which a child process inherits from its parent."""
-    return kernel_count("status", "VmHWM") * 1024
-
-
-def disk_bytes() -> int:
-    """Bytes that the kernel has fetched from storage for this process."""
-    return kernel_count("io", "read_bytes")
-
-
-def kernel_count(file: str, name: str) -> int:
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-
 def available_bytes() -> int:
     """Memory that programs can have, by Linux's own estimate."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -167,9 +152,7 @@ def drop_from_cache(folder: Path) -> None:
 def measure(folder: Path, what: str, cold: bool) -> dict:
     if cold:
         drop_from_cache(folder)
-    command = [sys.executable, __file__, "--folder", str(folder), "--part", what]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    return in_own_process(__file__, ["--folder", folder, "--part", what])
 
 
 def report(runs: dict[tuple[str, bool], list[dict]]) -> None:

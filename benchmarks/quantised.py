@@ -15,13 +15,12 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from loading import KEPT, make_checkpoint, peak_bytes
+from loading import KEPT, make_checkpoint
+from processes import in_own_process, peak_bytes
 
 TINY = Path(__file__).parents[1] / "model_cards" / "emo-tiny"
 DOMAIN, PREFIX = "python", 32
@@ -125,12 +124,9 @@ def speed(way: str, folder: Path, tokens: int, prompt: int, runs: int) -> dict:
     }
 
 
-def in_own_process(part: str, way: str, args: argparse.Namespace, folder: Path) -> dict:
-    command = [sys.executable, __file__, "--part", part, way, "--folder", str(folder)]
-    for name in ("documents", "tokens", "prompt", "runs"):
-        command += [f"--{name}", str(getattr(args, name))]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+def measure(part: str, way: str, args: argparse.Namespace, folder: Path) -> dict:
+    settings = [f"--{name}={getattr(args, name)}" for name in ("documents", "tokens", "prompt", "runs")]
+    return in_own_process(__file__, ["--part", part, way, "--folder", folder, *settings])
 
 
 def main() -> None:
@@ -160,9 +156,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         print(f"emo-tiny, 16 experts for {DOMAIN}", flush=True)
-        best = in_own_process("losses", "float32", args, folder)
+        best = measure("losses", "float32", args, folder)
         for way in WAYS:
-            its = in_own_process("losses", way, args, folder)
+            its = measure("losses", way, args, folder)
             print(
                 f"{math.exp(its['loss'] - best['loss']):.4f}  perplexity, {way} / float32  "
                 f"({math.exp(its['loss']):.3f}, loss {its['loss']:.4f} over {its['tokens']} tokens; experts "
@@ -173,7 +169,7 @@ def main() -> None:
         print(f"{KEPT} of 128 experts at true width, a token after {PREFIX}, a prompt of {args.prompt}")
         plain: dict = {}
         for way in WAYS:  # the first is what the others are compared with
-            its = in_own_process("speed", way, args, folder)
+            its = measure("speed", way, args, folder)
             plain = plain or its
             memory = f"experts {its['experts'] / 1e6:.0f} MB, peak {its['peak'] / 1e6:.0f} MB"
             for kind, name in (("decoding", "a token"), ("prompt", "a prompt")):

@@ -24,14 +24,13 @@ Processor time is what counts on a machine that has other work.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-from loading import disk_bytes, drop_from_cache, make_checkpoint, peak_bytes
+from loading import drop_from_cache, make_checkpoint
+from processes import disk_bytes, in_own_process, peak_bytes, peak_megabytes
 
 KEPT, TEXTS, LENGTH = 16, 4, 1024
 SMALL = {
@@ -107,7 +106,6 @@ def run_pruned(folder: str, subset: Path) -> dict:
 def against_naive(folder: str, _: Path) -> dict:
     """The naive algorithm, the choice in memory and from disk; what each took."""
     import torch
-    from experts import peak_megabytes
     from transformers.utils import logging
     from transformers_emo import EmoConfig, EmoModel, select_experts
 
@@ -146,11 +144,9 @@ def against_naive(folder: str, _: Path) -> dict:
 PARTS = {"choose": choose, "pruned": run_pruned, "naive": against_naive}
 
 
-def in_own_process(part: str, folder: Path, subset: Path, threads: int) -> dict:
-    command = [sys.executable, __file__, "--part", part, "--folder", str(folder)]
-    command += ["--subset", str(subset), "--threads", str(threads)]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+def measure(part: str, folder: Path, subset: Path, threads: int) -> dict:
+    arguments = ["--part", part, "--folder", folder, "--subset", subset, "--threads", threads]
+    return in_own_process(__file__, arguments)
 
 
 def main() -> None:
@@ -179,10 +175,10 @@ def main() -> None:
         choices, pruned = [], []
         for _ in range(args.runs):
             drop_from_cache(folder)
-            choices.append(in_own_process("choose", folder, subset, args.threads))
+            choices.append(measure("choose", folder, subset, args.threads))
             drop_from_cache(folder)
-            pruned.append(in_own_process("pruned", folder, subset, args.threads))
-        naive = in_own_process("naive", Path(temporary, "small"), subset, args.threads)
+            pruned.append(measure("pruned", folder, subset, args.threads))
+        naive = measure("naive", Path(temporary, "small"), subset, args.threads)
 
     sizes = pruned[0]
     print(f"{KEPT} of 128 experts over {TEXTS * LENGTH} tokens, cold disk, median of {args.runs}")

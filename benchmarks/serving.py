@@ -17,7 +17,7 @@ import statistics
 import time
 
 import torch
-from experts import peak_megabytes
+from processes import peak_megabytes
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
