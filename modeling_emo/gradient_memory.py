@@ -51,7 +51,11 @@ def empty_gradient(like: torch.Tensor) -> torch.Tensor:
     try:
         block = _free.get(length, []).pop()
     except IndexError:
-        block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # no room: PyTorch may find some once nothing is kept here, or says what is missing
+            _free.clear()
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
         _advise(block, mmap.MADV_HUGEPAGE)
     memory = (ctypes.c_char * size).from_buffer(block)
     # The tensor holds `memory`, and that the block.

@@ -105,8 +105,8 @@ struct Experts {
       for (index_t p = 0; p < pairs; ++p) {
         const index_t deep = std::min(DEEP, in - k0), at = p * next * in + k0;
         for (index_t r = 0; r < TILE; ++r) {
-          split_row(first + r * in + at, deep, rows + r * 32);
-          split_row(second + r * in + at, deep, rows + (TILE * deep + r * 32));
+          split_row(first + r * in + at, deep, rows + r * 32, 512);
+          split_row(second + r * in + at, deep, rows + (TILE * deep + r * 32), 512);
         }
         const Strips left = packed_strips(rows, TILE * deep);
         for (index_t m = 0; m < count; m += 2 * TILE) {
@@ -119,15 +119,6 @@ struct Experts {
         }
       }
   }
-  // 32 numbers after each other are 512 apart in a strip of packed rows.
-  static void split_row(const float* from, index_t count, Room strip) {
-    for (index_t k = 0; k < count; k += 32) {
-      __m512i parts[3];
-      load_parts(from + k, parts);
-      strip.store(16 * k, parts);
-    }
-  }
-
   void tile_gate_up(const Part& part, Numbers tokens, Room activations, Room packed) const {
     const T* base = gate_up + part.expert->id * 2 * s.F * s.D;
     Numbers rows[BLOCK];
@@ -205,13 +196,14 @@ struct Experts {
       const Tiles configured;
       if constexpr (N > 1)
 #pragma omp for
-        for (index_t t = 0; t < s.T; ++t) ::split_row(x + t * s.D, s.D, Room{halves.p, tokens.gap} + t * s.D);
+        for (index_t t = 0; t < s.T; ++t)
+          split_row(x + t * s.D, s.D, Room{halves.p, tokens.gap} + t * s.D, 32);
 #pragma omp for schedule(dynamic)
       for (size_t i = 0; i < parts.size(); ++i) tile_gate_up(parts[i], tokens, activations, mine_packed);
 #pragma omp for schedule(dynamic)
       for (index_t from = 0; from < s.D; from += block)
-        finish(from, std::min(s.D, from + block), sums.p + me * s.T * block,
-               [&](index_t to, float* into) { tile_down(from, to, activations, into); });
+        add_columns(s, from, std::min(s.D, from + block), sums.p + me * s.T * block, out,
+                    [&](index_t to, float* into) { tile_down(from, to, activations, into); });
     }
   }
 #endif
@@ -220,16 +212,6 @@ struct Experts {
   index_t down_block(int threads, index_t most) const {
     const index_t share = (s.D / (4 * threads) + 31) / 32 * 32;
     return std::clamp<index_t>(share, 32, most);
-  }
-
-  // The columns [from, to) of the output, which `add(to, sums)` adds to sums[token][to - from].
-  template <class Add>
-  void finish(index_t from, index_t to, float* sums, Add add) const {
-    const index_t width = to - from;
-    std::fill(sums, sums + s.T * width, 0.0f);
-    add(to, sums);
-    for (index_t t = 0; t < s.T; ++t)
-      for (index_t d = 0; d < width; ++d) store(out + t * s.D + from + d, sums[t * width + d]);
   }
 
   void run(int threads) const {
@@ -243,8 +225,8 @@ struct Experts {
       for (size_t i = 0; i < parts.size(); ++i) dot_gate_up(parts[i], activations.p);
 #pragma omp for schedule(dynamic)
       for (index_t from = 0; from < s.D; from += block)
-        finish(from, std::min(s.D, from + block), sums.p + omp_get_thread_num() * s.T * block,
-               [&](index_t to, float* into) { dot_down(from, to, activations.p, into); });
+        add_columns(s, from, std::min(s.D, from + block), sums.p + omp_get_thread_num() * s.T * block, out,
+                    [&](index_t to, float* into) { dot_down(from, to, activations.p, into); });
     }
   }
 };

@@ -57,15 +57,6 @@ struct Gradients {
     }
   }
 
-  // Columns [from, to) of d x, which add(to, sums) adds to sums[token][to - from].
-  template <class Add>
-  void finish(index_t from, index_t to, float* sums, Add add) const {
-    const index_t width = to - from;
-    std::fill(sums, sums + s.T * width, 0.0f);
-    add(to, sums);
-    for (index_t t = 0; t < s.T; ++t) copy_back(sums + t * width, width, grad_x + t * s.D + from);
-  }
-
   // To be called by all threads.
   void clear_what_no_token_took() const {
 #pragma omp for schedule(dynamic)
@@ -226,8 +217,8 @@ struct Gradients {
       if constexpr (N > 1)
 #pragma omp for
         for (index_t t = 0; t < s.T; ++t) {
-          split_row(grad + t * s.D, s.D, grad_halves + t * s.D);
-          split_row(x + t * s.D, s.D, x_halves + t * s.D);
+          split_row(grad + t * s.D, s.D, grad_halves + t * s.D, 32);
+          split_row(x + t * s.D, s.D, x_halves + t * s.D, 32);
         }
 #pragma omp for schedule(dynamic)
       for (size_t i = 0; i < inner.size(); ++i) activations(inner[i], grads, between, room);
@@ -254,8 +245,8 @@ struct Gradients {
       if (grad_x)
 #pragma omp for schedule(dynamic)
         for (index_t from = 0; from < s.D; from += wide)
-          finish(from, std::min(s.D, from + wide), sums.p + me * s.T * wide,
-                 [&](index_t to, float* into) { x_gradient(from, to, between, into, room); });
+          add_columns(s, from, std::min(s.D, from + wide), sums.p + me * s.T * wide, grad_x,
+                      [&](index_t to, float* into) { x_gradient(from, to, between, into, room); });
       clear_what_no_token_took();
       finish_streams();
     }

@@ -65,4 +65,13 @@ std::vector<Part> cut(const Routing& routing, index_t outs, index_t block, index
   return parts;
 }
 
+// Columns [from, to) of a result (tokens, stride), which `add(to, sums)` adds to sums[token][to - from].
+template <class T, class Add>
+void add_columns(const Shape& s, index_t from, index_t to, float* sums, T* result, Add add) {
+  const index_t width = to - from;
+  std::fill(sums, sums + s.T * width, 0.0f);
+  add(to, sums);
+  for (index_t t = 0; t < s.T; ++t) copy_back(sums + t * width, width, result + t * s.D + from);
+}
+
 }  // namespace

@@ -52,6 +52,18 @@ def test_what_is_small_is_pytorchs():
     assert empty_gradient(torch.empty(3, 4)).untyped_storage().resizable()
 
 
+def test_without_room_nothing_is_kept_and_pytorch_is_asked(monkeypatch):
+    del (held := [ones(512, 1024)])[0]
+    assert not held and gradient_memory._free
+
+    def full(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    assert ones(512, 1025).untyped_storage().resizable()
+    assert not gradient_memory._free
+
+
 def test_a_kernel_without_the_advice_does_no_harm(monkeypatch):
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)
     assert ones(512, 1024).sum() == 512 * 1024

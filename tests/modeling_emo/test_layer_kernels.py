@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo import EmoConfig
 from transformers_emo.modeling_emo.modeling_emo import (
     EmoLinear,
     EmoRMSNorm,
@@ -95,20 +95,8 @@ def test_quantised_weights_go_to_pytorch(calls):
     assert calls == []
 
 
-def test_a_model_decodes_the_same_with_and_without(calls, monkeypatch):
-    torch.manual_seed(0)
-    config = EmoConfig(
-        vocab_size=600,
-        hidden_size=512,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = EmoForCausalLM(config).eval()
+def test_a_model_decodes_the_same_with_and_without(make_model, calls, monkeypatch):
+    model = make_model(vocab_size=600, hidden_size=512, intermediate_size=16, num_hidden_layers=2)
     ids = torch.randint(2, 600, (1, 40))
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
