@@ -1,7 +1,8 @@
 """The EMO network (https://arxiv.org/abs/2605.06663): a pre-norm decoder with routed and shared experts.
 
 Attention, rotary embedding and norm are those of FlexOlmo in Transformers; what stands here is what EMO has
-of its own.
+of its own. It is one file because Transformers reads the source of a model's module to learn which attention
+and experts implementations it takes (`PreTrainedModel._can_set_experts_implementation`).
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts of the layer (R routed, then
 the shared ones), K experts taken per token, F expert width.
@@ -9,7 +10,7 @@ the shared ones), K experts taken per token, F expert width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -55,8 +56,7 @@ from .losses import (
 )
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools
 from .segments import flatten_segments, lengths_from_segments, segments_from_positions
-from .serving import NEEDS_PACKAGE, ExpertServing
-from .standalone import AUTO_MAP, CODE_FILES, save_code
+from .sharing import SharedModel
 from .weight_names import register_weight_names
 
 _FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -451,8 +451,8 @@ def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
     init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
 
-class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
-    """Weight initialisation, loading, saving and masking: what every EMO model has.
+class EmoPreTrainedModel(SharedModel):
+    """What every EMO model has: initialisation here, loading, saving and masking of experts by its bases.
 
     Example: see `EmoForCausalLM`.
     """
@@ -498,46 +498,6 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, expert_subset=None, exclude_experts=None, **kwargs
-    ):
-        """Load a model, all of it or a subset of its experts; see `PreTrainedModel.from_pretrained`.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub repository.
-            expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts to load.
-                Only their bytes are read; they are renumbered, the router rows are cut to them and the result
-                is a smaller, stand-alone model.
-            exclude_experts (*optional*): experts not to load, of those or of all; as in `use_experts`.
-            args, kwargs: as for every Transformers model.
-
-        Raises:
-            SubsetError: if the subset does not fit the model; before any tensor is read.
-            CheckpointError: if a file is missing, damaged or outside the folder; before any tensor is read.
-            ImportError: if either is given and this file is used without the `transformers_emo`
-                package.
-
-        Example:
-
-        ```python
-        >>> from transformers_emo import EmoForCausalLM
-        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo", expert_subset=[[0, 1, 2, 31]] * 4)
-        >>> model.config.num_experts
-        4
-
-        ```
-        """
-        load = super().from_pretrained
-        if cls._package is not None:
-            subset = {"expert_subset": expert_subset, "exclude_experts": exclude_experts}
-            return cls._package.from_pretrained(
-                load, cls, pretrained_model_name_or_path, *args, **subset, **kwargs
-            )
-        if expert_subset is not None or exclude_experts is not None:
-            raise ImportError(NEEDS_PACKAGE)
-        return load(pretrained_model_name_or_path, *args, **kwargs)
-
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers asks here which experts run; when nobody chose, the package's own do."""
         quantised = getattr(self.config, "quantization_config", None) is not None
@@ -546,123 +506,6 @@ class EmoPreTrainedModel(ExpertServing, PreTrainedModel):
         if requested_experts is None and quantised and _quantises_experts(self.config.quantization_config):
             return "eager"  # the others want operations that quantised stacks of experts do not have
         return super().get_correct_experts_implementation(requested_experts)
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        load = PreTrainedModel._load_pretrained_model
-        if EmoPreTrainedModel._package is not None:
-            return EmoPreTrainedModel._package.load_weights(
-                load, model, state_dict, checkpoint_files, load_config, *args, **kwargs
-            )
-        return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-
-    def add_adapter(self, adapter_config, *args, **kwargs):
-        """Put a new PEFT adapter on the model; see `PreTrainedModel.add_adapter`.
-
-        Args:
-            adapter_config (`peft.PeftConfig`): mostly from `transformers_emo.training.lora_config`.
-            args, kwargs: as for every Transformers model.
-
-        Raises:
-            SubsetError: if `lora_config` made it for a model with other experts.
-
-        Example: see `load_adapter`.
-        """
-        if self._package is not None:
-            self._package.check_adapter_config(adapter_config, self.config)
-        return super().add_adapter(adapter_config, *args, **kwargs)
-
-    def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """Put a PEFT adapter on the model; see `PreTrainedModel.load_adapter`.
-
-        Args:
-            peft_model_id (`str` or `os.PathLike`, *optional*): the adapter's folder or Hub repository.
-            args, kwargs: as for every Transformers model.
-
-        Raises:
-            SubsetError: if the adapter is known to be trained on other experts than the model holds; before
-                anything is loaded. `transformers_emo.training.load_adapter` fits it to a larger model.
-
-        Example:
-
-        ```python
-        >>> from transformers_emo import EmoForCausalLM
-        >>> from transformers_emo.training import lora_config
-        >>> path, subset = "model_cards/toy-emo", [[0, 1, 2, 31]] * 4
-        >>> model = EmoForCausalLM.from_pretrained(path, expert_subset=subset)
-        >>> model.add_adapter(lora_config(model, r=2, target_modules=["q_proj"]))
-        >>> model.save_pretrained(tmp_path)
-        >>> _ = EmoForCausalLM.from_pretrained(path, expert_subset=subset).load_adapter(tmp_path)
-
-        ```
-        """
-        load = super().load_adapter
-        if self._package is not None:
-            return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
-        return load(peft_model_id, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):
-        """Save the model in the released layout; see `PreTrainedModel.save_pretrained`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-            include_code (`bool`, defaults to `False`): write the modelling code beside the weights, so that
-                people without this package can load the model with `trust_remote_code=True` on Transformers
-                5.
-            args, kwargs: as for every Transformers model.
-
-        Example:
-
-        ```python
-        >>> from transformers_emo import EmoForCausalLM
-        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
-        >>> model.save_pretrained(tmp_path, include_code=True)
-
-        ```
-        """
-        if not include_code or self.is_remote_code():  # remote code is saved again by Transformers itself
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        save_code(save_directory)
-        self.config.auto_map = AUTO_MAP
-        try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            del self.config.auto_map
-
-    def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs):
-        """Push the model to the Hub in the released layout; see `PreTrainedModel.push_to_hub`.
-
-        Args:
-            repo_id (`str`): the repository, `user/name`; made if need be.
-            include_code (`bool`, defaults to `False`): push the modelling code too, as in `save_pretrained`.
-            kwargs: as for every Transformers model.
-
-        Example:
-
-        ```python
-        >>> from transformers_emo import EmoForCausalLM
-        >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
-        >>> model.push_to_hub("me/emo", include_code=True, token="hf_...")  # doctest: +SKIP
-
-        ```
-        """
-        if not include_code:
-            return super().push_to_hub(repo_id, **kwargs)
-        # Transformers calls `save_pretrained` with arguments of its own choice: it shall find this one.
-        self.save_pretrained = partial(self.save_pretrained, include_code=True)
-        try:
-            return super().push_to_hub(repo_id, **kwargs)
-        finally:
-            del self.save_pretrained
-
-    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
-        # `save_pretrained(include_code=True, push_to_hub=True)` writes the code before Transformers notes
-        # what the folder holds already: it would pass for old and be left out.
-        if getattr(self.config, "auto_map", None):
-            files_timestamps = {name: t for name, t in files_timestamps.items() if name not in CODE_FILES}
-        if self._package is not None:
-            self._package.complete_card(f"{working_dir}/README.md", self.config, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
 
 @dataclass

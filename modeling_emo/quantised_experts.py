@@ -155,7 +155,10 @@ class Int4Experts(TorchAOBaseTensor):
 def _(func: Any, types: Any, args: Any, kwargs: Any) -> Int4OpaqueTensor:
     stacked, dim, expert = args
     if dim != 0:
-        raise NotImplementedError(f"Experts are taken along dimension 0, not {dim}.")
+        raise ValueError(
+            f"Experts in 4 bits were cut along dimension {dim}, expected 0, the experts' own: take an expert "
+            "first and `dequantize` it."
+        )
     return Int4OpaqueTensor(
         stacked.qdata[expert], stacked.scale_and_zero[expert], stacked.block_size, stacked.shape[1:]
     )

@@ -23,6 +23,7 @@ _FILES = [
     "modeling_emo/prompt_pool.py",
     "modeling_emo/segments.py",
     "modeling_emo/serving.py",
+    "modeling_emo/sharing.py",
     "modeling_emo/standalone.py",
     "modeling_emo/weight_names.py",
 ]
