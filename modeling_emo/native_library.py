@@ -174,7 +174,16 @@ class Kernels:
         _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK)
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
         if not self.fits_tiles(hidden, width):
-            raise ValueError(f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32.")
+            raise ValueError(
+                f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32; the experts "
+                'implementation "emo_sorted" has them for all sizes.'
+            )
+        expected = (tokens, hidden), (tokens * top_k, 2 * width)
+        if (grad_TD.shape, saved_P2F.shape) != expected:
+            raise ValueError(
+                f"The gradient and what `experts` saved are of shapes {tuple(grad_TD.shape)} and "
+                f"{tuple(saved_P2F.shape)}, expected {expected[0]} and {expected[1]}: call it with `save=True`."
+            )
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
         # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.
         gradients = [
@@ -253,7 +262,7 @@ def library_path(variant: str = "native") -> Path:
     ```
     """
     parts = [
-        *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.iterdir())),
+        *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.glob("*.[ch]*"))),
         *_FLAGS,
         *VARIANTS[variant],
         platform.machine(),

@@ -153,6 +153,19 @@ def test_gradients_of_experts_without_tokens_are_zeros():
         of_down.fill_(5)
 
 
+@WITH_TILES
+def test_gradients_without_what_was_saved_are_refused():
+    """They would be read past the end of it."""
+    x, gate_up, down = torch.ones(3, 32), torch.ones(2, 64, 32), torch.ones(2, 32, 32)
+    inputs = x, gate_up, down, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64)
+    _, nothing = KERNELS.experts(*inputs)
+    with pytest.raises(ValueError, match="save=True"):
+        KERNELS.experts_backward(x, *inputs, nothing)
+    _, saved = KERNELS.experts(*inputs, save=True)
+    with pytest.raises(ValueError, match=r"\(2, 32\)"):
+        KERNELS.experts_backward(x[:2], *inputs, saved)
+
+
 def test_gradients_of_sizes_that_do_not_fit_are_refused():
     kernels = load_kernels()
     x, index, weights = torch.ones(1, 12), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
