@@ -179,10 +179,11 @@ class Kernels:
                 'implementation "emo_sorted" has them for all sizes.'
             )
         expected = (tokens, hidden), (tokens * top_k, 2 * width)
-        if (grad_TD.shape, saved_P2F.shape) != expected:
+        found = tuple(grad_TD.shape), tuple(saved_P2F.shape)
+        if found != expected:
             raise ValueError(
-                f"The gradient and what `experts` saved are of shapes {tuple(grad_TD.shape)} and "
-                f"{tuple(saved_P2F.shape)}, expected {expected[0]} and {expected[1]}: call it with `save=True`."
+                f"The gradient and what `experts` saved are of shapes {found[0]} and {found[1]}, expected "
+                f"{expected[0]} and {expected[1]}: call it with `save=True`."
             )
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
         # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.

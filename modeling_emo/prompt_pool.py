@@ -334,9 +334,8 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
                 "`document_pool=True` needs `config.document_pool_eval`: set it, or give the size."
             )
         document_pool = config.document_pool_eval
-        if (
-            most and document_pool > most
-        ):  # the size of the full model, which its subsets keep in their config
+        # A subset's config keeps the size of the full model.
+        if most and document_pool > most:
             logger.warning_once(
                 f"`config.document_pool_eval` is {document_pool}, and no layer has more than {most} routed "
                 "experts: they are all in every pool, as without pools. For smaller pools give their size as "
