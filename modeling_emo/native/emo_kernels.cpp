@@ -39,9 +39,9 @@ void experts(const void* x, const void* gate_up, const void* down, const float* 
                        weights, (T*)out,     (T*)saved,         routing};
   threads = useful_threads(routing.pick.size() * s.D * s.F, threads);
 #if defined(EMO_AMX)
-  // A row or two an expert are a stream of weights, which dot products read better; float32 has to be split
-  // first.
-  const size_t few = sizeof(T) == 4 ? 48 : 2;
+  // A few rows an expert are a stream of weights, which dot products read better; float32 has to be split,
+  // too.
+  const size_t few = sizeof(T) == 4 ? 10 : 2;
   if (use_tiles && fits_tiles(s) && routing.pick.size() > few * routing.experts.size())
     return job.run_tiles(threads);
 #endif

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "dot_products.h"
+#include "memory.h"
 #include "routing.h"
 #include "tiles.h"
 
@@ -81,63 +82,67 @@ struct Experts {
 #if defined(EMO_AMX)
   // The same, with activations packed as `pack_rows` does, every expert's rows filled up to whole tiles.
   static constexpr int N = PARTS<T>;
-  static constexpr index_t BLOCK = TOKEN_BLOCK;
+  // Tokens packed at a time: with 2048 inputs they stay in a second cache of 2 MB.
+  static constexpr index_t BLOCK = N == 1 ? 256 : 160;
 
-  // How many pairs of strips of weights meet the tokens at a time: where weights have to be split, tokens are
-  // read a few times less.
-  static constexpr index_t PAIRS = N == 1 ? 1 : 8;
-  static constexpr index_t SUMS = BLOCK * 32;
-
-  // sums[pair][block of 32 tokens] = 16 rows of weights and 16 others times packed tokens, as `tile_products`
-  // leaves them. The rows of the next pair come `next` rows after these.
-  static void times_rows(const bf16* first, const bf16* second, index_t, index_t, index_t in, Numbers tokens,
+  // sums[block of 32 tokens] = 16 rows of weights and 16 others times packed tokens, as `tile_products`
+  // leaves them. The weights read after these begin `next` numbers later.
+  static void times_rows(const bf16* first, const bf16* second, index_t, index_t in, Numbers tokens,
                          index_t count, float* sums) {
     for (index_t m = 0; m < count; m += 2 * TILE)
       tile_products<1>(true, m + TILE < count, {first, second, 2 * in, 32, 0},
-                       packed_strips(tokens + m * in, TILE * in), in, sums + m * 32);
+                       packed_strips(tokens + m * padded(in), TILE * padded(in)), in, sums + m * 32);
   }
-  static void times_rows(const float* first, const float* second, index_t next, index_t pairs, index_t in,
-                         Numbers tokens, index_t count, float* sums) {
-    constexpr index_t DEEP = 128;  // split at a time
-    alignas(64) bf16 room[3 * 2 * TILE * DEEP];
-    const Room rows{room, 2 * TILE * DEEP};
-    for (index_t k0 = 0; k0 < in; k0 += DEEP)
-      for (index_t p = 0; p < pairs; ++p) {
-        const index_t deep = std::min(DEEP, in - k0), at = p * next * in + k0;
-        for (index_t r = 0; r < TILE; ++r) {
-          split_row(first + r * in + at, deep, rows + r * 32, 512);
-          split_row(second + r * in + at, deep, rows + (TILE * deep + r * 32), 512);
-        }
-        const Strips left = packed_strips(rows, TILE * deep);
-        for (index_t m = 0; m < count; m += 2 * TILE) {
-          const Strips right = packed_strips(tokens + (m * in + 16 * k0), TILE * in);
-          float* found = sums + p * SUMS + m * 32;
-          if (k0)
-            tile_products<3, true>(true, m + TILE < count, left, right, deep, found);
-          else
-            tile_products<3>(true, m + TILE < count, left, right, deep, found);
-        }
+  // Weights are split a block at a time, the next one during the products of this one, and the lines of that
+  // after it are asked for meanwhile. Blocks follow each other along the rows, where the processor reads
+  // ahead.
+  static void times_rows(const float* first, const float* second, index_t next, index_t in, Numbers tokens,
+                         index_t count, float* sums) {
+    constexpr index_t DEEP = 64, ROWS = 2 * TILE;
+    alignas(64) bf16 rooms[2][3 * ROWS * DEEP];
+    const auto room = [&](index_t k0) { return Room{rooms[k0 / DEEP % 2], ROWS * DEEP}; };
+    const auto split_of_block = [&](index_t k0, index_t r) {
+      const index_t deep = std::min(DEEP, in - k0), after = k0 + deep < in ? deep : next - k0;
+      const float* from = (r < TILE ? first + r * in : second + (r - TILE) * in) + k0;
+      for (index_t k = 0; k < deep; k += 16) _mm_prefetch((const char*)(from + after + k), _MM_HINT_T1);
+      split_row(from, deep, room(k0) + (r / TILE * TILE * deep + r % TILE * 32), 512);
+    };
+    for (index_t r = 0; r < ROWS; ++r) split_of_block(0, r);
+    for (index_t k0 = 0; k0 < in; k0 += DEEP) {
+      const index_t deep = std::min(DEEP, in - k0);
+      const index_t steps = (count + 2 * TILE - 1) / (2 * TILE) * (deep / 32) * CALLS<3>;
+      const index_t rows = k0 + deep < in ? ROWS : 0;
+      index_t step = 0, row = 0;
+      const auto meanwhile = [&] {
+        for (++step; row * steps < rows * step; ++row) split_of_block(k0 + DEEP, row);
+      };
+      const Strips left = packed_strips(room(k0), TILE * deep);
+      for (index_t m = 0; m < count; m += 2 * TILE) {
+        const Strips right = packed_strips(tokens + (m * padded(in) + 16 * k0), TILE * padded(in));
+        if (k0)
+          tile_products<3, true>(true, m + TILE < count, left, right, deep, sums + m * 32, meanwhile);
+        else
+          tile_products<3>(true, m + TILE < count, left, right, deep, sums + m * 32, meanwhile);
       }
+    }
   }
   void tile_gate_up(const Part& part, Numbers tokens, Room activations, Room packed) const {
     const T* base = gate_up + part.expert->id * 2 * s.F * s.D;
     Numbers rows[BLOCK];
-    Buffer<float> all_sums(PAIRS * SUMS);
+    Buffer<float> all_sums(BLOCK * 2 * TILE);
     for (index_t m0 = 0; m0 < part.rows; m0 += BLOCK) {
       const index_t count = std::min(BLOCK, part.rows - m0), place = part.expert->begin + m0;
       for (index_t m = 0; m < count; ++m) rows[m] = tokens + routing.token[place + m] * s.D;
       pack_rows<N>(rows, count, s.D, packed);
-      for (index_t f0 = part.from; f0 < part.to; f0 += PAIRS * TILE) {
-        const T* gate = base + f0 * s.D;
-        const index_t pairs = std::min(PAIRS, (part.to - f0) / TILE);
-        times_rows(gate, gate + s.F * s.D, TILE, pairs, s.D, packed, count, all_sums.p);
-        for (index_t p = 0; p < pairs; ++p)
-          for (index_t m = 0; m < count; m += TILE) {
-            const float* sums = &all_sums.p[p * SUMS + m / 32 * 1024 + m % 32 * 16];
-            const index_t f = f0 + p * TILE, row = part.first_row + m0 + m;
-            activate_tile<N>(sums, sums + 512, activations + (row * s.F + f / 32 * 512 + f % 32 * 16));
-            if (saved) save_tile(sums, place + m, count - m, f);
-          }
+      for (index_t f = part.from; f < part.to; f += TILE) {
+        const T* gate = base + f * s.D;
+        times_rows(gate, gate + s.F * s.D, TILE * s.D, s.D, packed, count, all_sums.p);
+        for (index_t m = 0; m < count; m += TILE) {
+          const float* sums = &all_sums.p[m / 32 * 1024 + m % 32 * 16];
+          const index_t row = part.first_row + m0 + m;
+          activate_tile<N>(sums, sums + 512, activations + (row * padded(s.F) + f / 32 * 512 + f % 32 * 16));
+          if (saved) save_tile(sums, place + m, count - m, f);
+        }
       }
     }
   }
@@ -152,47 +157,46 @@ struct Experts {
   }
 
   void tile_down(index_t from, index_t to, Numbers activations, float* sums) const {
-    Buffer<float> all_sums(PAIRS * SUMS);
+    Buffer<float> all_sums(BLOCK * 2 * TILE);
     for (const auto& expert : routing.experts) {
       const T* base = down + expert.id * s.D * s.F;
       const index_t rows = expert.end - expert.begin;
       for (index_t m0 = 0; m0 < rows; m0 += BLOCK)
-        for (index_t d0 = from; d0 < to; d0 += PAIRS * 2 * TILE) {
-          const T* w = base + d0 * s.F;
-          const index_t count = std::min(BLOCK, rows - m0), pairs = std::min(PAIRS, (to - d0) / (2 * TILE));
-          times_rows(w, w + TILE * s.F, 2 * TILE, pairs, s.F, activations + m0 * s.F, count, all_sums.p);
-          for (index_t p = 0; p < pairs; ++p)
-            for (index_t m = 0; m < count; m += TILE)
-              for (index_t half = 0; half < 2; ++half) {
-                __m512i lines[16];
-                turn(&all_sums.p[p * SUMS + m / 32 * 1024 + m % 32 * 16 + half * 512], lines);
-                const index_t d = d0 - from + p * 2 * TILE + half * TILE;
-                for (index_t i = 0; i < std::min(TILE, count - m); ++i) {
-                  const index_t place = expert.begin + m0 + m + i;
-                  float* line = sums + routing.token[place] * (to - from) + d;
-                  const __m512 weight = _mm512_set1_ps(weights[routing.pick[place]]);
-                  _mm512_storeu_ps(line, _mm512_fmadd_ps(weight, (__m512)lines[i], _mm512_loadu_ps(line)));
-                }
+        for (index_t d = from; d < to; d += 2 * TILE) {
+          const T* w = base + d * s.F;
+          const index_t count = std::min(BLOCK, rows - m0);
+          times_rows(w, w + TILE * s.F, 2 * TILE * s.F, s.F, activations + m0 * padded(s.F), count,
+                     all_sums.p);
+          for (index_t m = 0; m < count; m += TILE)
+            for (index_t half = 0; half < 2; ++half) {
+              __m512i lines[16];
+              turn(&all_sums.p[m / 32 * 1024 + m % 32 * 16 + half * 512], lines);
+              for (index_t i = 0; i < std::min(TILE, count - m); ++i) {
+                const index_t place = expert.begin + m0 + m + i;
+                float* line = sums + routing.token[place] * (to - from) + d - from + half * TILE;
+                const __m512 weight = _mm512_set1_ps(weights[routing.pick[place]]);
+                _mm512_storeu_ps(line, _mm512_fmadd_ps(weight, (__m512)lines[i], _mm512_loadu_ps(line)));
               }
+            }
         }
-      activations = activations + (rows + TILE - 1) / TILE * TILE * s.F;
+      activations = activations + (rows + TILE - 1) / TILE * TILE * padded(s.F);
     }
   }
 
   void run_tiles(int threads) const {
     const index_t rows_each = routing.experts.empty() ? 0 : routing.pick.size() / routing.experts.size();
     // Tokens are packed anew for every part: large parts where there are many.
-    const auto parts = cut(routing, s.F, rows_each > 64 ? 256 : 64, TILE);
+    const auto parts = cut(routing, s.F, rows_each > 16 ? 256 : 64, TILE);
     const index_t block = down_block(threads, s.T <= 64 ? 64 : 256), rows = routing.padded;
-    Buffer<bf16> act(N * rows * s.F), packed(threads * N * BLOCK * s.D);
+    Buffer<bf16> act(N * rows * padded(s.F)), packed(threads * N * BLOCK * padded(s.D));
     Buffer<bf16> halves(N == 1 ? 0 : N * s.T * s.D);
     Buffer<float> sums(threads * s.T * block);
     const Numbers tokens = N == 1 ? Numbers{(const bf16*)x, 0} : Numbers{halves.p, s.T * s.D};
-    const Room activations{act.p, rows * s.F};
+    const Room activations{act.p, rows * padded(s.F)};
 #pragma omp parallel num_threads(threads)
     {
       const int me = omp_get_thread_num();
-      const Room mine_packed{packed.p + me * N * BLOCK * s.D, BLOCK * s.D};
+      const Room mine_packed{packed.p + me * N * BLOCK * padded(s.D), BLOCK * padded(s.D)};
       const Tiles configured;
       if constexpr (N > 1)
 #pragma omp for

@@ -11,6 +11,7 @@
 
 #include <omp.h>
 
+#include "memory.h"
 #include "routing.h"
 #include "tiles.h"
 
@@ -68,11 +69,10 @@ struct Gradients {
   }
 
   static constexpr int N = PARTS<T>;
-  static constexpr index_t BLOCK = TOKEN_BLOCK;
-  static constexpr index_t COLUMNS =
-      1024 / sizeof(T);                     // of weights at a time: rows are read in pieces of 1 KB
-  static constexpr index_t OUTS = 256;      // rows of a weight's gradient at a time
-  static constexpr index_t WIDE = 1 << 18;  // numbers of its right factor at a time
+  static constexpr index_t BLOCK = 512;                 // tokens at a time
+  static constexpr index_t COLUMNS = 4096 / sizeof(T);  // of weights: rows are read a page at a time
+  static constexpr index_t OUTS = 1024;                 // rows of a weight's gradient
+  static constexpr index_t WIDE = 1 << 18;              // numbers of its right factor
 
   // A thread's room, and whose rows lie in it: parts of one expert often follow each other.
   struct Workplace {
@@ -146,19 +146,31 @@ struct Gradients {
         for (index_t n = n0; n < end; n += 32)
           pack_pairs<N>(depth, [&](index_t t) { return row(right, t, n); }, room.right + (n - n0) * depth);
       room.expert = part.expert;
+      const auto copy = [&](index_t m,
+                            index_t piece) {  // of 32 rows from m on, found in one half of the room
+        const index_t i = piece / (width / 32), n = piece % (width / 32) * 32;
+        stream_copy(found + (m / 32 % 2 * 32 + i) * width + n, 32, out + (m + i) * columns + n0 + n);
+      };
       for (index_t m = part.from; m < part.to; m += 32) {
         const Strips rows = packed_strips(room.left + (m - part.from) * depth, TILE * depth);
+        T* here = found + m / 32 % 2 * 32 * width;
+        const index_t pieces = m > part.from ? width : 0, steps = width / 32 * (depth / 32) * CALLS<N>;
+        index_t step = 0, piece = 0;
+        const auto meanwhile = [&] {
+          for (++step; piece * steps < pieces * step; ++piece) copy(m - 32, piece);
+        };
         for (index_t n = 0; n < width; n += 32) {
-          tile_products<N>(true, true, rows, packed_strips(room.right + n * depth, TILE * depth), depth,
-                           sums);
+          const Strips right = packed_strips(room.right + n * depth, TILE * depth);
+          tile_products<N>(true, true, rows, right, depth, sums, meanwhile);
           for (index_t i = 0; i < 32; ++i) {
             const float* tile = sums + i / TILE * 512 + i % TILE * 16;
-            put(found + i * width + n, load(tile));
-            put(found + i * width + n + 16, load(tile + 256));
+            put(here + i * width + n, load(tile));
+            put(here + i * width + n + 16, load(tile + 256));
           }
         }
-        for (index_t i = 0; i < 32; ++i) stream_copy(found + i * width, width, out + (m + i) * columns + n0);
       }
+      const index_t last = part.to - 32;
+      for (index_t piece = 0; piece < width; ++piece) copy(last, piece);
     }
   }
 
@@ -170,7 +182,7 @@ struct Gradients {
       const T* weight = gate_up + expert.id * 2 * s.F * s.D + from;
       for (index_t m0 = 0; m0 < rows; m0 += BLOCK) {
         const index_t count = std::min(BLOCK, rows - m0);
-        const Numbers left = found.grad_gate_up + (first_row + m0) * 2 * s.F;
+        const Numbers left = found.grad_gate_up + (first_row + m0) * padded(2 * s.F);
         tile_times_columns(left, count, weight, s.D, 2 * s.F, width, room.sums);
         for (index_t m = 0; m < count; ++m) {
           float* line = sums + routing.token[expert.begin + m0 + m] * width;
@@ -194,19 +206,20 @@ struct Gradients {
     for (const auto& expert : routing.experts)
       most = std::max(most, (expert.end - expert.begin + 31) / 32 * 32);
     // The left factor: an expert's tokens, or columns of them; the right one: weights, or tokens.
-    const index_t left = std::max(BLOCK * s.D, OUTS * most);
+    const index_t left = std::max(BLOCK * padded(s.D), OUTS * most);
     const index_t right = std::max(WIDE, 32 * most);
     const index_t sizes = std::max(BLOCK * COLUMNS, 32 * std::max(s.D, s.F));
     const index_t share = (s.D / (2 * threads) + 31) / 32 * 32,
                   wide = std::clamp<index_t>(share, 32, COLUMNS);
-    Buffer<bf16> both(N * rows * 2 * s.F), act(N * rows * s.F), packed(threads * N * (left + right));
+    Buffer<bf16> both(N * rows * padded(2 * s.F)), act(N * rows * padded(s.F)),
+        packed(threads * N * (left + right));
     Buffer<bf16> halves(N == 1 ? 0 : 2 * N * s.T * s.D);
     Buffer<float> dots(places * blocks), found(threads * sizes), sums(grad_x ? threads * s.T * wide : 0);
     const index_t gap = s.T * s.D;
     const Room grad_halves{halves.p, gap}, x_halves{halves.p + N * gap, gap};
     const Numbers grads = N == 1 ? Numbers{(const bf16*)grad, 0} : Numbers(grad_halves);
     const Numbers tokens = N == 1 ? Numbers{(const bf16*)x, 0} : Numbers(x_halves);
-    const Between between{{both.p, rows * 2 * s.F}, {act.p, rows * s.F}, dots.p, blocks};
+    const Between between{{both.p, rows * padded(2 * s.F)}, {act.p, rows * padded(s.F)}, dots.p, blocks};
     const Numbers grad_both = between.grad_gate_up, acts = between.activations;
 #pragma omp parallel num_threads(threads)
     {

@@ -2,7 +2,7 @@
 //
 // Tiles multiply bfloat16 and sum in float32. A float32 is the sum of three bfloat16 (8 bits of its 24 each),
 // and a product of two the sum of nine products, of which three are below its rounding: six remain, which
-// is faster than float32 vectors from some 50 rows an expert on. (Henry, Tang, Heinecke: Leveraging the
+// is faster than float32 vectors from some 10 rows an expert on. (Henry, Tang, Heinecke: Leveraging the
 // bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations,
 // https://arxiv.org/abs/1904.06376.) Infinities come out as NaN.
 #pragma once
@@ -72,9 +72,6 @@ inline void transpose(const __m512i (&a)[16], __m512i (&out)[16]) {
 // How many bfloat16 stand for a number.
 template <class T>
 constexpr int PARTS = sizeof(T) == 4 ? 3 : 1;
-// Tokens packed at a time: with 2048 inputs, half of the second cache.
-constexpr index_t TOKEN_BLOCK = 256;
-
 // The nearest number of 8 bits, and the rest.
 inline __m512i cut_bits(__m512* x) {
   const __m512i cut = _mm512_and_si512(_mm512_add_epi32((__m512i)*x, _mm512_set1_epi32(0x8000)),
@@ -134,15 +131,18 @@ inline void split_row(const float* from, index_t count, Room to, index_t step) {
 }
 
 // A strip of packed rows: tiles of 16 rows of 32 numbers one after the other, along the numbers, and the next
-// 16 rows after them. Where 32 numbers of a row lie:
+// 16 rows after them. Widths are mostly powers of two, and so many bytes apart strips would push each other
+// out of the caches: rows count as somewhat longer.
+inline index_t padded(index_t width) { return width + 64; }
+// Where 32 numbers of a row lie:
 inline index_t in_strips(index_t row, index_t width, index_t column) {
-  return row / TILE * TILE * width + column / 32 * 512 + row % TILE * 32;
+  return row / TILE * TILE * padded(width) + column / 32 * 512 + row % TILE * 32;
 }
 
 // Rows into tiles [row tile][in / 32][16 pairs along in][16 rows]; missing rows are zeros.
 template <int N>
 void pack_rows(const Numbers* x, index_t rows, index_t in, Room to) {
-  for (index_t m = 0; m < rows; m += TILE)
+  for (index_t m = 0; m < rows; m += TILE, to = to + TILE * (padded(in) - in))
     for (index_t k = 0; k < in; k += 32, to = to + 512)
       for (int p = 0; p < N; ++p) {
         __m512i lines[16], turned[16];
@@ -168,9 +168,14 @@ inline Strips packed_strips(Numbers first, index_t length) {
 
 // Sums of one or two strips of `a` with one or two of `b`, each a tile of 16 x 16: [a0 b0, a0 b1, a1 b0, a1
 // b1]. The tiles of a have 16 rows of 32 numbers along the sum, those of b 16 rows of pairs along it. With
-// ADD they are added to what is there.
-template <int N, bool PAIR_A, bool PAIR_B, bool ADD>
-inline void tile_products(Strips a, Strips b, index_t depth, float* sums) {
+// ADD they are added to what is there. `meanwhile()` is called between products, which
+// take place beside other instructions.
+// How often `tile_products` calls `meanwhile`, for each 32 numbers along the sum.
+template <int N>
+constexpr index_t CALLS = N == 1 ? 1 : 6;
+
+template <int N, bool PAIR_A, bool PAIR_B, bool ADD, class Meanwhile>
+inline void tile_products(Strips a, Strips b, index_t depth, float* sums, Meanwhile meanwhile) {
   // Tile loads do not tell the compiler what they read: it shall be written by now.
   asm volatile("" ::: "memory");
   if (ADD) {
@@ -192,11 +197,12 @@ inline void tile_products(Strips a, Strips b, index_t depth, float* sums) {
     _tile_loadd(6, b.first + part * b.gap, b.stride);
     if (PAIR_B) _tile_loadd(7, b.second + part * b.gap, b.stride);
   };
-  const auto multiply = [] {
+  const auto multiply = [&] {
     _tile_dpbf16ps(0, 4, 6);
     if (PAIR_B) _tile_dpbf16ps(1, 4, 7);
     if (PAIR_A) _tile_dpbf16ps(2, 5, 6);
     if (PAIR_A && PAIR_B) _tile_dpbf16ps(3, 5, 7);
+    meanwhile();
   };
   for (index_t k = 0; k < depth; k += 32) {
     if (N == 1) {
@@ -217,12 +223,21 @@ inline void tile_products(Strips a, Strips b, index_t depth, float* sums) {
   if (PAIR_A && PAIR_B) _tile_stored(3, sums + 768, 64);
 }
 
-template <int N, bool ADD = false>
-inline void tile_products(bool pair_a, bool pair_b, Strips a, Strips b, index_t depth, float* sums) {
-  if (pair_a)
-    (pair_b ? tile_products<N, true, true, ADD> : tile_products<N, true, false, ADD>)(a, b, depth, sums);
+struct Nothing {
+  void operator()() const {}
+};
+
+template <int N, bool ADD = false, class Meanwhile = Nothing>
+inline void tile_products(bool pair_a, bool pair_b, Strips a, Strips b, index_t depth, float* sums,
+                          Meanwhile m = {}) {
+  if (pair_a && pair_b)
+    tile_products<N, true, true, ADD>(a, b, depth, sums, m);
+  else if (pair_a)
+    tile_products<N, true, false, ADD>(a, b, depth, sums, m);
+  else if (pair_b)
+    tile_products<N, false, true, ADD>(a, b, depth, sums, m);
   else
-    (pair_b ? tile_products<N, false, true, ADD> : tile_products<N, false, false, ADD>)(a, b, depth, sums);
+    tile_products<N, false, false, ADD>(a, b, depth, sums, m);
 }
 
 // sums[16 outputs][16 tokens] to lines of 16 outputs, one a token.
@@ -298,38 +313,55 @@ inline void pack_columns(index_t depth, Row row, Room strips) {
 }
 
 // sums = rows, packed as strips of `depth`, times `columns` columns of weights [depth][stride]: blocks of 32
-// by 32 as `tile_products` leaves them, those of 32 rows one after the other. The weights of a block of the
-// depth are packed 32 columns at a time, while those of the next block are asked for in the order of memory:
-// the processor does not read ahead by itself where rows lie pages apart.
+// by 32 as `tile_products` leaves them, those of 32 rows one after the other. Weights are packed 32 columns
+// of a block of the depth at a time, during the products with those before. What comes a block later is asked
+// for meanwhile, in the order of memory: the processor does not read ahead by itself where rows lie pages
+// apart.
 template <class T>
 void tile_times_columns(Numbers rows, index_t count, const T* weights, index_t stride, index_t depth,
                         index_t columns, float* sums) {
   constexpr int N = PARTS<T>;
-  constexpr index_t DEEPEST = N == 1 ? 64 : 128;
+  constexpr index_t DEEPEST = N == 1 ? 64 : 128, LINE = 64 / sizeof(T);
   const index_t block_depth = N > 1 && count <= 32 ? 32 : DEEPEST;  // each block adds to the sums of all rows
-  alignas(64) bf16 room[N * DEEPEST * 32];
-  const Room packed{room, DEEPEST * 32};
-  const index_t pieces = columns / 32, line = 64 / sizeof(T);
-  for (index_t k0 = 0; k0 < depth; k0 += block_depth) {
-    const index_t deep = std::min(block_depth, depth - k0), next = std::min(block_depth, depth - k0 - deep);
-    for (index_t c = 0; c < columns; c += 32) {
-      const T* block = weights + k0 * stride + c;
-      const T* after = weights + (k0 + deep) * stride;
-      for (index_t r = next * (c / 32) / pieces; r < next * (c / 32 + 1) / pieces; ++r)
-        for (index_t i = 0; i < columns; i += line)
-          _mm_prefetch((const char*)(after + r * stride + i), _MM_HINT_T1);
-      for (index_t k = 0; k < deep; k += 2)
-        pack_pair(block + k * stride, block + (k + 1) * stride, packed + 16 * k, 16 * deep);
-      const Strips right = packed_strips(packed, TILE * deep);
-      for (index_t m = 0; m < count; m += 2 * TILE) {
-        const Strips left = packed_strips(rows + (m * depth + 16 * k0), TILE * depth);
-        float* found = sums + m * columns + c * 32;
-        if (k0)
-          tile_products<N, true>(m + TILE < count, true, left, right, deep, found);
-        else
-          tile_products<N>(m + TILE < count, true, left, right, deep, found);
-      }
+  alignas(64) bf16 rooms[2][N * DEEPEST * 32];
+  struct Piece {
+    index_t k, column, deep;
+    Room packed;
+  };
+  const T* asked = weights + std::min(block_depth, depth) * stride;
+  index_t asked_column = 0;
+  const auto pack = [&](const Piece& piece, index_t k) {
+    const T* even = weights + (piece.k + k) * stride + piece.column;
+    pack_pair(even, even + stride, piece.packed + 16 * k, 16 * piece.deep);
+    for (index_t line = 0; line < 64 / LINE; ++line) {  // as many as have just been packed
+      _mm_prefetch((const char*)(asked + asked_column), _MM_HINT_T1);
+      if ((asked_column += LINE) >= columns) asked_column = 0, asked += stride;
     }
+  };
+  const auto piece_at = [&](index_t k, index_t column, int room) {
+    return Piece{k, column, std::min(block_depth, depth - k), {rooms[room], DEEPEST * 32}};
+  };
+  Piece piece = piece_at(0, 0, 0);
+  for (index_t k = 0; k < piece.deep; k += 2) pack(piece, k);
+  for (int turn = 1; piece.k < depth; turn ^= 1) {
+    const Piece next = piece.column + 32 < columns ? piece_at(piece.k, piece.column + 32, turn)
+                                                   : piece_at(piece.k + piece.deep, 0, turn);
+    const index_t pairs = next.k < depth ? next.deep / 2 : 0;
+    const index_t steps = (count + 2 * TILE - 1) / (2 * TILE) * (piece.deep / 32) * CALLS<N>;
+    index_t step = 0, pair = 0;
+    const Strips right = packed_strips(piece.packed, TILE * piece.deep);
+    const auto meanwhile = [&] {
+      for (++step; pair * steps < pairs * step; ++pair) pack(next, 2 * pair);
+    };
+    for (index_t m = 0; m < count; m += 2 * TILE) {
+      const Strips left = packed_strips(rows + (m * padded(depth) + 16 * piece.k), TILE * padded(depth));
+      float* found = sums + m * columns + piece.column * 32;
+      if (piece.k)
+        tile_products<N, true>(m + TILE < count, true, left, right, piece.deep, found, meanwhile);
+      else
+        tile_products<N>(m + TILE < count, true, left, right, piece.deep, found, meanwhile);
+    }
+    piece = next;
   }
 }
 

@@ -1,10 +1,8 @@
-// Numbers, vectors of whatever width the machine has, and memory.
+// Numbers, and vectors of whatever width the machine has.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -147,17 +145,5 @@ inline vec exponential(vec x) {
   return p * (vec)(exponent << 23);
 }
 inline vec silu(vec x) { return x / (1.0f + exponential(-x)); }
-
-template <class T>
-struct Buffer {
-  T* p;
-  explicit Buffer(size_t count) {
-    void* found = nullptr;
-    if (posix_memalign(&found, 64, count * sizeof(T) + 64)) throw std::bad_alloc();
-    p = (T*)found;
-  }
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { free(p); }
-};
 
 }  // namespace

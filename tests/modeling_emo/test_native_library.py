@@ -53,9 +53,26 @@ def experts_in_float64(x, gate_up, down, weights, index):
     return out, torch.cat(saved)
 
 
-def assert_near(found, expected, dtype, slack=1):
-    scale = max(expected.abs().max().item(), 1e-3) if expected.numel() else 1.0
-    atol = slack * TOLERANCE[dtype]
+def lengths_of_terms(x, gate_up, down, weights, index):
+    """How long the vectors are whose numbers are summed: for the output, and for gate and up."""
+    x, gate_up, down, weights = (tensor.double() for tensor in (x, gate_up, down, weights))
+    out, saved = torch.zeros_like(x), [torch.zeros(0, gate_up.shape[1], dtype=x.dtype)]
+    for e in range(len(down)):
+        token, slot = torch.where(index == e)
+        saved.append(x[token].square() @ gate_up[e].square().T)
+        gate, up = (x[token] @ gate_up[e].T).chunk(2, dim=-1)
+        squares = (F.silu(gate) * up).square() @ down[e].square().T
+        out.index_add_(0, token, squares * weights[token, slot, None].square())
+    return out.sqrt(), torch.cat(saved).sqrt()
+
+
+def assert_near(found, expected, dtype, slack=1, terms=None):
+    """`terms`: how long the vectors of summed terms are, where sums may be small by chance."""
+    if expected.numel() == 0:
+        assert found.shape == expected.shape
+        return
+    scale = max(each.abs().max().item() for each in (expected, expected if terms is None else terms))
+    scale, atol = max(scale, 1e-3), slack * TOLERANCE[dtype]
     torch.testing.assert_close(found.double() / scale, expected / scale, atol=atol, rtol=0)
 
 
@@ -94,9 +111,10 @@ def test_experts_are_near_float64(variant, call):
     )
     weights = torch.rand(tokens, call["top_k"], generator=generator)
     expected, expected_saved = experts_in_float64(x, gate_up, down, weights, index)
+    terms, saved_terms = lengths_of_terms(x, gate_up, down, weights, index)
     out, saved = load_kernels(variant).experts(x, gate_up, down, weights, index, save=True)
-    assert_near(out, expected, call["dtype"])
-    assert_near(saved[: len(expected_saved)], expected_saved, call["dtype"])
+    assert_near(out, expected, call["dtype"], terms=terms)
+    assert_near(saved[: len(expected_saved)], expected_saved, call["dtype"], terms=saved_terms)
     again, nothing = load_kernels(variant).experts(x, gate_up, down, weights, index)
     assert torch.equal(again, out) and len(nothing) == 0
 
@@ -174,6 +192,21 @@ def test_gradients_of_sizes_that_do_not_fit_are_refused():
         kernels.experts_backward(x, *inputs, torch.ones(1, 16))
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from Linux")
+def test_memory_kept_between_calls_has_a_bound():
+    """Every call is of another size, and the largest needs 20 MB of room."""
+    kernels, hidden, width, top_k = load_kernels(), 32, 288, 8
+    gate_up, down = torch.rand(9, 2 * width, hidden), torch.rand(9, hidden, width)
+
+    def call(tokens):
+        index = torch.rand(tokens, 9).argsort(dim=1)[:, :top_k].contiguous()
+        kernels.experts(torch.rand(tokens, hidden), gate_up, down, torch.rand(tokens, top_k), index)
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = [call(tokens) for tokens in range(200, 2200, 10)]
+    assert sizes[-1] - sizes[0] < 16 * 2 * 20e6
+
+
 @VARIANT
 @settings(max_examples=25, deadline=None)
 @given(
@@ -189,7 +222,8 @@ def test_linear_is_near_float64(variant, rows, inputs, outputs, has_bias, dtype,
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     bias = torch.randn(outputs).to(dtype) if has_bias else None
     expected = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
-    assert_near(load_kernels(variant).linear(x, weight, bias), expected, dtype)
+    terms = (x.double().square() @ weight.double().square().T).sqrt()
+    assert_near(load_kernels(variant).linear(x, weight, bias), expected, dtype, terms=terms)
 
 
 @VARIANT
