@@ -24,8 +24,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed  ## choose experts for a domain, load only those, generate, compare
 	$(BIN)/python examples/demo.py
 
+# A file of tests stays on one processor: what its tests share is made once.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 
 # The oldest Transformers supported, beside the environment's own. Its common test suite belongs to the newest; what
 # takes long and adds nothing to what other tests ask of Transformers is left out.
@@ -35,7 +37,7 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 	test -d build/transformers-$(OLDEST) || ( \
 	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
 	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
-	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow' $(NOT_OLDEST:%=--ignore=tests/%)
+	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow

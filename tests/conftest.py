@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait leave the processor to the tests beside these.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
 from pathlib import Path
