@@ -380,6 +380,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="for each turn; a quarter of it for sequences")
     parser.add_argument("--llama", default=sys.executable, help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file of the model; written if it is not there")
+    parser.add_argument("--mapped", action="store_true", help="weights stay pages of their files")
     parser.add_argument("--only", nargs="+", help="names of contenders beside ours")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     parser.add_argument("--check", action="store_true", help="compare logits in float32, and stop")
@@ -400,7 +401,8 @@ def main() -> None:
         gguf = args.gguf or Path(temporary, "model.gguf")
         if not reason and not gguf.exists():
             write_gguf(args.llama, folder, gguf)
-        model = EmoForCausalLM.from_pretrained(folder, dtype="bfloat16").eval()
+        kwargs = {"disable_mmap": False} if args.mapped else {}
+        model = EmoForCausalLM.from_pretrained(folder, dtype="bfloat16", **kwargs).eval()
         size = sum(parameter.nbytes for parameter in model.parameters())
         loops = [LoopExperts(layer.mlp.experts) for layer in model.model.layers]
         contenders: dict[str, Any] = {

@@ -11,8 +11,9 @@ less.
 Makes a synthetic checkpoint at EMO's true width (hidden size 2048, 128 experts of width 1024, bfloat16), in
 shards cut by layer as released, then loads it in fresh processes, from a cold disk and from the page cache.
 The plain read takes turns with the loads: the same files, by as many threads as Transformers loads with, each
-into 16 MB that it uses again and again. Beside it stands a read into as much new memory as a model takes, and
-Transformers' own way to load EMO. Memory is the peak of the process, less what it used before loading.
+into 16 MB that it uses again and again. Beside it stand a read into as much new memory as a model takes,
+Transformers' own way to load EMO, and weights that stay pages of their files (`disable_mmap=False`), whose
+computing is slower: `generation.py --mapped`. Memory is the peak of the process, less what it used before loading.
 """
 
 import argparse
@@ -84,6 +85,8 @@ def load(folder: str, what: str) -> dict:
     # Evenly spread ids: the worst case for reading, no two experts are neighbours.
     ids = [*range(0, 128, 128 // (KEPT - 1))][: KEPT - 1] + [127]
     kwargs = {"expert_subset": [ids] * config["num_hidden_layers"]} if what == "subset" else {}
+    if what == "mapped":
+        kwargs["disable_mmap"] = False
     if what == "transformers":
         EmoPreTrainedModel._package = None
     before, read_before = peak_bytes(), disk_bytes()
@@ -178,7 +181,12 @@ def report(runs: dict[tuple[str, bool], list[dict]]) -> None:
                 f"{ratio:.2f}  bandwidth, loading the whole model / {PEERS[other]}, {name}  "
                 f"({shown('full', cold)} / {shown(other, cold)})"
             )
-    for what, name in (("full", "whole model"), ("subset", "subset")):
+        ratio = bandwidth("mapped", cold) / bandwidth("plain", cold)
+        print(
+            f"{ratio:.2f}  bandwidth, loading the whole model with disable_mmap=False / a plain read, {name}  "
+            f"({shown('mapped', cold)} / {shown('plain', cold)})"
+        )
+    for what, name in (("full", "whole model"), ("mapped", "whole model, mapped"), ("subset", "subset")):
         peak = max(median(what, cold, "peak") for cold in names) / median(what, True, "bytes")
         print(f"{peak:.3f}  peak memory of loading / weights, {name}")
     read = median("subset", True, "read") / median("subset", True, "bytes")
@@ -222,6 +230,7 @@ def main() -> None:
 
 PARTS = {
     "full": load,
+    "mapped": load,
     "subset": load,
     "transformers": load,
     "plain": read_plainly,
@@ -236,8 +245,10 @@ PEERS = {
 TURNS = (
     ("plain", True),
     ("full", True),
+    ("mapped", True),
     ("plain", False),
     ("full", False),
+    ("mapped", False),
     ("new", False),
     ("transformers", False),
     ("subset", True),

@@ -26,7 +26,9 @@ class SharedModel(ExpertServing, PreTrainedModel):
                 Only their bytes are read; they are renumbered, the router rows are cut to them and the result
                 is a smaller, stand-alone model.
             exclude_experts (*optional*): experts not to load, of those or of all; as in `use_experts`.
-            args, kwargs: as for every Transformers model.
+            args, kwargs: as for every Transformers model. With `disable_mmap=False` the experts stay pages of
+                their files (on Linux): loaded at once if the system has these in memory, shared between
+                processes, and somewhat slower to compute with. By default, and with `True`, they are read.
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.

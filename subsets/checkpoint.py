@@ -24,6 +24,7 @@ from types import EllipsisType
 import torch
 
 from .byte_ranges import merge_ranges
+from .mapped_files import map_spans
 from .safetensors_header import DTYPE_NAMES, CheckpointError, Source, TensorSpan, read_header, read_index
 
 _INDEX_NAME = "model.safetensors.index.json"
@@ -36,8 +37,9 @@ _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
 class LocalFiles:
     """Files of one folder, read with `pread`, so that only the bytes asked for come off the disk.
 
-    A memory map would do for correctness, but the kernel reads ahead around every fault: 1.6 times the bytes
-    wanted from a cold disk, and mapped pages count as memory of the process beside the tensors made of them.
+    What is made into other tensors is read: of a memory map the kernel reads ahead around every fault, 1.6
+    times the bytes wanted from a cold disk, and mapped pages count as memory of the process beside the
+    tensors made of them. What stays as it is may be mapped: see `LazyTensor`.
 
     Args:
         folder (`str` or `os.PathLike`): the folder that file names are relative to.
@@ -61,13 +63,13 @@ class LocalFiles:
 
     def size(self, file: str) -> int:
         """Size of `file` in bytes. Raises `CheckpointError` if it cannot be opened."""
-        with self._descriptor(file) as descriptor:
+        with self.opened(file) as descriptor:
             return os.fstat(descriptor).st_size
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `file` from `start`, or raise `CheckpointError`."""
         filled = 0
-        with self._descriptor(file) as descriptor:
+        with self.opened(file) as descriptor:
             while filled < len(buffer):
                 try:
                     got = os.preadv(descriptor, [buffer[filled : filled + _MAX_READ]], start + filled)
@@ -89,8 +91,8 @@ class LocalFiles:
                 os.close(self._open.popitem()[1])
 
     @contextmanager
-    def _descriptor(self, file: str) -> Iterator[int]:
-        """The file opened: for good, or for as long as it is read if so many are open already."""
+    def opened(self, file: str) -> Iterator[int]:
+        """The descriptor of `file`, opened for good, or for as long as it is used if many are already."""
         with self._lock:
             descriptor = self._open.get(file)
             keep = descriptor is not None or len(self._open) < _MOST_OPEN
@@ -129,6 +131,10 @@ class LazyTensor:
         cast_to (`torch.dtype`, *optional*): convert piece by piece while reading, so that the tensor is never
             held in both dtypes.
 
+    Attributes:
+        mapped (`bool`): may be set to have tensors be pages of their files where that is possible
+            (`mapped_files.py`); others who overwrite such a file in place then change the tensor.
+
     Example:
 
     ```python
@@ -153,6 +159,7 @@ class LazyTensor:
         self.dtype = dtype
         self.shape = tuple(shape)
         self.cast_to = cast_to
+        self.mapped = False
 
     def get_shape(self) -> list[int]:
         """`list[int]`: the shape, by the name safetensors gives it."""
@@ -204,18 +211,34 @@ class LazyTensor:
         """Rows `start` to `stop` of the first dimension (a scalar has one row)."""
         row_shape = self.shape[1:]
         row_numel = math.prod(row_shape)
-        rows = torch.empty((stop - start) * row_numel, dtype=self.cast_to or self.dtype, device="cpu")
-        itemsize = self.dtype.itemsize
-        first, last = start * row_numel * itemsize, stop * row_numel * itemsize
-        offset = 0  # of the piece in the whole tensor, in bytes
+        row_bytes = row_numel * self.dtype.itemsize
+        spans = list(self._spans(start * row_bytes, stop * row_bytes))
+        rows = None
+        if (
+            self.mapped
+            and spans
+            and self.cast_to in (None, self.dtype)
+            and isinstance(self.source, LocalFiles)
+        ):
+            rows = map_spans(self.source, spans)
+        if rows is None:
+            rows = torch.empty((stop - start) * row_numel, dtype=self.cast_to or self.dtype, device="cpu")
+            begin = 0
+            for span in spans:
+                end = begin + (span.end - span.start) // self.dtype.itemsize
+                self._fill(rows[begin:end], span.file, span.start)
+                begin = end
+        return rows.reshape(stop - start, *row_shape) if self.shape else rows.reshape(())
+
+    def _spans(self, first: int, last: int) -> Iterator[TensorSpan]:
+        """The parts of the pieces that bytes `first` to `last` of the whole tensor are in."""
+        offset = 0  # of the piece in the whole tensor
         for piece in self.pieces:
             length = piece.end - piece.start
-            begin, end = max(first, offset), min(last, offset + length)
+            begin, end = max(first - offset, 0), min(last - offset, length)
             if begin < end:
-                part = rows[(begin - first) // itemsize : (end - first) // itemsize]
-                self._fill(part, piece.file, piece.start + begin - offset)
+                yield TensorSpan(piece.file, piece.start + begin, piece.start + end, self.dtype, ())
             offset += length
-        return rows.reshape(stop - start, *row_shape) if self.shape else rows.reshape(())
 
     def _fill(self, part: torch.Tensor, file: str, start: int) -> None:
         if part.dtype == self.dtype:

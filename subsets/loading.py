@@ -291,6 +291,10 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
                 return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if load_config.hf_quantizer is None:
             _cast_while_reading(tensors, model)
+        # Transformers' own default would map them. Read weights are found faster by what computes with them.
+        if source is not None and getattr(load_config, "disable_mmap", None) is False:
+            for tensor in tensors.values():
+                tensor.mapped = True
         # Transformers would look up offloaded parameters in the files by name, and find the whole router.
         files_for_offload = None if on_disk else checkpoint_files
         result = load(model, tensors, files_for_offload, load_config, *args, **kwargs)

@@ -7,30 +7,68 @@
 
 namespace {
 
-// Adds the products of ROWS rows with OUTS rows of weights, over [begin, end) of `in`, to sums[row][out].
-// With AHEAD, what is read of the weights after these, `ahead` numbers on, is asked for meanwhile.
+// How many numbers there are before the next line of the cache: a vector that is part of two takes twice as
+// long to read, and weights that are pages of a file may begin anywhere. Narrower vectors rarely are.
+template <class T>
+inline index_t before_line(const T* p) {
+#if defined(__AVX512F__)
+  const index_t numbers = (64 - size_t(p) % 64) % 64 / sizeof(T);
+  if (size_t(p) % sizeof(T) == 0 && numbers % Step<T>::PAIRED == 0) return numbers;
+#endif
+  return 0;
+}
+
+#if defined(__AVX512F__)
+// Where each sum of a vector is that took its first number `by` places late.
+inline __m512i turned(index_t by) {
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_and_si512(_mm512_sub_epi32(places, _mm512_set1_epi32(int(by))), _mm512_set1_epi32(15));
+}
+#endif
+
+// Adds the products of ROWS rows with OUTS rows of weights, over [begin, end) of `in`, to sums[row][out]: the
+// same ones, bit by bit, wherever the weights lie. With AHEAD, what is read of the weights after these,
+// `ahead` numbers on, is asked for meanwhile.
 template <int ROWS, int OUTS, bool AHEAD, class T>
 inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_t end, index_t ahead,
                      float* sums, int stride) {
+  constexpr int SIZE = Step<T>::size;
+  using reg = typename Step<T>::reg;
   vec acc[ROWS][OUTS] = {};
-  index_t k = begin;
-  for (; k + Step<T>::size <= end; k += Step<T>::size) {
-    typename Step<T>::reg row[ROWS];
+  const auto some = [&](index_t k, index_t first, index_t count) {
+    reg row[ROWS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) row[m] = get_some(x[m] + k, first, count);
+#pragma GCC unroll 8
+    for (int n = 0; n < OUTS; ++n) {
+      const reg weight = get_some(w[n] + k, first, count);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) acc[m][n] = Step<T>::add(acc[m][n], row[m], weight);
+    }
+  };
+  const index_t late = before_line(w[0] + begin), head = std::min(late, end - begin);
+  if (head) some(begin, SIZE - late, head);
+  index_t k = begin + head;
+  for (; k + SIZE <= end; k += SIZE) {
+    reg row[ROWS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) row[m] = Step<T>::get(x[m] + k);
 #pragma GCC unroll 8
     for (int n = 0; n < OUTS; ++n) {
-      const typename Step<T>::reg weight = Step<T>::get(w[n] + k);
+      const reg weight = Step<T>::get(w[n] + k);
       if (AHEAD) __builtin_prefetch(w[n] + k + ahead);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) acc[m][n] = Step<T>::add(acc[m][n], row[m], weight);
     }
   }
+  if (k < end) some(k, 0, end - k);
   for (int m = 0; m < ROWS; ++m)
     for (int n = 0; n < OUTS; ++n) {
-      float total = sum<LANES>(acc[m][n]);
-      for (index_t rest = k; rest < end; ++rest) total += to_float(x[m][rest]) * to_float(w[n][rest]);
-      sums[m * stride + n] += total;
+      vec found = acc[m][n];
+#if defined(__AVX512F__)
+      if (late) found = (vec)_mm512_permutexvar_ps(turned(late / Step<T>::PAIRED), (__m512)found);
+#endif
+      sums[m * stride + n] += sum<LANES>(found);
     }
 }
 

@@ -108,10 +108,10 @@ inline float sum(float __attribute__((vector_size(4 * N))) v) {
 }
 
 // What one step along `in` takes: so many numbers of each factor, and their products added to a vector of
-// sums.
+// sums, of which each takes PAIRED numbers.
 template <class T>
 struct Step {
-  static constexpr int size = LANES;
+  static constexpr int size = LANES, PAIRED = 1;
   using reg = vec;
   static reg get(const T* p) { return load(p); }
   static vec add(vec sums, reg a, reg b) { return sums + a * b; }
@@ -119,12 +119,26 @@ struct Step {
 #if defined(__AVX512BF16__)
 template <>
 struct Step<bf16> {
-  static constexpr int size = 32;
+  static constexpr int size = 32, PAIRED = 2;
   using reg = __m512bh;
   static reg get(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static vec add(vec sums, reg a, reg b) { return (vec)_mm512_dpbf16_ps((__m512)sums, a, b); }
 };
 #endif
+// Fewer numbers than a step takes, from its place `first` on, among zeros.
+template <class T>
+inline typename Step<T>::reg get_some(const T* p, index_t first, index_t count) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  const uint32_t mask = ((uint64_t(1) << count) - 1) << first;
+  if constexpr (sizeof(T) == 2)
+    return (__m512bh)_mm512_maskz_loadu_epi16(mask, p - first);
+  else
+    return (vec)_mm512_maskz_loadu_ps(mask, p - first);
+#endif
+  T numbers[Step<T>::size] = {};
+  memcpy(numbers + first, p, count * sizeof(T));
+  return Step<T>::get(numbers);
+}
 
 // exp to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. From 88.4 on
 // infinite, so that SiLU of a huge negative number is zero.
