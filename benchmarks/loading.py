@@ -12,8 +12,9 @@ Makes a synthetic checkpoint at EMO's true width (hidden size 2048, 128 experts 
 shards cut by layer as released, then loads it in fresh processes, from a cold disk and from the page cache.
 The plain read takes turns with the loads: the same files, by as many threads as Transformers loads with, each
 into 16 MB that it uses again and again. Beside it stand a read into as much new memory as a model takes,
-Transformers' own way to load EMO, and weights that stay pages of their files (`disable_mmap=False`), whose
-computing is slower: `generation.py --mapped`. Memory is the peak of the process, less what it used before loading.
+Transformers' own way to load EMO, and weights that stay pages of their files (`disable_mmap=False`), where
+tokens take longer: `generation.py --mapped`. Memory is the peak of the process, less what it used before
+loading.
 """
 
 import argparse
@@ -183,7 +184,7 @@ def report(runs: dict[tuple[str, bool], list[dict]]) -> None:
             )
         ratio = bandwidth("mapped", cold) / bandwidth("plain", cold)
         print(
-            f"{ratio:.2f}  bandwidth, loading the whole model with disable_mmap=False / a plain read, {name}  "
+            f"{ratio:.2f}  bandwidth, whole model with disable_mmap=False / a plain read, {name}  "
             f"({shown('mapped', cold)} / {shown('plain', cold)})"
         )
     for what, name in (("full", "whole model"), ("mapped", "whole model, mapped"), ("subset", "subset")):

@@ -214,7 +214,7 @@ def pages_in_memory(file) -> list[bool]:
     )
 )
 def test_any_parts_of_files_are_their_bytes(parts, tmp_path_factory, monkeypatch):
-    """Parts on both sides of pages, side by side or not, of two files, with one place in a page or several."""
+    """Parts on both sides of pages, side by side or not, of two files, with one place in a page or more."""
     monkeypatch.setattr(mapped_files, "LEAST_BYTES", 2 * PAGE)
     folder = tmp_path_factory.getbasetemp() / "parts"
     if not folder.exists():
