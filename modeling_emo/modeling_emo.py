@@ -503,7 +503,8 @@ class EmoPreTrainedModel(SharedModel):
         quantised = getattr(self.config, "quantization_config", None) is not None
         if requested_experts is None and self._cpu_experts in ALL_EXPERTS_FUNCTIONS and not quantised:
             return self._cpu_experts
-        if requested_experts is None and quantised and _quantises_experts(self.config.quantization_config):
+        ours = requested_experts in (None, "emo", "emo_sorted")
+        if ours and quantised and _quantises_experts(self.config.quantization_config):
             return "eager"  # the others want operations that quantised stacks of experts do not have
         return super().get_correct_experts_implementation(requested_experts)
 

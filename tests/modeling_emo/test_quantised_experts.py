@@ -50,6 +50,13 @@ def test_a_quantised_subset_gives_nearly_the_same_logits(ids, dtype, bits, group
     assert abs(loss - plain_loss) < 0.1
 
 
+@pytest.mark.parametrize("name", ["emo", "emo_sorted"])
+def test_our_implementations_by_name_run_as_by_default(ids, name):
+    expected = logits(load(quantization_config=quantised_experts(8)), ids)
+    model = load(quantization_config=quantised_experts(8), experts_implementation=name)
+    assert torch.equal(logits(model, ids), expected)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_subset_generates(ids, bits):
     model = load(quantization_config=quantised_experts(bits))
