@@ -31,6 +31,7 @@ _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
 VARIANTS = {
     "native": ["-march=native"],
     "without_tiles": ["-march=native", "-mno-amx-tile"],
+    "without_bf16": ["-march=native", "-mno-amx-tile", "-mno-avx512bf16"],
     "avx2": ["-march=x86-64-v3"],
     "portable": [],
 }

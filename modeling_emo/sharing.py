@@ -26,9 +26,10 @@ class SharedModel(ExpertServing, PreTrainedModel):
                 Only their bytes are read; they are renumbered, the router rows are cut to them and the result
                 is a smaller, stand-alone model.
             exclude_experts (*optional*): experts not to load, of those or of all; as in `use_experts`.
-            args, kwargs: as for every Transformers model. With `disable_mmap=False` the experts stay pages of
-                their files (on Linux): loaded at once if the system has these in memory, shared between
-                processes, and somewhat slower to compute with. By default, and with `True`, they are read.
+            args, kwargs: as for every Transformers model. With `disable_mmap=False` large weights stay pages
+                of their files (on Linux): loaded at once if the system has these in memory, shared between
+                processes, and somewhat slower to compute with. Such a file may be replaced but not written to
+                in place while the model is used. By default, and with `True`, weights are read.
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.

@@ -8,6 +8,7 @@ other, and only the page in which two experts meet is read and made of both.
 
 What is written to is copied first, page by page (`MAP_PRIVATE`): files never change, and training works. What
 is not written to needs no memory of its own: processes share it, and the system may drop and read it again.
+Who shortens such a file in place ends the process that uses it (`SIGBUS`); a file that is replaced lives on.
 The price: a file's pages lie scattered over the memory, and computing with them was up to a quarter slower.
 """
 
@@ -22,7 +23,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -38,7 +39,7 @@ _MAP_FIXED, _MAP_FAILED = 0x10, ctypes.c_void_p(-1).value
 _MADV_POPULATE_READ = 22  # since Linux 5.14
 
 _mappings = 0
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may run while its own thread holds it
 
 
 class _Folder(Protocol):
@@ -147,7 +148,8 @@ def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
         return False
     for start in range(offset, offset + length, _READ_AHEAD):  # exactly these, which no page fault would do
         size = min(_READ_AHEAD, offset + length - start)
-        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
     return True
 
 
@@ -156,14 +158,12 @@ def _fetch(path: Path, offset: int, address: int, length: int) -> None:
     if not _libc().madvise(address, length, _MADV_POPULATE_READ):
         return
     problem = ctypes.get_errno()
+    if problem != errno.EINVAL:  # the file is shorter by now, or the disk fails: the system says no more
+        raise CheckpointError(
+            f"Reading {path} failed between bytes {offset} and {offset + length}: was it cut short meanwhile?"
+        )
     if path.stat().st_size < offset + length:
-        raise CheckpointError(
-            f"{path} ends before byte {offset + length}: it was cut short while being read."
-        )
-    if problem != errno.EINVAL:
-        raise CheckpointError(
-            f"Reading {path} failed between bytes {offset} and {offset + length}: {os.strerror(problem)}."
-        )
+        raise CheckpointError(f"{path} ends before byte {offset + length}: it was cut short meanwhile.")
     memoryview((ctypes.c_char * length).from_address(address)).cast("B")[::PAGE].tobytes()
 
 

@@ -7,12 +7,13 @@
 
 namespace {
 
-// How many numbers there are before the next line of the cache: a vector that is part of two takes twice as
-// long to read, and weights that are pages of a file may begin anywhere. Narrower vectors rarely are.
+// How many numbers there are before the next place where vectors lie in one line of the cache: a vector that
+// is part of two takes twice as long to read, and weights that are pages of a file may begin anywhere.
+// Narrower vectors rarely are.
 template <class T>
 inline index_t before_line(const T* p) {
 #if defined(__AVX512F__)
-  const index_t numbers = (64 - size_t(p) % 64) % 64 / sizeof(T);
+  const index_t numbers = (64 - size_t(p) % 64) % 64 / sizeof(T) % Step<T>::size;
   if (size_t(p) % sizeof(T) == 0 && numbers % Step<T>::PAIRED == 0) return numbers;
 #endif
   return 0;

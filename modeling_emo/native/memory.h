@@ -1,6 +1,7 @@
 // Room for what lies between products.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -15,14 +16,15 @@ namespace {
 #if defined(__linux__) && defined(MADV_FREE)
 // Fresh memory comes page by page, each cleared first, which takes a fifth of a large call. Large blocks stay
 // from call to call, marked as free: the system takes them whenever anyone needs memory (until then tools
-// count them as the process's).
+// count them as the process's). No more is kept than was in use at once.
 class KeptMemory {
   struct Block {
     void* p;
     size_t size;
   };
-  static constexpr size_t PAGE = 2 << 20, MOST_BLOCKS = 16;
+  static constexpr size_t PAGE = 2 << 20;
   std::vector<Block> free_;  // the last to be given back at the end
+  size_t kept_ = 0, used_ = 0, most_used_ = 0;
   std::mutex mutex_;
 
  public:
@@ -31,27 +33,35 @@ class KeptMemory {
   void* take(size_t* size) {
     *size = (*size + PAGE - 1) / PAGE * PAGE;
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t i = free_.size(); i-- > 0;)
+    void* p = nullptr;
+    for (size_t i = free_.size(); i-- > 0 && !p;)
       if (free_[i].size >= *size && free_[i].size <= 2 * *size) {
-        const Block found = free_[i];
+        p = free_[i].p, *size = free_[i].size;
+        kept_ -= *size;
         free_.erase(free_.begin() + i);
-        *size = found.size;
-        return found.p;
       }
-    void* p = map(*size);
+    if (!p) p = map(*size);
     if (!p) {
       while (!free_.empty()) drop_oldest();
       p = map(*size);
     }
     if (!p) throw std::bad_alloc();
+    used_ += *size;
+    most_used_ = std::max(most_used_, used_);
     return p;
   }
 
-  void give_back(void* p, size_t size) {
+  void give_back(void* p, size_t size) noexcept {
     madvise(p, size, MADV_FREE);
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back({p, size});
-    if (free_.size() > MOST_BLOCKS) drop_oldest();
+    used_ -= size;
+    try {
+      free_.push_back({p, size});
+      kept_ += size;
+    } catch (const std::bad_alloc&) {
+      munmap(p, size);
+    }
+    while (kept_ > most_used_) drop_oldest();
   }
 
  private:
@@ -59,11 +69,11 @@ class KeptMemory {
     void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return nullptr;
     madvise(p, size, MADV_HUGEPAGE);
-
     return p;
   }
   void drop_oldest() {
     munmap(free_.front().p, free_.front().size);
+    kept_ -= free_.front().size;
     free_.erase(free_.begin());
   }
 };

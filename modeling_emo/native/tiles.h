@@ -168,9 +168,8 @@ inline Strips packed_strips(Numbers first, index_t length) {
 
 // Sums of one or two strips of `a` with one or two of `b`, each a tile of 16 x 16: [a0 b0, a0 b1, a1 b0, a1
 // b1]. The tiles of a have 16 rows of 32 numbers along the sum, those of b 16 rows of pairs along it. With
-// ADD they are added to what is there. `meanwhile()` is called between products, which
-// take place beside other instructions.
-// How often `tile_products` calls `meanwhile`, for each 32 numbers along the sum.
+// ADD they are added to what is there. `meanwhile()` is called between products, which take place beside
+// other instructions: for each 32 numbers along the sum, so often:
 template <int N>
 constexpr index_t CALLS = N == 1 ? 1 : 6;
 

@@ -128,12 +128,12 @@ struct Step<bf16> {
 // Fewer numbers than a step takes, from its place `first` on, among zeros.
 template <class T>
 inline typename Step<T>::reg get_some(const T* p, index_t first, index_t count) {
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512F__)
   const uint32_t mask = ((uint64_t(1) << count) - 1) << first;
-  if constexpr (sizeof(T) == 2)
-    return (__m512bh)_mm512_maskz_loadu_epi16(mask, p - first);
-  else
-    return (vec)_mm512_maskz_loadu_ps(mask, p - first);
+  if constexpr (sizeof(T) == 4) return (vec)_mm512_maskz_loadu_ps(mask, p - first);
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  if constexpr (sizeof(T) == 2) return (__m512bh)_mm512_maskz_loadu_epi16(mask, p - first);
+#endif
 #endif
   T numbers[Step<T>::size] = {};
   memcpy(numbers + first, p, count * sizeof(T));
