@@ -161,12 +161,13 @@ def _fetch(path: Path, offset: int, address: int, length: int) -> None:
     problem = ctypes.get_errno()
     if problem != errno.EINVAL:  # the file is shorter by now, or the disk fails: the system says no more
         raise CheckpointError(
-            f"Reading {path} failed between bytes {offset} and {offset + length}, expected all of them: was it "
-            "cut short meanwhile? Load it again when it is whole."
+            f"Reading {path} failed between bytes {offset} and {offset + length}, expected them all: "
+            "was it cut short meanwhile? Load it again when it is whole."
         )
     if path.stat().st_size < offset + length:
         raise CheckpointError(
-            f"{path} ends before byte {offset + length}: it was cut short meanwhile. Load it again when it is whole."
+            f"{path} ends before byte {offset + length}: it was cut short meanwhile. Load it again when it is "
+            "whole."
         )
     memoryview((ctypes.c_char * length).from_address(address)).cast("B")[::PAGE].tobytes()
 

@@ -171,8 +171,8 @@ def test_only_wanted_experts_come_off_the_disk(copy):
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    # A temporary folder may be in memory itself (tmpfs): then nothing ever comes off a disk. That the same bytes
-    # arrive, and no file is read that need not be, is tested above and in `test_loading.py` on any system.
+    # A temporary folder may be in memory itself (tmpfs): then nothing ever comes off a disk. That the right
+    # bytes arrive is tested above on any system.
     if any(pages_in_memory(file)):
         pytest.skip("the file system keeps files in memory whatever it is told")
     model = load(copy, expert_subset=SUBSET)
