@@ -166,8 +166,8 @@ def _fetch(path: Path, offset: int, address: int, length: int) -> None:
         )
     if path.stat().st_size < offset + length:
         raise CheckpointError(
-            f"{path} ends before byte {offset + length}: it was cut short meanwhile. Load it again when it is "
-            "whole."
+            f"{path} ends before byte {offset + length}: it was cut short meanwhile. Load it again "
+            "when it is whole."
         )
     memoryview((ctypes.c_char * length).from_address(address)).cast("B")[::PAGE].tobytes()
 
