@@ -9,7 +9,7 @@ Bar: of the time of the best other, with 128 experts: bfloat16 forward of 1, 8 a
 experts: forward 1.0.
 
 A block of the released model's width (2048 hidden, 1024 an expert, top 8) with random weights and routing.
-All take turns in one run. Times are medians after a warm-up, by the clock, or with one thread in processor
+The weights lie in large pages, as this package loads them, for all that take part. All take turns in one run. Times are medians after a warm-up, by the clock, or with one thread in processor
 time, which other work on the machine stretches less. First comes the ratio to the best of the others, beside
 it the same of the fastest runs. MB are how far the process grows during a call, by Linux's own peak.
 """
@@ -26,6 +26,7 @@ from processes import peak_megabytes
 from torch import nn
 from transformers_emo import EmoConfig
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
+from transformers_emo.subsets.fresh_memory import empty
 
 TOP_K, HIDDEN, WIDTH = 8, 2048, 1024
 FORWARD, TRAINING = (1, 8, 64, 512, 2048, 8192), (256, 1024, 4096)
@@ -147,9 +148,9 @@ def main() -> None:
             config = EmoConfig(hidden_size=HIDDEN, intermediate_size=WIDTH)
             with torch.device("meta"):
                 experts = EmoExperts(config, num_experts)
-            experts = experts.to(getattr(torch, dtype)).to_empty(device="cpu")
-            for parameter in experts.parameters():
-                nn.init.uniform_(parameter, -0.04, 0.04)
+            for name, parameter in list(experts.named_parameters()):
+                weights = empty(parameter.numel(), getattr(torch, dtype)).view(parameter.shape)
+                setattr(experts, name, nn.Parameter(weights.uniform_(-0.04, 0.04)))
             for tokens in args.forward:
                 compare(experts, tokens, args, training=False)
             for tokens in args.training:

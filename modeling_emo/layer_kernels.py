@@ -9,7 +9,7 @@ from torch import nn
 from .native_library import Kernels, find_kernels
 
 # The kernel is faster than PyTorch up to so many rows (measured on AVX-512 and AMX), from so many weights on.
-_FEW_ROWS = {torch.bfloat16: 4, torch.float32: 32}
+_FEW_ROWS = {torch.bfloat16: 6, torch.float32: 32}
 _MANY_WEIGHTS = 1 << 18
 
 

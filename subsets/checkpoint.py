@@ -24,6 +24,7 @@ from types import EllipsisType
 import torch
 
 from .byte_ranges import merge_ranges
+from .fresh_memory import empty
 from .mapped_files import map_spans
 from .safetensors_header import DTYPE_NAMES, CheckpointError, Source, TensorSpan, read_header, read_index
 
@@ -222,7 +223,7 @@ class LazyTensor:
         ):
             rows = map_spans(self.source, spans)
         if rows is None:
-            rows = torch.empty((stop - start) * row_numel, dtype=self.cast_to or self.dtype, device="cpu")
+            rows = empty((stop - start) * row_numel, self.cast_to or self.dtype)
             begin = 0
             for span in spans:
                 end = begin + (span.end - span.start) // self.dtype.itemsize

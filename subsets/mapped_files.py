@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import mmap
 import os
 import sys
@@ -30,6 +29,7 @@ from typing import Protocol
 
 import torch
 
+from .fresh_memory import c_library
 from .safetensors_header import CheckpointError, TensorSpan
 
 PAGE = mmap.PAGESIZE
@@ -145,7 +145,7 @@ def _place_in_page(runs: Sequence[TensorSpan]) -> int | None:
 def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
     """Put pages of a file at an address and have them read in the background; `False` if it cannot be."""
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-    if _libc().mmap(address, length, protection, flags, descriptor, offset) == _MAP_FAILED:
+    if c_library().mmap(address, length, protection, flags, descriptor, offset) == _MAP_FAILED:
         return False
     for start in range(offset, offset + length, _READ_AHEAD):  # exactly these, which no page fault would do
         size = min(_READ_AHEAD, offset + length - start)
@@ -156,7 +156,7 @@ def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
 
 def _fetch(path: Path, offset: int, address: int, length: int) -> None:
     """Wait until mapped pages are there. Using one that cannot be had would end the process."""
-    if not _libc().madvise(address, length, _MADV_POPULATE_READ):
+    if not c_library().madvise(address, length, _MADV_POPULATE_READ):
         return
     problem = ctypes.get_errno()
     if problem != errno.EINVAL:  # the file is shorter by now, or the disk fails: the system says no more
@@ -170,22 +170,6 @@ def _fetch(path: Path, offset: int, address: int, length: int) -> None:
             "when it is whole."
         )
     memoryview((ctypes.c_char * length).from_address(address)).cast("B")[::PAGE].tobytes()
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int64,
-    ]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return libc
 
 
 def _reserve(count: int) -> bool:

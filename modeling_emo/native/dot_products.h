@@ -28,12 +28,10 @@ inline __m512i turned(index_t by) {
 #endif
 
 // Adds the products of ROWS rows with OUTS rows of weights, over [begin, end) of `in`, to sums[row][out]: the
-// same ones, bit by bit, wherever the weights lie. With AHEAD, what is read of the weights after these,
-// `ahead` numbers on, is asked for meanwhile.
-template <int ROWS, int OUTS, bool AHEAD, class T>
-inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_t end, index_t ahead,
-                     float* sums, int stride) {
-  constexpr int SIZE = Step<T>::size;
+// same ones, bit by bit, wherever the weights lie. Weights are asked for AHEAD of their products.
+template <int ROWS, int OUTS, class T>
+inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_t end, float* sums) {
+  constexpr int SIZE = Step<T>::size, AHEAD = 2048 / sizeof(T);
   using reg = typename Step<T>::reg;
   vec acc[ROWS][OUTS] = {};
   const auto some = [&](index_t k, index_t first, index_t count) {
@@ -57,7 +55,7 @@ inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_
 #pragma GCC unroll 8
     for (int n = 0; n < OUTS; ++n) {
       const reg weight = Step<T>::get(w[n] + k);
-      if (AHEAD) __builtin_prefetch(w[n] + k + ahead);
+      __builtin_prefetch(w[n] + k + AHEAD);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) acc[m][n] = Step<T>::add(acc[m][n], row[m], weight);
     }
@@ -69,42 +67,52 @@ inline void dot_tile(const T* const* x, const T* const* w, index_t begin, index_
 #if defined(__AVX512F__)
       if (late) found = (vec)_mm512_permutexvar_ps(turned(late / Step<T>::PAIRED), (__m512)found);
 #endif
-      sums[m * stride + n] += sum<LANES>(found);
+      sums[m * TILE_OUTS + n] += sum<LANES>(found);
     }
 }
 
-template <int OUTS, class T>
+// The same for as many rows as there are, ROWS or fewer at a time.
+template <int ROWS, int OUTS, class T>
 inline void dot_rows(const T* const* x, index_t rows, const T* const* w, index_t begin, index_t end,
-                     index_t ahead, float* sums, int stride) {
-  index_t m = 0;
-  if (rows >= TILE_ROWS) {  // the first rows alone meet weights that no cache has
-    dot_tile<TILE_ROWS, OUTS, true>(x, w, begin, end, ahead, sums, stride);
-    for (m = TILE_ROWS; m + TILE_ROWS <= rows; m += TILE_ROWS)
-      dot_tile<TILE_ROWS, OUTS, false>(x + m, w, begin, end, ahead, sums + m * stride, stride);
-  }
-  for (; m + 2 <= rows; m += 2)
-    dot_tile<2, OUTS, true>(x + m, w, begin, end, ahead, sums + m * stride, stride);
-  if (m < rows) dot_tile<1, OUTS, true>(x + m, w, begin, end, ahead, sums + m * stride, stride);
+                     float* sums) {
+  for (; rows >= ROWS; rows -= ROWS, x += ROWS, sums += ROWS * TILE_OUTS)
+    dot_tile<ROWS, OUTS>(x, w, begin, end, sums);
+  if constexpr (ROWS > 1)
+    if (rows) dot_rows<ROWS - 1, OUTS>(x, rows, w, begin, end, sums);
 }
 
 constexpr index_t ROW_BLOCK = 64;  // rows whose sums are kept at a time
 
-// sums[row][out] for up to ROW_BLOCK rows and `outs` <= TILE_OUTS rows of weights. `in` is cut so that the
-// tile's rows of weights stay in the first cache while all rows of x pass.
-template <class T>
-inline void dot_panel(const T* const* x, index_t rows, const T* const* w, int outs, index_t in, index_t ahead,
-                      float* sums) {
-  const index_t block = 4096 / sizeof(T);
-  std::fill(sums, sums + rows * TILE_OUTS, 0.0f);
-  for (index_t k = 0; k < in; k += block) {
-    const index_t end = std::min(in, k + block);
-    if (outs == TILE_OUTS) {
-      dot_rows<TILE_OUTS>(x, rows, w, k, end, ahead, sums, TILE_OUTS);
-    } else {
-      int n = 0;
-      for (; n + 2 <= outs; n += 2) dot_rows<2>(x, rows, w + n, k, end, ahead, sums + n, TILE_OUTS);
-      if (n < outs) dot_rows<1>(x, rows, w + n, k, end, ahead, sums + n, TILE_OUTS);
+// Hands use(row, out, sum) the products of up to ROW_BLOCK rows with `outs` rows of weights, which
+// weights_of(out) points to.
+//
+// Few rows take no longer than reading the weights. Memory is read fastest as two streams, each strictly in
+// order: the first and the second half of the outputs. Many rows are read again for every tile of
+// outputs, which is large then. `in` is cut so that a tile's weights stay in the first cache while all rows
+// pass.
+template <class T, class Weights, class Use>
+inline void dot_outputs(const T* const* x, index_t rows, index_t in, index_t outs, Weights weights_of,
+                        Use use) {
+  constexpr index_t BLOCK = 4096 / sizeof(T);
+  const T* w[TILE_OUTS];
+  float sums[ROW_BLOCK * TILE_OUTS];
+  const bool few = rows <= 2 * STREAM_ROWS;
+  const index_t apart = few ? (outs + 1) / 2 : 1, step = few ? 1 : TILE_OUTS;
+  for (index_t n = 0; n < (few ? apart : outs); n += step) {
+    const int count = few ? 1 + (n + apart < outs) : std::min<index_t>(TILE_OUTS, outs - n);
+    for (int j = 0; j < count; ++j) w[j] = weights_of(n + j * apart);
+    std::fill(sums, sums + rows * TILE_OUTS, 0.0f);
+    for (index_t k = 0; k < in; k += BLOCK) {
+      const index_t end = std::min(in, k + BLOCK);
+      if (few && count == 2)
+        dot_rows<STREAM_ROWS, 2>(x, rows, w, k, end, sums);
+      else if (count == TILE_OUTS)
+        dot_rows<TILE_ROWS, TILE_OUTS>(x, rows, w, k, end, sums);
+      else
+        for (int j = 0; j < count; ++j) dot_rows<TILE_ROWS, 1>(x, rows, w + j, k, end, sums + j);
     }
+    for (index_t m = 0; m < rows; ++m)
+      for (int j = 0; j < count; ++j) use(m, n + j * apart, sums[m * TILE_OUTS + j]);
   }
 }
 

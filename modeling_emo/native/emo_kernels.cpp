@@ -41,7 +41,7 @@ void experts(const void* x, const void* gate_up, const void* down, const float* 
 #if defined(EMO_AMX)
   // A few rows an expert are a stream of weights, which dot products read better; float32 has to be split,
   // too.
-  const size_t few = sizeof(T) == 4 ? 10 : 2;
+  const size_t few = sizeof(T) == 4 ? 10 : 4;
   if (use_tiles && fits_tiles(s) && routing.pick.size() > few * routing.experts.size())
     return job.run_tiles(threads);
 #endif

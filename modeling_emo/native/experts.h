@@ -22,26 +22,20 @@ struct Experts {
   // activations[place][F] = SiLU(gate) * up, for outputs [from, to) of one expert.
   void dot_gate_up(const Part& part, T* activations) const {
     const T* base = gate_up + part.expert->id * 2 * s.F * s.D;
-    const T *rows[ROW_BLOCK], *w[TILE_OUTS];
-    float sums[ROW_BLOCK * TILE_OUTS];
+    const T* rows[ROW_BLOCK];
     const index_t width = part.to - part.from, padded = (width + LANES - 1) / LANES * LANES;
-    float gates[ROW_BLOCK * ROW_BLOCK], ups[ROW_BLOCK * ROW_BLOCK];  // parts are not wider than that here
+    float found[2][ROW_BLOCK * ROW_BLOCK];  // gate and up; parts are not wider than that here
     for (index_t m0 = 0; m0 < part.rows; m0 += ROW_BLOCK) {
       const index_t count = std::min(ROW_BLOCK, part.rows - m0), place = part.expert->begin + m0;
       for (index_t m = 0; m < count; ++m) rows[m] = x + routing.token[place + m] * s.D;
-      for (index_t f = part.from; f < part.to; f += TILE_OUTS / 2) {
-        const index_t outs = std::min<index_t>(TILE_OUTS / 2, part.to - f);
-        for (index_t j = 0; j < outs; ++j)
-          w[2 * j] = base + (f + j) * s.D, w[2 * j + 1] = w[2 * j] + s.F * s.D;
-        dot_panel(rows, count, w, 2 * outs, s.D, TILE_OUTS / 2 * s.D, sums);
-        for (index_t m = 0; m < count; ++m)
-          for (index_t j = 0; j < outs; ++j) {
-            gates[m * padded + f - part.from + j] = sums[m * TILE_OUTS + 2 * j];
-            ups[m * padded + f - part.from + j] = sums[m * TILE_OUTS + 2 * j + 1];
-          }
-      }
+      dot_outputs(
+          rows, count, s.D, 2 * width,
+          [&](index_t n) { return base + (part.from + n + (n < width ? 0 : s.F - width)) * s.D; },
+          [&](index_t m, index_t n, float sum) {
+            (n < width ? found[0] : found[1] - width)[m * padded + n] = sum;
+          });
       for (index_t m = 0; m < count; ++m) {
-        float *gate = &gates[m * padded], *up = &ups[m * padded];
+        float *gate = &found[0][m * padded], *up = &found[1][m * padded];
         if (saved) {
           T* to = saved + (place + m) * 2 * s.F + part.from;
           for (index_t j = 0; j < width; ++j) store(to + j, gate[j]), store(to + s.F + j, up[j]);
@@ -58,23 +52,17 @@ struct Experts {
 
   // Adds the experts' outputs [from, to) to sums[token][to - from].
   void dot_down(index_t from, index_t to, const T* activations, float* sums) const {
-    const T *rows[ROW_BLOCK], *w[TILE_OUTS];
-    float products[ROW_BLOCK * TILE_OUTS];
+    const T* rows[ROW_BLOCK];
     for (const auto& expert : routing.experts) {
-      const T* base = down + expert.id * s.D * s.F;
+      const T* base = down + (expert.id * s.D + from) * s.F;
       for (index_t place = expert.begin; place < expert.end; place += ROW_BLOCK) {
         const index_t count = std::min(ROW_BLOCK, expert.end - place);
         for (index_t m = 0; m < count; ++m) rows[m] = activations + (place + m) * s.F;
-        for (index_t d = from; d < to; d += TILE_OUTS) {
-          const index_t outs = std::min<index_t>(TILE_OUTS, to - d);
-          for (index_t j = 0; j < outs; ++j) w[j] = base + (d + j) * s.F;
-          dot_panel(rows, count, w, outs, s.F, TILE_OUTS * s.F, products);
-          for (index_t m = 0; m < count; ++m) {
-            const float weight = weights[routing.pick[place + m]];
-            float* line = sums + routing.token[place + m] * (to - from) + d - from;
-            for (index_t j = 0; j < outs; ++j) line[j] += weight * products[m * TILE_OUTS + j];
-          }
-        }
+        dot_outputs(
+            rows, count, s.F, to - from, [&](index_t n) { return base + n * s.F; },
+            [&](index_t m, index_t n, float sum) {
+              sums[routing.token[place + m] * (to - from) + n] += weights[routing.pick[place + m]] * sum;
+            });
       }
     }
   }

@@ -30,14 +30,15 @@ inline void store(bf16* to, float x) {  // to the nearest, ties to even
   to->bits = x == x ? uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
 }
 
+// What fits the registers: STREAM_ROWS rows by 2 outputs, or TILE_ROWS by TILE_OUTS.
 #if defined(__AVX512F__)
-constexpr int LANES = 16, TILE_ROWS = 4, TILE_OUTS = 6;  // 24 sums, 4 rows and 1 weight fill 32 registers
+constexpr int LANES = 16, STREAM_ROWS = 8, TILE_ROWS = 4, TILE_OUTS = 6;
 #elif defined(__AVX2__)
-constexpr int LANES = 8, TILE_ROWS = 2, TILE_OUTS = 4;
+constexpr int LANES = 8, STREAM_ROWS = 4, TILE_ROWS = 2, TILE_OUTS = 4;
 #elif defined(__aarch64__)
-constexpr int LANES = 4, TILE_ROWS = 4, TILE_OUTS = 6;
+constexpr int LANES = 4, STREAM_ROWS = 8, TILE_ROWS = 4, TILE_OUTS = 6;
 #else
-constexpr int LANES = 4, TILE_ROWS = 2, TILE_OUTS = 4;
+constexpr int LANES = 4, STREAM_ROWS = 4, TILE_ROWS = 2, TILE_OUTS = 4;
 #endif
 
 // Vectors by the compilers' own extension: one source for every machine.

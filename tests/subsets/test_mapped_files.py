@@ -146,8 +146,8 @@ def test_what_the_system_cannot_do_is_done_otherwise(large, monkeypatch, what):
     if what == "populate":  # Linux before 5.14
         monkeypatch.setattr(mapped_files, "_MADV_POPULATE_READ", 12345)
     elif what == "map":  # a file system without
-        libc = mapped_files._libc
-        monkeypatch.setattr(mapped_files, "_libc", lambda: Refusing(libc()))
+        libc = mapped_files.c_library
+        monkeypatch.setattr(mapped_files, "c_library", lambda: Refusing(libc()))
     else:  # all mappings that a process may have are taken
         monkeypatch.setattr(mapped_files, "_mappings", 1 << 40)
     model = load(large)
