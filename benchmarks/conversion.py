@@ -20,13 +20,12 @@ from pathlib import Path
 
 from extraction import timed
 from loading import make_checkpoint
-from processes import in_own_process, peak_bytes
+from processes import in_own_process
 from transformers_emo.conversion import convert_olmo_core, convert_to_olmo_core
 
 
 def convert(source: Path, out: Path, dtype: str) -> dict[str, float]:
-    """Convert in this process; seconds, and bytes of memory beyond those before."""
-    before = peak_bytes()
+    """Convert in this process; seconds, and megabytes of memory beyond those before."""
     run: Callable[[], object]
     if (source / "model_and_optim").exists():
         read = source / "model_and_optim"
@@ -34,7 +33,7 @@ def convert(source: Path, out: Path, dtype: str) -> dict[str, float]:
     else:
         read = source
         run = lambda: convert_to_olmo_core(source, out, progress=False)  # noqa: E731
-    return {"seconds": timed(run, read), "bytes": peak_bytes() - before}
+    return timed(run, read)._asdict()
 
 
 def measure(what: str, source: Path, out: Path, dtype: str, longer: Path, runs: int) -> None:
@@ -42,7 +41,7 @@ def measure(what: str, source: Path, out: Path, dtype: str, longer: Path, runs: 
     copy = out.with_name("copy")
 
     def copying() -> float:
-        seconds = timed(lambda: shutil.copytree(longer, copy), longer)
+        seconds = timed(lambda: shutil.copytree(longer, copy), longer).seconds
         shutil.rmtree(copy)
         return seconds
 
@@ -53,7 +52,7 @@ def measure(what: str, source: Path, out: Path, dtype: str, longer: Path, runs: 
         found = in_own_process(__file__, ["--convert", source, out, dtype])
         copies.append(copying())
         ratios.append(found["seconds"] / statistics.mean(copies))
-        peaks.append(found["bytes"] / 1e9)
+        peaks.append(found["megabytes"] / 1e3)
     size = sum(file.stat().st_size for file in longer.rglob("*") if file.is_file()) / 1e9
     print(
         f"{statistics.median(ratios):.2f}  time of {what} / of copying {size:.1f} GB; "

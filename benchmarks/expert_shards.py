@@ -47,13 +47,15 @@ def _expert(name: str) -> str:
 
 
 def report(title: str, config: EmoConfig, subsets: list[list[list[int]]], backbone: int) -> None:
-    """Print a table, a row for each size of group."""
-    print(f"\n{title}\nexperts a file   files   bytes fetched / wanted")
+    """Print a line for each size of group."""
     for group in (1, 2, 4, 8):
         files = plan_expert_files(expert_names(config), config, group)
         per_tensor = 4 * config.hidden_size * config.intermediate_size
         ratios = [waste(files, kept, per_tensor, backbone) for kept in subsets]
-        print(f"{group:14}   {len(files):5}   {sum(ratios) / len(ratios):.3f}")
+        print(
+            f"{sum(ratios) / len(ratios):.3f}  bytes fetched / wanted, {group} experts a file: {len(files)} "
+            f"files, {title}"
+        )
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ Bar: of the time of the best other, with 128 experts: bfloat16 forward of 1, 8 a
 experts: forward 1.0.
 
 A block of the released model's width (2048 hidden, 1024 an expert, top 8) with random weights and routing.
-The weights lie in large pages, as this package loads them, for all that take part. All take turns in one run. Times are medians after a warm-up, by the clock, or with one thread in processor
-time, which other work on the machine stretches less. First comes the ratio to the best of the others, beside
-it the same of the fastest runs. MB are how far the process grows during a call, by Linux's own peak.
+The weights lie in large pages, as this package loads them, for all that take part. All take turns in one run.
+Times are medians after a warm-up, by the clock, or with one thread in processor time, which other work on the
+machine stretches less. First comes the ratio to the best of the others, beside it the same of the fastest
+runs. MB are how far the process grows during a call, by Linux's own peak.
 """
 
 import argparse

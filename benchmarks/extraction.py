@@ -6,7 +6,8 @@ Claim: extracting a subset and writing it back take about as long as copying the
 
 Takes the synthetic checkpoint of `benchmarks/loading.py` (EMO's true width, bfloat16) and prints ratios of
 elapsed time, every file written to the disk before the clock stops and the page cache of what is read dropped
-before it starts; the disk decides most of it, so the copy is timed beside each.
+before it starts; the disk decides most of it, so the copy is timed beside each. MB are how far the process
+grows meanwhile.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from loading import make_checkpoint
+from processes import resident
 from transformers_emo import extract_subset, select_experts, write_back
 
 
@@ -30,14 +33,26 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(run: Callable[[], object], *read: Path) -> float:
-    """Seconds of a run from a cold disk to a quiet one."""
+class Run(NamedTuple):
+    """What a run took."""
+
+    seconds: float
+    megabytes: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, {self.megabytes:.0f} MB"
+
+
+def timed(run: Callable[[], object], *read: Path) -> Run:
+    """A run from a cold disk to a quiet one."""
     for folder in read:
         forget(folder)
+    before = resident(peak=False, forget=True)
     start = time.perf_counter()
     run()
     os.sync()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return Run(seconds, resident(peak=True) - before)
 
 
 def weights(folder: Path) -> list[Path]:
@@ -73,13 +88,19 @@ def main() -> None:
         extracting = timed(lambda: extract_subset(full, subset, small, progress=False), full)
         copying = timed(lambda: copy(small, here / "copy"), small)
         size = sum(file.stat().st_size for file in weights(small)) / 1e9
-        print(f"{extracting / copying:.2f}  time of extracting {args.experts} experts / of copying as much")
-        print(f"{60 * size / extracting:.1f}  GB a minute, extracting")
+        print(
+            f"{extracting.seconds / copying.seconds:.2f}  time of extracting {args.experts} experts / of "
+            f"copying as much  ({extracting} / {copying})"
+        )
+        print(f"{60 * size / extracting.seconds:.1f}  GB a minute, extracting")
         shutil.rmtree(here / "copy")
         writing = timed(lambda: write_back(full, small, out=here / "updated", progress=False), full, small)
         shutil.rmtree(here / "updated")
         copying = timed(lambda: copy(full, here / "copy"), full)
-        print(f"{writing / copying:.2f}  time of writing them back / of copying the full model")
+        print(
+            f"{writing.seconds / copying.seconds:.2f}  time of writing them back / of copying the full "
+            f"model  ({writing} / {copying})"
+        )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from loading import drop_from_cache, make_checkpoint
-from processes import disk_bytes, in_own_process, peak_bytes, peak_megabytes
+from processes import disk_bytes, in_own_process, peak_bytes, peak_megabytes, resident
 
 KEPT, TEXTS, LENGTH = 16, 4, 1024
 SMALL = {
@@ -123,7 +123,7 @@ def against_naive(folder: str, _: Path) -> dict:
     result = {}
     kept: list = []
     num_layers, num_experts = model.config.num_hidden_layers, model.config.num_experts
-    clock = Clock()
+    before, clock = resident(peak=False, forget=True), Clock()
     for index in range(num_layers):
         model.config.num_hidden_layers = index + 1
         with model.use_experts([*kept, range(num_experts)]), torch.no_grad():
@@ -131,6 +131,7 @@ def against_naive(folder: str, _: Path) -> dict:
         score = logits[:, :-1].softmax(-1, dtype=torch.float32).mean(0, dtype=torch.float64)
         kept.append([*score.topk(KEPT - 1).indices.sort().values.tolist(), num_experts - 1])
     result["naive"] = clock.read()
+    result["naive memory"] = resident(peak=True) - before
     for name, source in (("memory", model), ("disk", folder)):
         choose_from = partial(select_experts, source, input_ids=[ids], num_experts=KEPT, progress=False)
         clock = Clock()
@@ -187,29 +188,29 @@ def main() -> None:
         forward = statistics.median(run["forward"][kind] for run in pruned)
         loading = statistics.median(run["loading"][kind] for run in pruned)
         print(
-            f"{kind} time, choice / forward with loading: {chosen / (forward + loading):.3f}, without: "
-            f"{chosen / forward:.3f}  ({chosen:.1f} s / {loading:.1f} + {forward:.1f} s)"
+            f"{chosen / (forward + loading):.3f}  {kind} time, choice / loading and forward  ({chosen:.1f} s "
+            f"/ {loading:.1f} + {forward:.1f} s)"
         )
+        print(f"{chosen / forward:.3f}  {kind} time, choice / forward")
     peak = max(run["peak"] for run in choices)
     parts = sizes["experts"] + sizes["hidden"]
     print(
-        f"peak memory of the choice: {peak / 1e9:.3f} GB; experts of a layer and hidden states "
-        f"{parts / 1e9:.3f} GB, backbone {sizes['backbone'] / 1e9:.3f} GB; above both: "
-        f"{(peak - parts - sizes['backbone']) / 1e9:+.3f} GB"
+        f"{peak / (parts + sizes['backbone']):.3f}  peak memory of the choice / one layer's experts, hidden "
+        f"states and backbone  ({peak / 1e6:.0f} MB / {parts / 1e6:.0f} + {sizes['backbone'] / 1e6:.0f} MB)"
     )
     wanted = sizes["layers"] + sizes["experts"] * (args.layers - 1)
     read = statistics.median(run["read"] for run in choices)
     print(
-        "bytes read (with rows of the embedding) / layers without experts, and chosen experts of all but the "
-        f"last: {read / wanted:.3f}"
+        f"{read / wanted:.3f}  bytes read (with rows of the embedding) / layers without experts, and chosen "
+        "experts of all but the last"
     )
     for name in ("memory", "disk"):
         same = naive[f"{name} equals naive"]
         for kind in ("wall", "processor"):
             ratio = naive["naive"][kind] / naive[name][kind]
             print(
-                f"16 layers, naive / choice from {name}, {kind} time: {ratio:.2f}  "
-                f"(same choice: {same}; {naive[f'{name} memory']:.0f} MB)"
+                f"{ratio:.2f}  {kind} time, 16 layers, naive / choice from {name}  "
+                f"(same choice: {same}; {naive['naive memory']:.0f} MB / {naive[f'{name} memory']:.0f} MB)"
             )
 
 

@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import tiktoken
+from processes import peak_megabytes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers_emo.tokenization import build_dolma2_tokenizer
 
@@ -119,14 +120,12 @@ def main() -> None:
             run()
             best[name] = min(best[name], time.process_time() - start)
     for name, seconds in best.items():
-        print(f"{name:24} {size / 1e6 / seconds:6.2f} MB/s of processor time")
+        memory = peak_megabytes(ways[name])
+        print(f"{name:24} {size / 1e6 / seconds:6.2f} MB/s of processor time, {memory:.0f} MB of memory")
     for kind in ("one by one", "batch"):
         speed = {who: 1 / best[f"{who}, {kind}"] for who in ("ours", "tokenizers", "tiktoken")}
-        print(
-            f"{kind}: speed of ours / tokenizers {speed['ours'] / speed['tokenizers']:.2f}, ours / tiktoken "
-            f"{speed['ours'] / speed['tiktoken']:.2f}, tokenizers / tiktoken "
-            f"{speed['tokenizers'] / speed['tiktoken']:.2f} ({threads} cores)"
-        )
+        for who, other in (("ours", "tokenizers"), ("ours", "tiktoken"), ("tokenizers", "tiktoken")):
+            print(f"{speed[who] / speed[other]:.2f}  speed, {kind}, {who} / {other} ({threads} cores)")
 
 
 if __name__ == "__main__":
