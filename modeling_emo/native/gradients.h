@@ -128,50 +128,44 @@ struct Gradients {
   }
 
   // out[m][n] of a part's rows m and all `columns` n = the sum over its expert's tokens of left(t, m) *
-  // right(t, n). What is found is gathered to long pieces of rows, which memory takes faster.
+  // right(t, n). What is found goes past the caches to memory during the products that follow.
   template <class Left, class Right>
   static void outer(const Part& part, Left left, Right right, index_t columns, T* out, Workplace& room) {
-    alignas(64) float sums[1024];
-    T* found = (T*)room.sums;
-    const index_t count = part.rows, depth = (count + 31) / 32 * 32;
+    alignas(64) float sums[2][1024];
+    const index_t count = part.rows, depth = (count + 31) / 32 * 32, steps = depth / 32 * CALLS<N>;
     const auto row = [&](auto& of, index_t t, index_t c) {
       return t < count ? of(t, c) : Numbers{nullptr, 0};
     };
     for (index_t m = part.from; m < part.to; m += 32)
       pack_columns<N>(depth, [&](index_t t) { return row(left, t, m); }, room.left + (m - part.from) * depth);
     const index_t block = std::clamp<index_t>(WIDE / depth / 32 * 32, 32, std::min<index_t>(columns, 2048));
+    T* found_for = nullptr;  // where 32 by 32 sums belong that were found last
+    int turn = 0;            // they are in the other half
+    const auto put_row = [&](index_t i) {
+      const float* tile = sums[turn ^ 1] + i / TILE * 512 + i % TILE * 16;
+      stream_32(_mm512_load_ps(tile), _mm512_load_ps(tile + 256), found_for + i * columns);
+    };
     for (index_t n0 = 0; n0 < columns; n0 += block) {
-      const index_t end = std::min(columns, n0 + block), width = end - n0;
+      const index_t end = std::min(columns, n0 + block);
       if (block < columns || room.expert != part.expert)
         for (index_t n = n0; n < end; n += 32)
           pack_pairs<N>(depth, [&](index_t t) { return row(right, t, n); }, room.right + (n - n0) * depth);
       room.expert = part.expert;
-      const auto copy = [&](index_t m,
-                            index_t piece) {  // of 32 rows from m on, found in one half of the room
-        const index_t i = piece / (width / 32), n = piece % (width / 32) * 32;
-        stream_copy(found + (m / 32 % 2 * 32 + i) * width + n, 32, out + (m + i) * columns + n0 + n);
-      };
       for (index_t m = part.from; m < part.to; m += 32) {
         const Strips rows = packed_strips(room.left + (m - part.from) * depth, TILE * depth);
-        T* here = found + m / 32 % 2 * 32 * width;
-        const index_t pieces = m > part.from ? width : 0, steps = width / 32 * (depth / 32) * CALLS<N>;
-        index_t step = 0, piece = 0;
-        const auto meanwhile = [&] {
-          for (++step; piece * steps < pieces * step; ++piece) copy(m - 32, piece);
-        };
-        for (index_t n = 0; n < width; n += 32) {
-          const Strips right = packed_strips(room.right + n * depth, TILE * depth);
-          tile_products<N>(true, true, rows, right, depth, sums, meanwhile);
-          for (index_t i = 0; i < 32; ++i) {
-            const float* tile = sums + i / TILE * 512 + i % TILE * 16;
-            put(here + i * width + n, load(tile));
-            put(here + i * width + n + 16, load(tile + 256));
-          }
+        for (index_t n = n0; n < end; n += 32, turn ^= 1) {
+          const index_t last = found_for ? 32 : 0;
+          index_t step = 0, i = 0;
+          const auto meanwhile = [&] {
+            for (++step; i * steps < last * step; ++i) put_row(i);
+          };
+          const Strips right = packed_strips(room.right + (n - n0) * depth, TILE * depth);
+          tile_products<N>(true, true, rows, right, depth, sums[turn], meanwhile);
+          found_for = out + m * columns + n;
         }
       }
-      const index_t last = part.to - 32;
-      for (index_t piece = 0; piece < width; ++piece) copy(last, piece);
     }
+    for (index_t i = 0; i < 32; ++i) put_row(i);
   }
 
   void x_gradient(index_t from, index_t to, const Between& found, float* sums, Workplace& room) const {
@@ -208,7 +202,7 @@ struct Gradients {
     // The left factor: an expert's tokens, or columns of them; the right one: weights, or tokens.
     const index_t left = std::max(BLOCK * padded(s.D), OUTS * most);
     const index_t right = std::max(WIDE, 32 * most);
-    const index_t sizes = std::max(BLOCK * COLUMNS, 32 * std::max(s.D, s.F));
+    constexpr index_t sizes = BLOCK * COLUMNS;  // of the sums of `tile_times_columns`
     const index_t share = (s.D / (2 * threads) + 31) / 32 * 32,
                   wide = std::clamp<index_t>(share, 32, COLUMNS);
     Buffer<bf16> both(N * rows * padded(2 * s.F)), act(N * rows * padded(s.F)),

@@ -74,21 +74,23 @@ inline void copy_back(const float* from, index_t count, T* to) {
   for (; i < count; ++i) store(to + i, from[i]);
 }
 
-// A copy that nobody reads soon: past the caches, where the processor can and the place is aligned.
-template <class T>
-inline void stream_copy(const T* from, index_t count, T* to) {
-  index_t i = 0;
-#if defined(__AVX512F__)
-  if (size_t(to) % 64 == 0)
-    for (; i + index_t(64 / sizeof(T)) <= count; i += 64 / sizeof(T))
-      _mm512_stream_si512((__m512i*)(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX2__)
-  if (size_t(to) % 32 == 0)
-    for (; i + index_t(32 / sizeof(T)) <= count; i += 32 / sizeof(T))
-      _mm256_stream_si256((__m256i*)(to + i), _mm256_loadu_si256((const __m256i*)(from + i)));
-#endif
-  memcpy(to + i, from + i, (count - i) * sizeof(T));
+#if defined(__AVX512BF16__)
+// Stores 32 numbers that nobody reads soon: past the caches, where the place is aligned.
+inline void stream_32(__m512 first, __m512 second, float* to) {
+  if (size_t(to) % 64) {
+    _mm512_storeu_ps(to, first), _mm512_storeu_ps(to + 16, second);
+  } else {
+    _mm512_stream_ps(to, first), _mm512_stream_ps(to + 16, second);
+  }
 }
+inline void stream_32(__m512 first, __m512 second, bf16* to) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  if (size_t(to) % 64)
+    _mm512_storeu_si512(to, both);
+  else
+    _mm512_stream_si512((__m512i*)to, both);
+}
+#endif
 // Before others may read what was streamed.
 inline void finish_streams() {
 #if defined(__AVX2__)
