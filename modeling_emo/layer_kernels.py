@@ -10,7 +10,13 @@ from .native_library import Kernels, find_kernels
 
 # The kernel is faster than PyTorch up to so many rows (measured on AVX-512 and AMX), from so many weights on.
 _FEW_ROWS = {torch.bfloat16: 6, torch.float32: 32}
+_FEW_ROWS_OF_TILES = 128
 _MANY_WEIGHTS = 1 << 18
+
+
+def _is_faster(kernels: Kernels, rows: int, weight: torch.Tensor) -> bool:
+    tiles = weight.dtype == torch.bfloat16 and kernels.fits_tiles(weight.shape[1])
+    return rows <= (_FEW_ROWS_OF_TILES if tiles else _FEW_ROWS[weight.dtype])
 
 
 def _fits_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -38,19 +44,20 @@ def few_rows_linear(
     ```python
     >>> import torch
     >>> from transformers_emo.modeling_emo.layer_kernels import few_rows_linear
-    >>> few_rows_linear(torch.ones(64, 512), torch.ones(512, 512), None) is None  # many rows
+    >>> few_rows_linear(torch.ones(512, 512), torch.ones(512, 512), None) is None  # many rows
     True
 
     ```
     """
     rows = input.numel() // max(input.shape[-1], 1)
     if (
-        not 0 < rows <= _FEW_ROWS.get(weight.dtype, 0)
+        not 0 < rows <= _FEW_ROWS_OF_TILES
         or weight.numel() < _MANY_WEIGHTS
         or weight.shape[1:] != input.shape[-1:]
         or (bias is not None and not _fits_bias(bias, weight))
         or not weight.is_contiguous()
         or (kernels := _kernels_for(input, weight)) is None
+        or not _is_faster(kernels, rows, weight)
     ):
         return None
     rows_MD = input.reshape(rows, input.shape[-1]).contiguous()

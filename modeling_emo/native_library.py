@@ -93,9 +93,9 @@ class Kernels:
         self._rms_norm.restype = self._rotate.restype = None
         self.has_tiles = bool(library.emo_has_tiles())
 
-    def fits_tiles(self, hidden: int, width: int) -> bool:
-        """Whether experts of these sizes run on AMX here."""
-        return self.has_tiles and hidden % 32 == 0 and width % 32 == 0
+    def fits_tiles(self, *sizes: int) -> bool:
+        """Whether products along these sizes (of experts: hidden size and width) run on AMX here."""
+        return self.has_tiles and all(size % 32 == 0 for size in sizes)
 
     def experts(
         self,

@@ -106,10 +106,19 @@ int emo_experts_backward(int is_bf16, const void* grad, const void* x, const voi
 int emo_linear(int is_bf16, const void* x, const void* weight, const void* bias, void* out, int64_t rows,
                int64_t in, int64_t outs, int threads) try {
   threads = useful_threads(rows * in * outs, threads);
-  if (is_bf16)
-    linear((const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)out, rows, in, outs, threads);
-  else
-    linear((const float*)x, (const float*)weight, (const float*)bias, (float*)out, rows, in, outs, threads);
+  if (!is_bf16) {
+    Linear<float>{(const float*)x, (const float*)weight, (const float*)bias, (float*)out, rows, in, outs}
+        .dots(0, threads);
+    return 0;
+  }
+  const Linear<bf16> job{(const bf16*)x, (const bf16*)weight, (const bf16*)bias, (bf16*)out, rows, in, outs};
+#if defined(EMO_AMX)
+  if (rows > 5 && in % 32 == 0 && amx_allowed()) {
+    job.tiles(threads);
+    return 0;
+  }
+#endif
+  job.dots(0, threads);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

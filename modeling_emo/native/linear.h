@@ -3,27 +3,72 @@
 
 #include <omp.h>
 
+#include <vector>
+
 #include "dot_products.h"
+#include "memory.h"
+#include "tiles.h"
 
 namespace {
 
 template <class T>
-void linear(const T* x, const T* weight, const T* bias, T* out, index_t rows, index_t in, index_t outs,
-            int threads) {
-  constexpr index_t OUTS = 64;  // at a time
+struct Linear {
+  const T *x, *weight, *bias;  // (rows, in), (outs, in), (outs) or null
+  T* out;                      // (rows, outs)
+  index_t rows, in, outs;
+
+  static constexpr index_t OUTS = 64;  // at a time
+
+  // Outputs from `begin` on.
+  void dots(index_t begin, int threads) const {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (index_t from = 0; from < outs; from += OUTS) {
-    const T* lines[ROW_BLOCK];
-    for (index_t m0 = 0; m0 < rows; m0 += ROW_BLOCK) {
-      const index_t count = std::min(ROW_BLOCK, rows - m0);
-      for (index_t m = 0; m < count; ++m) lines[m] = x + (m0 + m) * in;
-      dot_outputs(
-          lines, count, in, std::min(OUTS, outs - from), [&](index_t n) { return weight + (from + n) * in; },
-          [&](index_t m, index_t n, float sum) {
-            store(out + (m0 + m) * outs + from + n, sum + (bias ? to_float(bias[from + n]) : 0));
-          });
+    for (index_t from = begin; from < outs; from += OUTS) {
+      const T* lines[ROW_BLOCK];
+      for (index_t m0 = 0; m0 < rows; m0 += ROW_BLOCK) {
+        const index_t count = std::min(ROW_BLOCK, rows - m0);
+        for (index_t m = 0; m < count; ++m) lines[m] = x + (m0 + m) * in;
+        dot_outputs(
+            lines, count, in, std::min(OUTS, outs - from),
+            [&](index_t n) { return weight + (from + n) * in; },
+            [&](index_t m, index_t n, float sum) {
+              store(out + (m0 + m) * outs + from + n, sum + (bias ? to_float(bias[from + n]) : 0));
+            });
+      }
     }
   }
-}
+
+#if defined(EMO_AMX)
+  // bfloat16, with inputs a multiple of 32.
+  void tiles(int threads) const {
+    const index_t strips = (rows + TILE - 1) / TILE, whole = outs / 32 * 32;
+    Buffer<bf16> packed(strips * TILE * padded(in));
+    std::vector<Numbers> lines(rows);
+    for (index_t m = 0; m < rows; ++m) lines[m] = {x + m * in, 0};
+    pack_rows<1>(lines.data(), rows, in, {packed.p, 0});
+#pragma omp parallel num_threads(threads)
+    {
+      alignas(64) float sums[1024];
+      const Tiles configured;
+#pragma omp for schedule(dynamic)
+      for (index_t from = 0; from < whole; from += OUTS)
+        for (index_t n = from; n < std::min(whole, from + OUTS); n += 32)
+          for (index_t m = 0; m < rows; m += 32) {
+            const bf16* w = weight + n * in;
+            tile_products<1>(true, m + TILE < rows, {w, w + TILE * in, 2 * in, 32, 0},
+                             packed_strips({packed.p + m * padded(in), 0}, TILE * padded(in)), in, sums);
+            for (index_t half = 0; half < 4; ++half) {
+              const index_t first = m + half % 2 * TILE, column = n + half / 2 * TILE;
+              __m512i found[16];
+              turn(sums + half * 256, found);
+              const vec more = bias ? load(bias + column) : vec{};
+              for (index_t i = 0; i < std::min(TILE, rows - first); ++i)
+                put(out + (first + i) * outs + column, (vec)found[i] + more);
+            }
+          }
+    }
+    dots(whole, threads);
+  }
+#endif
+};
 
 }  // namespace

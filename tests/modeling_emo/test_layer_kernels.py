@@ -15,7 +15,8 @@ from transformers_emo.modeling_emo.modeling_emo import (
 )
 from transformers_emo.modeling_emo.native_library import find_kernels
 
-pytestmark = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
+KERNELS = find_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiled kernels")
 
 
 @pytest.fixture
@@ -45,6 +46,18 @@ def test_few_rows_are_as_near_as_the_dtype(calls, dtype, shape, bias):
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("rows", "by_kernel"), [(6, True), (128, KERNELS is not None and KERNELS.has_tiles), (129, False)]
+)
+def test_more_rows_are_for_tiles(calls, rows, by_kernel):
+    torch.manual_seed(0)
+    linear, x = EmoLinear(640, 500).bfloat16(), torch.randn(rows, 640).bfloat16()
+    with torch.no_grad():
+        found, expected = linear(x), F.linear(x, linear.weight, linear.bias)
+    assert len(calls) == by_kernel
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 def test_rows_need_not_be_contiguous(calls, inference):
     linear, x = make_linear(), torch.randn(600, 3).T
@@ -57,7 +70,8 @@ def test_what_is_not_for_the_kernel_goes_to_pytorch(calls):
     linear, x = make_linear(), torch.randn(2, 600)
     assert linear(x).grad_fn is not None  # gradients are wanted
     with torch.no_grad():
-        linear(torch.randn(64, 600))  # many rows
+        linear(torch.randn(200, 600))  # many rows
+        make_linear(torch.bfloat16)(torch.randn(8, 600).bfloat16())  # too many where tiles do not fit
         linear(x[:0])
         EmoLinear(8, 8)(torch.randn(1, 8))  # few weights
         make_linear(torch.float64)(x.double())
