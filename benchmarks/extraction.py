@@ -92,7 +92,7 @@ def main() -> None:
             f"{extracting.seconds / copying.seconds:.2f}  time of extracting {args.experts} experts / of "
             f"copying as much  ({extracting} / {copying})"
         )
-        print(f"{60 * size / extracting.seconds:.1f}  GB a minute, extracting")
+        print(f"{60 * size / extracting.seconds:.1f} GB a minute, extracting")
         shutil.rmtree(here / "copy")
         writing = timed(lambda: write_back(full, small, out=here / "updated", progress=False), full, small)
         shutil.rmtree(here / "updated")

@@ -39,7 +39,7 @@ def resident(*, peak: bool, forget: bool = False) -> float:
             with suppress(AttributeError):  # another C library
                 ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
             Path("/proc/self/clear_refs").write_text("5")
-        return kernel_count("status", "VmHWM" if peak else "VmRSS") / 1024
+        return kernel_count("status", "VmHWM" if peak else "VmRSS") * 1024 / 1e6
     except OSError:
         return float("nan")
 

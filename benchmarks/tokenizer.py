@@ -123,9 +123,9 @@ def main() -> None:
         memory = peak_megabytes(ways[name])
         print(f"{name:24} {size / 1e6 / seconds:6.2f} MB/s of processor time, {memory:.0f} MB of memory")
     for kind in ("one by one", "batch"):
-        speed = {who: 1 / best[f"{who}, {kind}"] for who in ("ours", "tokenizers", "tiktoken")}
+        took = {who: best[f"{who}, {kind}"] for who in ("ours", "tokenizers", "tiktoken")}
         for who, other in (("ours", "tokenizers"), ("ours", "tiktoken"), ("tokenizers", "tiktoken")):
-            print(f"{speed[who] / speed[other]:.2f}  speed, {kind}, {who} / {other} ({threads} cores)")
+            print(f"{took[who] / took[other]:.2f}  time, {kind}, {who} / {other} ({threads} cores)")
 
 
 if __name__ == "__main__":

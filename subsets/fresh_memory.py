@@ -7,6 +7,7 @@ addresses and reads ahead further, and there are fewer pages to be had from the 
 import ctypes
 import functools
 import mmap
+from contextlib import suppress
 
 import torch
 
@@ -38,7 +39,8 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     first = -(-tensor.data_ptr() // _PAGE) * _PAGE
     length = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
     if length > 0 and _LARGE_PAGES is not None:
-        c_library().madvise(first, length, _LARGE_PAGES)  # systems may be built without: as before then
+        with suppress(OSError, AttributeError):  # no C library to be had; what it answers does not matter
+            c_library().madvise(first, length, _LARGE_PAGES)
     return tensor
 
 

@@ -32,7 +32,7 @@ struct Experts {
           rows, count, s.D, 2 * width,
           [&](index_t n) { return base + (part.from + n + (n < width ? 0 : s.F - width)) * s.D; },
           [&](index_t m, index_t n, float sum) {
-            (n < width ? found[0] : found[1] - width)[m * padded + n] = sum;
+            (n < width ? found[0] + n : found[1] + (n - width))[m * padded] = sum;
           });
       for (index_t m = 0; m < count; ++m) {
         float *gate = &found[0][m * padded], *up = &found[1][m * padded];

@@ -17,10 +17,9 @@ struct Linear {
   T* out;                      // (rows, outs)
   index_t rows, in, outs;
 
-  static constexpr index_t OUTS = 64;  // at a time
-
   // Outputs from `begin` on.
   void dots(index_t begin, int threads) const {
+    constexpr index_t OUTS = 16 * TILE_OUTS;  // at a time
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (index_t from = begin; from < outs; from += OUTS) {
       const T* lines[ROW_BLOCK];
@@ -40,6 +39,7 @@ struct Linear {
 #if defined(EMO_AMX)
   // bfloat16, with inputs a multiple of 32.
   void tiles(int threads) const {
+    constexpr index_t OUTS = 64;  // at a time
     const index_t strips = (rows + TILE - 1) / TILE, whole = outs / 32 * 32;
     Buffer<bf16> packed(strips * TILE * padded(in));
     std::vector<Numbers> lines(rows);
