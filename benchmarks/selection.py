@@ -195,8 +195,9 @@ def main() -> None:
     peak = max(run["peak"] for run in choices)
     parts = sizes["experts"] + sizes["hidden"]
     print(
-        f"{peak / (parts + sizes['backbone']):.3f}  peak memory of the choice / one layer's chosen "
-        f"experts, hidden states and backbone  ({peak / 1e6:.0f} MB / {parts / 1e6:.0f} + {sizes['backbone'] / 1e6:.0f} MB)"
+        f"{peak / (parts + sizes['backbone']):.3f}  peak memory of the choice / one layer's chosen experts, "
+        f"hidden states and backbone  ({peak / 1e6:.0f} MB / {parts / 1e6:.0f} + "
+        f"{sizes['backbone'] / 1e6:.0f} MB)"
     )
     wanted = sizes["layers"] + sizes["experts"] * (args.layers - 1)
     read = statistics.median(run["read"] for run in choices)
