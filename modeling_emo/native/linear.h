@@ -56,10 +56,11 @@ struct Linear {
             const bf16* w = weight + n * in;
             tile_products<1>(true, m + TILE < rows, {w, w + TILE * in, 2 * in, 32, 0},
                              packed_strips({packed.p + m * padded(in), 0}, TILE * padded(in)), in, sums);
-            for (index_t half = 0; half < 4; ++half) {
-              const index_t first = m + half % 2 * TILE, column = n + half / 2 * TILE;
+            for (index_t quarter = 0; quarter < 4; ++quarter) {
+              const index_t first = m + quarter % 2 * TILE, column = n + quarter / 2 * TILE;
+              if (first >= rows) continue;
               __m512i found[16];
-              turn(sums + half * 256, found);
+              turn(sums + quarter * 256, found);
               const vec more = bias ? load(bias + column) : vec{};
               for (index_t i = 0; i < std::min(TILE, rows - first); ++i)
                 put(out + (first + i) * outs + column, (vec)found[i] + more);
