@@ -7,14 +7,17 @@ Claim: `import transformers_emo` adds next to nothing to `import transformers, t
 Bar: at most 0.3 seconds.
 
 Every line is run in fresh processes, in turns, after one of each that does not count; medians. Ratio and
-difference first, against the line they are compared with. The commands are compared with an empty Python.
+difference first, against the line they are compared with; MB are the largest size of the process. The
+commands are compared with an empty Python.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 BASE = "import transformers, torch"
 AUTO = "import torch; from transformers import AutoModelForCausalLM"
@@ -38,11 +41,22 @@ PAIRS = {
 }
 
 
-def seconds(command: list[str]) -> float:
-    """Seconds of a process, from start to end."""
+class Run(NamedTuple):
+    """What a process took, from start to end."""
+
+    seconds: float
+    megabytes: float  # at its largest
+
+
+def run(command: list[str]) -> Run:
+    """Run a command in a process of its own."""
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    # What a child inherits of its parent's peak is that of this small process.
+    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6)
 
 
 def main() -> None:
@@ -53,13 +67,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
     for command in LINES.values():
-        seconds(command)
-    times = [{name: seconds(command) for name, command in LINES.items()} for _ in range(args.runs)]
+        run(command)
+    turns = [{name: run(command) for name, command in LINES.items()} for _ in range(args.runs)]
     for name, base in PAIRS.items():
-        ratio = statistics.median(run[name] / run[base] for run in times)
-        extra = statistics.median(run[name] - run[base] for run in times)
-        took = statistics.median(run[name] for run in times)
-        print(f"{ratio:.2f}  {extra:6.3f} s more, {took:6.3f} s: {name} / {base}")
+        ratio = statistics.median(turn[name].seconds / turn[base].seconds for turn in turns)
+        extra = statistics.median(turn[name].seconds - turn[base].seconds for turn in turns)
+        took, grew = (statistics.median(each) for each in zip(*(turn[name] for turn in turns), strict=True))
+        base_grew = statistics.median(turn[base].megabytes for turn in turns)
+        print(
+            f"{ratio:.2f}  {extra:6.3f} s more, {took:6.3f} s: {name} / {base}  "
+            f"({grew:.0f} MB / {base_grew:.0f} MB)"
+        )
 
 
 if __name__ == "__main__":

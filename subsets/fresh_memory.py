@@ -25,6 +25,9 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     Returns:
         `torch.Tensor`: (numel,), uninitialised.
 
+    Raises:
+        RuntimeError: PyTorch's, if there is no room for so many numbers.
+
     Example:
 
     ```python
@@ -50,6 +53,9 @@ def c_library() -> ctypes.CDLL:
 
     Returns:
         `ctypes.CDLL`: with the types of their arguments.
+
+    Raises:
+        OSError, AttributeError: if this Python cannot load its C library, or that has no such functions.
 
     Example:
 
