@@ -18,16 +18,15 @@ import hmac
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 from urllib.parse import quote
 
+import fresh_processes
 from hub_handler import CHUNK, Listener
 from hub_repos import POINTER, Commit, Fault, Repo, Request, StoredFile, is_large
 
@@ -199,7 +198,7 @@ class HubServer:
         code: str,
         *,
         timeout: float = 300,
-        meanwhile: Callable[[subprocess.Popen], None] | None = None,
+        meanwhile: Callable[[Any], None] | None = None,
         **env: str | None,
     ) -> str:
         """Run Python code in a fresh process whose Hub is this server and whose token is that of `user`.
@@ -209,7 +208,8 @@ class HubServer:
         Args:
             code (`str`): the code.
             timeout (`float`, defaults to 300): seconds.
-            meanwhile (`Callable`, *optional*): called with the running process, as to kill it.
+            meanwhile (`Callable`, *optional*): called with the running process, as to kill it; it has
+                `poll` and `send_signal`.
             env (`str`, *optional*): environment variables; `None` takes one away, as in `HF_TOKEN=None`.
 
         Returns:
@@ -232,22 +232,14 @@ class HubServer:
             variables.pop(name, None)
             if value is not None:
                 variables[name] = value
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=variables,
-            cwd=self.root / "work",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with process:
-            try:
-                if meanwhile is not None:
-                    meanwhile(process)
-                output, errors = process.communicate(timeout=timeout)
-            except BaseException:
-                process.kill()
-                raise
+        process = fresh_processes.start(code, env=variables, cwd=self.root / "work")
+        try:
+            if meanwhile is not None:
+                meanwhile(process)
+            output, errors = process.communicate(timeout)
+        except BaseException:
+            process.kill()
+            raise
         if process.returncode != 0:
             raise RuntimeError(f"The process failed with exit code {process.returncode}.\n{errors}")
         return output
