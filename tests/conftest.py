@@ -4,18 +4,26 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each of several processes of tests has its share of the processors.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
 # Threads that wait leave the processor to the tests beside these.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import json
 from pathlib import Path
 
+import other_processor
 import pytest
 import torch
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
 
 logging.disable_progress_bar()
+if os.environ.get("EMO_TEST_PROCESSOR"):
+    other_processor.imitate()
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOY = Path(__file__).parents[1] / "model_cards" / "toy-emo"
@@ -36,7 +44,7 @@ TINY = {
 
 def tiny_model(seed: int = 0, **changes) -> EmoForCausalLM:
     """Make a small random model; keyword arguments change its config."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + int(os.environ.get("EMO_TEST_SEED", "0")))
     model = EmoForCausalLM(EmoConfig(**TINY | changes)).eval()
     with torch.no_grad():  # large enough weights that routing has margins and layers matter
         for name, parameter in model.named_parameters():
