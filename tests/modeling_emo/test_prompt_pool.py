@@ -11,6 +11,7 @@ from conftest import TOY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from padded_prompts import NEW, PROMPTS, batch
+from tolerances import assert_other_numbers, assert_same_numbers
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, QuantizedCache, StaticCache, pipeline
 from transformers_emo import EmoForCausalLM
 from transformers_emo.modeling_emo.prompt_pool import FrozenPools, cached_pools, pool_sizes
@@ -89,9 +90,9 @@ def test_generation_is_a_forward_with_the_pools_of_each_prompt_fixed(variant):
                 assert torch.equal(outside_BR[row], expected[: layer.num_routed])
         tokens, logits = naive_generate(model, prompt, dropped)
         assert out.sequences[row, -len(tokens) :].tolist() == tokens
-        torch.testing.assert_close(torch.stack(out.logits)[:, row], logits, atol=2e-5, rtol=1e-5)
+        assert_same_numbers(torch.stack(out.logits)[:, row], logits)
     plain = model.generate(**batch(), **DICT)
-    assert not torch.allclose(plain.logits[0], out.logits[0], atol=1e-2)  # the pools do matter here
+    assert_other_numbers(plain.logits[0], out.logits[0])  # the pools do matter here
 
 
 def test_pools_are_those_of_training_with_the_prompt_as_one_document(make_model):
@@ -101,12 +102,12 @@ def test_pools_are_those_of_training_with_the_prompt_as_one_document(make_model)
     document = torch.zeros_like(prompt)
     with torch.no_grad():
         trained = model(prompt, document_pool=5, document_ids=document, use_cache=False).logits
-    torch.testing.assert_close(out.logits[0], trained[:, -1], atol=2e-5, rtol=1e-5)
+    assert_same_numbers(out.logits[0], trained[:, -1])
     with torch.no_grad():  # the same with the lengths drawn in training
         model.train()
         sizes = torch.full((3, 1), 5)
         trained = model(prompt, document_pool_sizes=sizes, document_ids=document, use_cache=False).logits
-    torch.testing.assert_close(out.logits[0], trained[:, -1], atol=2e-5, rtol=1e-5)
+    assert_same_numbers(out.logits[0], trained[:, -1])
 
 
 @pytest.mark.parametrize("two_shared", [False, True])
@@ -143,7 +144,7 @@ def test_every_cache_gives_the_same_tokens(make_model, monkeypatch, way, two_sha
         way = {"past_key_values": DynamicCache()}
     out = model.generate(**batch(), document_pool=4, **DICT | way)
     assert torch.equal(out.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=2e-5, rtol=1e-5)
+    assert_same_numbers(torch.stack(out.logits), torch.stack(expected.logits))
 
 
 def test_chunks_bound_what_goes_through_the_experts_at_once(make_model):
@@ -175,10 +176,10 @@ def test_beams_keep_the_pools_of_their_prompt(make_model, changes):
     out = model.generate(**batch(), document_pool=4, **scores)
     anew = model.generate(**batch(), document_pool=4, use_cache=False, **scores)
     assert torch.equal(out.sequences, anew.sequences)
-    torch.testing.assert_close(out.sequences_scores, anew.sequences_scores)
+    assert_same_numbers(out.sequences_scores, anew.sequences_scores)
     alone = model.generate(torch.tensor([PROMPTS[1]]), document_pool=4, **scores)
     returned = changes.get("num_return_sequences", 1)
-    torch.testing.assert_close(out.sequences_scores[returned:], alone.sequences_scores)
+    assert_same_numbers(out.sequences_scores[returned:], alone.sequences_scores)
 
 
 def replayed(model, sequence, prompt, dropped):
@@ -212,11 +213,11 @@ def test_all_sequences_returned_are_scored_within_the_pools_of_their_prompt(make
             logits, chosen = replayed(model, out.sequences[number], prompt, dropped)
             if "num_beams" not in way:
                 got = torch.stack(out.logits)[:, number]
-                torch.testing.assert_close(got, logits, atol=2e-5, rtol=1e-5)
+                assert_same_numbers(got, logits)
             else:
                 length = 7 ** way.get("length_penalty", 1.0)
                 score = out.sequences_scores[number]
-                torch.testing.assert_close(score, chosen.sum() / length, atol=1e-4, rtol=0)
+                assert_same_numbers(score, chosen.sum() / length)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -226,7 +227,7 @@ def test_prompts_may_be_embeddings(make_model, use_cache):
     words["inputs_embeds"] = model.model.embed_tokens(words.pop("input_ids")).detach()
     out = model.generate(**words, document_pool=4, use_cache=use_cache, **DICT)
     expected = model.generate(**batch(), document_pool=4, **DICT)
-    torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=2e-5, rtol=1e-5)
+    assert_same_numbers(torch.stack(out.logits), torch.stack(expected.logits))
 
 
 def test_sampled_sequences_of_one_prompt_share_its_pools(make_model):
@@ -304,12 +305,10 @@ class TestConversation:
             cache = copy.deepcopy(first.past_key_values)
             out = model.generate(torch.tensor([more]), past_key_values=cache, **DICT | again)
             assert out.sequences[0].tolist() == tokens
-            torch.testing.assert_close(torch.stack(out.logits)[:, 0], logits, atol=2e-5, rtol=1e-5)
+            assert_same_numbers(torch.stack(out.logits)[:, 0], logits)
         with torch.no_grad():
             step = model(out.sequences[:, -1:], past_key_values=out.past_key_values).logits
-        torch.testing.assert_close(
-            step[0, -1], naive_generate(model, tokens, dropped, 1)[1][0], atol=2e-5, rtol=1e-5
-        )
+        assert_same_numbers(step[0, -1], naive_generate(model, tokens, dropped, 1)[1][0])
 
     def test_of_sequences_picked_and_repeated(self, make_model):
         model = make_model()
@@ -395,7 +394,7 @@ def test_the_largest_pool_restricts_nothing(make_model):
     model = make_model()
     out = model.generate(**batch(), document_pool=11, **DICT)
     plain = model.generate(**batch(), **DICT)
-    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+    assert_same_numbers(torch.stack(out.logits), torch.stack(plain.logits))
 
 
 def test_threads_have_pools_of_their_own(make_model):
