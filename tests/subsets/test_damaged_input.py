@@ -7,9 +7,8 @@ import json
 import random
 import shutil
 import struct
-import subprocess
-import sys
 
+import fresh_processes
 import pytest
 import torch
 from conftest import tiny_model
@@ -230,8 +229,7 @@ def test_a_config_that_asks_for_more_than_the_weights_hold_is_one_error(tmp_path
         folders.append(tmp_path / str(number))
         tiny_model(num_hidden_layers=2, num_experts=4, num_experts_per_tok=2).save_pretrained(folders[-1])
         edit_json(folders[-1] / "config.json", **changes)
-    program = [sys.executable, "-c", LOAD_EACH, *map(str, folders)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    done = fresh_processes.run(LOAD_EACH, *map(str, folders))
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == 4 * len(ABSURD)

@@ -1,8 +1,8 @@
 """Memory for weights, in large pages."""
 
-import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +24,22 @@ def advice(tensor):
 
 
 @pytest.mark.skipif(not LARGE_PAGES.exists(), reason="a system without large pages")
-@pytest.mark.skipif("THP_MEM_ALLOC_ENABLE" in os.environ, reason="PyTorch does it for all tensors")
 def test_weights_lie_in_large_pages():
     assert "hg" in advice(fresh_memory.empty(16 << 20, torch.float32))
-    assert "hg" not in advice(torch.empty(16 << 20))
+
+
+def test_large_pages_are_asked_for_where_whole_ones_lie_in_the_tensor(monkeypatch):
+    calls = []
+    library = SimpleNamespace(madvise=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(fresh_memory, "c_library", lambda: library)
+    monkeypatch.setattr(fresh_memory, "_LARGE_PAGES", 14)
+    page, tensor = 2 << 20, fresh_memory.empty(16 << 20, torch.float32)
+    [(first, length, what)] = calls
+    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    assert what == 14 and first % page == length % page == 0
+    assert begin <= first < begin + page and end - page < first + length <= end
+    fresh_memory.empty(1000, torch.float32)  # no whole page
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("numel", [0, 1, 1 << 20, (3 << 20) + 5])

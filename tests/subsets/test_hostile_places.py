@@ -1,12 +1,13 @@
 """Extraction and write-back where folders, links, files and adapters are not as one would like."""
 
 import shutil
-import subprocess
 import sys
 
+import fresh_processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerances import assert_same_numbers
 from transformers_emo import CheckpointError, EmoForCausalLM, SubsetError, extract_subset, write_back
 from transformers_emo.conversion import shard_experts
 from tuned_models import FIRST, INPUT_IDS, hashes, same_files, trained
@@ -151,7 +152,7 @@ write_back(shards, tuned, out=out + "/out", progress=False)
 extract_subset(shards, [list(range(150))] * 3, out + "/all", progress=False)
 EmoForCausalLM.from_pretrained(shards)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    process = fresh_processes.run(code)
     assert process.returncode == 0, process.stderr
     write_back(full, tmp_path / "tuned", out=tmp_path / "expected", progress=False)
     assert hashes(tmp_path / "expected") == hashes(tmp_path / "out")
@@ -187,7 +188,7 @@ class TestAdapters:
             write_back(full, tuned, out=tmp_path / str(number), what="all", progress=False)
         assert same_files(tmp_path / "0", tmp_path / "1")
         updated = EmoForCausalLM.from_pretrained(tmp_path / "1", expert_subset=FIRST)
-        torch.testing.assert_close(updated(INPUT_IDS).logits, expected, atol=1e-4, rtol=0)
+        assert_same_numbers(updated(INPUT_IDS).logits, expected)
 
     @pytest.mark.parametrize("form", ["wrapper", "inside the wrapper", "folder", "beside a model", "loaded"])
     def test_not_merged_it_is_refused(self, full, tmp_path, form):

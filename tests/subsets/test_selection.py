@@ -9,6 +9,7 @@ from accelerate import cpu_offload
 from conftest import GOLDENS, TOY
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from tolerances import assert_other_numbers, assert_same_scores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from transformers_emo import CheckpointError, ExpertSubset, SubsetError, select_experts
@@ -36,9 +37,7 @@ def test_choice_and_scores_are_the_authors(k, method, loaded):
     )
     assert subset.experts == golden["experts_kept_per_layer"]
     assert subset.num_tokens == sum(int(calibration[f"{name}.attention_mask"].sum()) for name in batches)
-    torch.testing.assert_close(
-        torch.tensor(subset.scores), torch.tensor(golden["scores_per_layer"]), atol=2e-6, rtol=0
-    )
+    assert_same_scores(subset.scores, golden["scores_per_layer"])
 
 
 def test_padding_and_batching_do_not_matter(make_model):
@@ -50,7 +49,7 @@ def test_padding_and_batching_do_not_matter(make_model):
     mask[1, 4:] = 0
     together = select_experts(model, input_ids=[padded], attention_mask=[mask], num_experts=5, progress=False)
     assert together.experts == alone.experts and together.num_tokens == alone.num_tokens == 11
-    torch.testing.assert_close(torch.tensor(together.scores), torch.tensor(alone.scores))
+    assert_same_scores(together.scores, alone.scores)
 
 
 def test_shared_and_always_active_experts_are_always_kept(make_model):
@@ -194,8 +193,7 @@ def test_choices_of_several_sizes_are_those_of_each_alone(make_checkpoint):
             for size, subset in zip([3, 7, 12], together, strict=True):
                 alone = select_experts(source, num_experts=size, **arguments)
                 assert alone.experts == subset.experts
-                for a, b in zip(alone.scores, subset.scores, strict=True):
-                    assert a == pytest.approx(b, abs=1e-6)
+                assert_same_scores(alone.scores, subset.scores)
 
 
 @pytest.mark.parametrize("method", ["global", "easy_ep", "reap", "random"])
@@ -327,7 +325,7 @@ def test_only_the_tokens_asked_for_count(make_checkpoint):
                 num_experts=4,
                 progress=False,
             )
-            assert subset.scores[0][:11] == pytest.approx(score.tolist(), abs=1e-6)
+            assert_same_scores([subset.scores[0][:11]], [score.tolist()])
             assert subset.num_tokens == {"answer": 7, "prompt": 7, "all": 14}[tokens]
 
 
@@ -350,8 +348,7 @@ def test_a_folder_gives_what_the_loaded_model_gives(make_checkpoint, changes, me
     streamed = select_experts(folder, **arguments)
     loaded = select_experts(AutoModelForCausalLM.from_pretrained(folder), **arguments)
     assert streamed.experts == loaded.experts and streamed.always_kept == loaded.always_kept
-    for a, b in zip(streamed.scores, loaded.scores, strict=True):
-        assert (a is None) == (b is None) and (a is None or a == pytest.approx(b, abs=1e-5))
+    assert_same_scores(streamed.scores, loaded.scores)
     model = AutoModelForCausalLM.from_pretrained(folder, expert_subset=streamed)
     assert [n for n in model.config.layer_experts if not n.is_dense][0].num_experts == 4
 
@@ -379,9 +376,9 @@ def test_a_bfloat16_model_can_be_run_in_float32(make_model, tmp_path):
     exact = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     subset = select_experts(tmp_path, dtype="float32", **arguments)
     expected = select_experts(exact, **arguments)
-    torch.testing.assert_close(torch.tensor(subset.scores), torch.tensor(expected.scores), atol=1e-6, rtol=0)
+    assert_same_scores(subset.scores, expected.scores)
     coarse = select_experts(tmp_path, **arguments)
-    assert not torch.allclose(torch.tensor(coarse.scores), torch.tensor(expected.scores), atol=1e-5)
+    assert_other_numbers(coarse.scores, expected.scores)
 
 
 @pytest.mark.parametrize("method", ["layerwise", "global", "easy_ep", "reap"])
@@ -413,8 +410,7 @@ def test_a_model_under_a_mask_is_the_model_with_those_experts(make_checkpoint, m
         assert all(set(ids) <= set(there) for ids, there in zip(subset.experts, kept, strict=True))
         if method != "random":
             assert subset.experts == expected.experts
-            for a, b in zip(subset.scores, expected.scores, strict=True):
-                assert a == pytest.approx(b, abs=1e-6)
+            assert_same_scores(subset.scores, expected.scores)
 
 
 def test_offloaded_models_are_run_where_they_are(make_checkpoint, tmp_path):

@@ -11,6 +11,7 @@ from hub_server import HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tolerances import assert_same_numbers
 from transformers_emo import EmoForCausalLM, ExpertSubset, extract_subset, write_back
 from tuned_models import (
     FIRST,
@@ -50,9 +51,7 @@ def test_after_training_exactly_the_kept_experts_change(make_checkpoint, tmp_pat
     # The full model, masked to the subset, now is the tuned one.
     updated = EmoForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad(), updated.use_experts(experts):
-        torch.testing.assert_close(
-            updated(INPUT_IDS).logits, model.eval()(INPUT_IDS).logits, atol=1e-5, rtol=0
-        )
+        assert_same_numbers(updated(INPUT_IDS).logits, model.eval()(INPUT_IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_overlaps_are_averaged_and_blended(make_checkpoint, tmp_path_factory, mo
         if name in total:
             mean = torch.stack(total[name]).mean(0)
             expected = before[name] + weight * (mean - before[name])
-            torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-6)
+            assert_same_numbers(tensor, expected, terms=6)
             if weight == 1 and len(total[name]) == 1:
                 assert torch.equal(tensor, total[name][0])
         else:

@@ -3,9 +3,9 @@
 import errno
 import shutil
 import signal
-import subprocess
 import sys
 
+import fresh_processes
 import pytest
 import torch
 from hub_server import HubServer
@@ -195,7 +195,7 @@ def counted(self, file, start, buffer):
 checkpoint.LocalFiles.read_into = counted
 write_back({str(full)!r}, {str(tuned)!r}, out={str(tmp_path / "out")!r}, progress=False)
 """
-        process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300, check=False)
+        process = fresh_processes.run(code)
         assert process.returncode == -signal.SIGKILL, process.stderr
         assert not (tmp_path / "out").exists()
         whole = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.partial").glob("*.safetensors")}
@@ -219,9 +219,7 @@ try:
 except OSError as error:
     print(error)
 """
-        process = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
-        )
+        process = fresh_processes.run(code, check=True)
         assert "File too large" in process.stdout and "partial holds what was finished" in process.stdout
         whole = list((tmp_path / ".out.partial").glob("*.safetensors"))
         assert whole and not (tmp_path / "out").exists()
