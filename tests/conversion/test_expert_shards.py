@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
+import fresh_processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,7 +85,7 @@ def killing(path, *args):
 expert_shards._write = killing
 expert_shards.shard_experts({str(source)!r}, {str(out)!r}, progress=False)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    done = fresh_processes.run(code)
     partial = tmp_path / ".out.partial"
     assert done.returncode == -signal.SIGKILL and not out.exists()
     first = {path: path.stat().st_ino for path in partial.glob("*.safetensors")}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import training_runs
 from safetensors import safe_open
+from tolerances import TRAINING, assert_same_numbers, same_number
 from training_runs import SAME, SHARDED, run_adapter, run_same, same_model
 from transformers_emo import EmoConfig, EmoForCausalLM
 from transformers_emo.training import accumulate_balance, load_adapter
@@ -78,9 +79,9 @@ def assert_same(result: dict, expected: dict) -> None:
     """The same but for the order of sums."""
     assert len(result["logs"]) == len(expected["logs"]) == 2
     for log, other in zip(reports(result), reports(expected), strict=True):
-        assert log == pytest.approx(other, rel=1e-5)
+        assert log == {name: same_number(value, terms=TRAINING) for name, value in other.items()}
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(result["weights"][name], weight, atol=1e-6, rtol=1e-5, msg=name)
+        assert_same_numbers(result["weights"][name], weight, terms=TRAINING, name=name)
 
 
 class TestAsOneProcess:
@@ -133,9 +134,9 @@ class TestAsOneProcess:
                     (output.loss / 2).backward()
                     ce_loss += output.ce_loss.item() / 2
         log = results[0]["logs"][0]
-        assert log["ce_loss"] == pytest.approx(ce_loss, rel=1e-5)
+        assert log["ce_loss"] == same_number(ce_loss, terms=TRAINING)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        assert log["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert log["grad_norm"] == same_number(norm.item(), terms=TRAINING)
 
 
 class TestResuming:
