@@ -24,8 +24,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed  ## choose experts for a domain, load only those, generate, compare
 	$(BIN)/python examples/demo.py
 
-# A file of tests stays on one processor: what its tests share is made once.
-PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
+# A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
 

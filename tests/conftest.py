@@ -53,6 +53,27 @@ def tiny_model(seed: int = 0, **changes) -> EmoForCausalLM:
     return model
 
 
+# These files of tests take longest. They begin first, so that no processor waits for the others in the end.
+LONGEST = (
+    "test_emo_distributed.py",
+    "test_hub_subsets.py",
+    "test_hub_network.py",
+    "test_distributed.py",
+    "test_examples.py",
+    "test_hub_round_trip.py",
+    "test_hub_push.py",
+    "test_ablations.py",
+    "test_emo_common.py",
+    "test_native_library.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Order the files; within one, tests stay as they are written."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture
 def make_model():
     """`tiny_model`."""

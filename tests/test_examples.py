@@ -29,10 +29,10 @@ def emo(*words: str) -> None:
 
 def test_a_model_pretrained_without_pools_is_annealed_into_an_emo(elsewhere):
     no_pools = [f"model.config.document_pool_{end}=null" for end in ("min", "max")]
-    changes = ["output_dir=out/standard", "training.max_steps=12", "training.warmup_steps=2", *no_pools]
+    changes = ["output_dir=out/standard", "training.max_steps=4", "training.warmup_steps=1", *no_pools]
     emo("examples/recipes/pretrain.yaml", *(word for change in changes for word in ("--set", change)))
     assert EmoForCausalLM.from_pretrained("out/standard").config.document_pool_min is None
-    emo("examples/recipes/anneal.yaml", "--set", "training.max_steps=5")
+    emo("examples/recipes/anneal.yaml", "--set", "training.max_steps=2")
     assert EmoForCausalLM.from_pretrained("out/anneal").config.document_pool_min == 3
 
 
@@ -48,7 +48,7 @@ def test_subset_is_fine_tuned(elsewhere):
 
 
 def test_adapter_is_trained_on_a_subset(elsewhere):
-    emo("examples/recipes/subset_lora.yaml")
+    emo("examples/recipes/subset_lora.yaml", "--set", "training.num_train_epochs=10")
     assert {"adapter_config.json", "expert_subset.json"} <= set(os.listdir("out/subset_lora"))
 
 

@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_processes
+import import_order
 import pytest
 import transformers_emo
-from conftest import TOY
 from transformers import AutoModel
 from transformers.integrations import moe
 from transformers_emo import EmoConfig, EmoPreTrainedModel
@@ -26,11 +27,20 @@ def test_importing_the_package_imports_neither_transformers_nor_torch():
     assert result.stdout.splitlines() == [f"emo {transformers_emo.__version__}", "set()"]
 
 
-def test_every_order_of_imports_registers_everything():
-    script = Path(__file__).parent / "import_order.py"
-    command = [sys.executable, "-W", "ignore", str(script), str(TOY)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout
+def in_a_fresh_process(function: str, *arguments: str) -> None:
+    code = "import sys; sys.path.append(sys.argv[1]); import import_order; "
+    code += f"import_order.{function}(*sys.argv[2:])"
+    done = fresh_processes.run(code, str(Path(import_order.__file__).parent), *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("order", [*import_order.LIGHT, *import_order.ORDERS])
+def test_every_order_of_imports_registers_everything(order):
+    in_a_fresh_process("one_after_another", order)
+
+
+def test_imports_in_several_threads_at_once_register_everything():
+    in_a_fresh_process("all_at_once")
 
 
 def test_modules_of_the_network_get_their_kernels_by_the_name_they_ask_for():

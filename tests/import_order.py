@@ -1,20 +1,15 @@
 """Imports in one order after another, each in a process of its own: EMO must work alike after all of them.
 
-Run by `test_registration.py`. The processes are forked after what takes longest and is nobody's part here.
+`test_registration.py` starts the processes.
 """
 
-import os
 import sys
 import threading
-import traceback
+from pathlib import Path
 
 import torch
-import torch._dynamo
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.distributed.tensor  # noqa: F401
 
-TOY = sys.argv[1]
+TOY = Path(__file__).parents[1] / "model_cards" / "toy-emo"
 CAUSAL = "from transformers import AutoModelForCausalLM"
 # Orders that import no network, neither Transformers' nor ours, until somebody wants a model.
 LIGHT = [
@@ -70,10 +65,10 @@ def check() -> None:
         assert model(torch.arange(4)[None]).logits.isfinite().all()
 
 
-def one_after_another(order: str, is_light: bool) -> None:
+def one_after_another(order: str) -> None:
     """Import so, then check."""
     exec(order, {})
-    assert not (is_light and "transformers.modeling_utils" in sys.modules)
+    assert not (order in LIGHT and "transformers.modeling_utils" in sys.modules)
     check()
 
 
@@ -98,22 +93,3 @@ def all_at_once() -> None:
         thread.join()
     assert not errors, errors
     check()
-
-
-def succeeds(name: str, run, *arguments) -> bool:
-    """Whether it runs to its end in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run(*arguments)
-        except BaseException:
-            print(f"--- {name}", traceback.format_exc(), sep="\n", flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
-
-
-if __name__ == "__main__":
-    done = [succeeds(order, one_after_another, order, order in LIGHT) for order in LIGHT + ORDERS]
-    done.append(succeeds("all at once", all_at_once))
-    sys.exit(not all(done))
