@@ -114,6 +114,9 @@ class SharedModel(ExpertServing, PreTrainedModel):
     def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):
         """Save the model in the released layout; see `PreTrainedModel.save_pretrained`.
 
+        A part of a model, loaded with `expert_subset`, takes the tokenizer of that model along, unless the
+        folder has one: what is saved works in a `pipeline`.
+
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
             include_code (`bool`, defaults to `False`): write the modelling code beside the weights, so that
@@ -130,17 +133,24 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         ```
         """
-        if not include_code or self.is_remote_code():  # remote code is saved again by Transformers itself
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        save_code(save_directory)
-        self.config.auto_map = AUTO_MAP
+        with_code = include_code and not self.is_remote_code()  # which Transformers saves again by itself
+        if with_code:
+            save_code(save_directory)
+            self.config.auto_map = AUTO_MAP
         try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            result = super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            del self.config.auto_map
+            if with_code:
+                del self.config.auto_map
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if self._package is not None and is_main_process:
+            self._package.copy_tokenizer(self, save_directory)
+        return result
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs):
         """Push the model to the Hub in the released layout; see `PreTrainedModel.push_to_hub`.
+
+        With the tokenizer, as in `save_pretrained`, unless the repository has one.
 
         Args:
             repo_id (`str`): the repository, `user/name`; made if need be.
@@ -172,4 +182,8 @@ class SharedModel(ExpertServing, PreTrainedModel):
             files_timestamps = {name: t for name, t in files_timestamps.items() if name not in CODE_FILES}
         if self._package is not None:
             self._package.complete_card(f"{working_dir}/README.md", self.config, repo_id)
+            where = {name: kwargs.get(name) for name in ("revision", "token")}
+            files_timestamps = self._package.tokenizer_to_push(
+                self, working_dir, repo_id, files_timestamps, **where
+            )
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)

@@ -31,6 +31,7 @@ from .model_folder import (
 )
 from .safetensors_files import divide, floating_dtype, header_of, length_of, size_in_bytes, write_index
 from .safetensors_header import CheckpointError
+from .source_files import side_files
 
 _BUFFER_BYTES = 1 << 24  # whole numbers of every dtype
 
@@ -108,12 +109,13 @@ def extract_subset(
         for tensor in tensors.values():
             tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
         check_space(out, sum(map(length_of, _layouts(tensors).values())))
+        companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **hub_kwargs)
         fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
         warn_if_chosen_elsewhere(chosen, model, tensors, config.num_hidden_layers)
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)
-            copy_companions(model, (GENERATION_CONFIG, *TOKENIZER_FILES), work, **hub_kwargs)
+            copy_companions(model, companions, work, **hub_kwargs)
     finally:
         checkpoint.source.close()
     return small

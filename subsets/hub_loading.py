@@ -20,8 +20,8 @@ from .hub_files import HubFiles
 from .safetensors_header import DTYPE_NAMES, CheckpointError, Source, read_index
 
 _MANY_FILES = 100
-# What `from_pretrained` reads beside the config and the weights.
-_SIDE_FILES = ("generation_config.json", "adapter_config.json", "adapter_model.safetensors")
+# What `from_pretrained` reads beside the weights. The config makes a generation config, where there is none.
+_SIDE_FILES = ("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 def open_part(

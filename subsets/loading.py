@@ -34,6 +34,7 @@ from .library import library_of, library_of_loaded
 from .model_experts import local_experts, subset_config
 from .safetensors_header import CheckpointError
 from .size_check import check_sizes, weights_known
+from .tokenizer_copy import Origin
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,7 @@ class _Request:
 
     config: EmoConfig
     kept: list[list[int] | None] | None
+    origin: Origin | None = None  # of a part
     tensors: dict[str, LazyTensor] | None = None
 
 
@@ -166,6 +168,7 @@ def from_pretrained(
         finally:
             checkpoint.source.close()
     small = subset_config(config, subset)
+    request = _Request(config, kept, Origin.of(base, hub))
     if is_hub_repo(base):
         files = HubFiles(os.fspath(base), hub)
         try:
@@ -173,14 +176,13 @@ def from_pretrained(
             warn_if_chosen_elsewhere(
                 subset, base, tensors, config.num_hidden_layers, excluded=exclude_experts
             )
+            request.tensors = tensors
             dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
             with cache_view(files, dtype) as view:
-                return _load(
-                    load, path, _Request(config, kept, tensors), *args, config=small, **kwargs | view
-                )
+                return _load(load, path, request, *args, config=small, **kwargs | view)
         finally:
             files.close()
-    return _load(load, path, _Request(config, kept), *args, config=small, **kwargs)
+    return _load(load, path, request, *args, config=small, **kwargs)
 
 
 def _load(load: Callable, path: str | os.PathLike, request: _Request, *args, **kwargs):
@@ -267,6 +269,7 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
     _request.set(None)  # an adapter that this load may go on to read is not part of the checkpoint
     # What is swapped in or named later is of this commit, whatever the repository holds by then.
     model.config._commit_hash = extract_commit_hash(next(iter(checkpoint_files or ()), None), None)
+    model._part_of = request.origin
     on_disk = "disk" in (load_config.device_map or {}).values()
     if kept is None:
         left_alone = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -65,12 +66,15 @@ def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: 
     }
 
 
-def side_files(model: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
+def side_files(
+    model: str | os.PathLike, patterns: Sequence[str] = _SIDE_FILES, **hub_kwargs: Any
+) -> list[str]:
     """What a model has beside its weights and that goes with it: config, generation config, tokenizer, model
     card, licence and its library of subsets. Code is not among it.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        patterns (`Sequence[str]`, *optional*): only such files, as names or patterns like `"LICENSE*"`.
         hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
 
     Returns:
@@ -86,6 +90,8 @@ def side_files(model: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     >>> from transformers_emo.subsets.source_files import side_files
     >>> side_files("model_cards/toy-emo")
     ['README.md', 'config.json', 'tokenizer.json', 'tokenizer_config.json']
+    >>> side_files("model_cards/toy-emo", ["tokenizer*"])
+    ['tokenizer.json', 'tokenizer_config.json']
 
     ```
     """
@@ -96,10 +102,30 @@ def side_files(model: str | os.PathLike, **hub_kwargs: Any) -> list[str]:
     elif hub_kwargs.get("local_files_only") or is_offline_mode():
         folder = Path(str(cached_file(model, "config.json", **hub_kwargs))).parent
     if folder is not None:
-        found = (path for pattern in _SIDE_FILES for path in folder.glob(pattern))
+        found = (path for pattern in patterns for path in folder.glob(pattern))
         return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
     revision, token = hub_kwargs.get("revision"), hub_kwargs.get("token")
     names = HfApi(token=token).list_repo_files(os.fspath(model), revision=revision)
     start = f"{subfolder.strip('/')}/" if subfolder else ""
-    inside = [PurePosixPath(name.removeprefix(start)) for name in names if name.startswith(start)]
-    return sorted(str(p) for p in inside for kind in _SIDE_FILES if PurePosixPath("/", p).match(f"/{kind}"))
+    return matching((name.removeprefix(start) for name in names if name.startswith(start)), patterns)
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those paths of a repository that one of some patterns describes from their beginning, sorted.
+
+    Args:
+        names (`Iterable[str]`): the paths, with forward slashes.
+        patterns (`Sequence[str]`): as for `side_files`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.source_files import matching
+    >>> matching(["subsets/math.json", "LICENSE.txt", "old/LICENSE"], ["LICENSE*", "subsets/*.json"])
+    ['LICENSE.txt', 'subsets/math.json']
+
+    ```
+    """
+    return sorted(
+        name for name in names if any(PurePosixPath("/", name).match(f"/{pattern}") for pattern in patterns)
+    )

@@ -34,6 +34,7 @@ from .hub_loading import fetch_ahead
 from .library import library_of
 from .loading import HUB_KWARGS, lazy_parameters, open_checkpoint
 from .safetensors_header import CheckpointError
+from .tokenizer_copy import Origin
 
 _PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 # What a config says about experts, and what two models must agree on for experts of one to fit the other.
@@ -126,6 +127,7 @@ def swap_experts(
             else:
                 layer.write_into(name, parameter)
                 parameter.grad = None
+    model._part_of = Origin.of_loaded(model, hub_kwargs)
     _set_config(model, config, layers, place)
 
 
@@ -165,6 +167,7 @@ def share_backbone(
         if aside is not None:
             memo[id(aside)] = None
     twin = copy.deepcopy(model, memo)
+    twin._part_of = Origin.of_loaded(model, hub_kwargs)
     twin.base_model.expert_masks = [None] * len(model.base_model.expert_masks)
     twin.__dict__.pop("_compiled_call", None)
     for (index, name), tensor in own.items():

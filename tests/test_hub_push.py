@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 import pytest
-from conftest import tiny_model
+from conftest import TOY, tiny_model
 from hub_server import HubServer
 from tolerances import assert_same_numbers
 from transformers_emo import cli
@@ -82,6 +82,48 @@ out["streamed"] = [row["text"] for row in load_dataset("user/domains", "coq", sp
 print(json.dumps(out))
 """
 
+PARTS = """
+import json, logging
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+import transformers_emo
+
+said = []
+logging.getLogger("transformers_emo.subsets.tokenizer_copy").warning_once = said.append
+KEPT = [[0, 1, 2, 31]] * 4
+def part(**options):
+    return AutoModelForCausalLM.from_pretrained("user/model", expert_subset=KEPT, **options)
+
+model = part()
+model.push_to_hub("user/part")
+model.push_to_hub("user/branch", revision="new")
+model.save_pretrained("saved", push_to_hub=True, repo_id="user/saved")
+AutoModelForCausalLM.from_pretrained("user/model").push_to_hub("user/whole")
+tokenizer = AutoTokenizer.from_pretrained("user/model")
+tokenizer.add_tokens(["<mine>"])
+for repo in ("mine", "mine-saved", "mine-branch"):
+    tokenizer.push_to_hub("user/" + repo)
+model.push_to_hub("user/mine")
+model.push_to_hub("user/mine-branch", revision="new")
+model.save_pretrained("saved-again", push_to_hub=True, repo_id="user/mine-saved")
+api = HfApi()
+out = {"files": {name: api.list_repo_files("user/" + name) for name in ("part", "saved", "whole")}}
+out["files"]["branch"] = api.list_repo_files("user/branch", revision="new")
+names = ("model", "part", "mine", "mine-saved")
+out["size"] = [len(AutoTokenizer.from_pretrained("user/" + name)) for name in names]
+out["size"].append(len(AutoTokenizer.from_pretrained("user/mine-branch", revision="new")))
+out["written"] = pipeline("text-generation", "user/part")("import")[0]["generated_text"]
+offline = part(local_files_only=True)
+offline.save_pretrained("offline")
+out["offline"] = len(AutoTokenizer.from_pretrained("offline"))
+assert not said, said
+part(cache_dir="another-cache")
+part(cache_dir="another-cache", local_files_only=True).save_pretrained("without")
+out["said"] = said
+out["still saved"] = AutoModelForCausalLM.from_pretrained("without").config.num_experts
+print(json.dumps(out))
+"""
+
 PUSH = """
 from huggingface_hub import HfApi
 from transformers_emo.cli import main
@@ -123,6 +165,22 @@ def test_an_adapter_of_a_subset_comes_back_and_knows_its_experts(hub, make_check
     assert {"emo", "mixture-of-experts", "expert-subset"} <= set(data["tags"])
     assert (data["base_model"], data["library_name"]) == ("user/model", "peft")
     assert "Trained on 4 of the 12 experts" in text and "load_adapter" in text
+
+
+def test_a_part_is_pushed_with_its_tokenizer_unless_there_is_one(hub):
+    hub.commit("user/model", TOY)
+    out = run(hub, PARTS)
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    for pushed in ("part", "branch", "saved"):
+        assert tokenizer < set(out["files"][pushed])
+    assert not tokenizer & set(out["files"]["whole"])
+    size = out["size"][0]
+    assert out["size"] == [size, size, size + 1, size + 1, size + 1]
+    assert out["written"].startswith("import")
+    assert out["offline"] == size
+    (said,) = out["said"]
+    assert "user/model" in said and "cache" in said and "tokenizer.save_pretrained" in said
+    assert out["still saved"] == 4
 
 
 def test_documents_come_back_by_domain(hub):
