@@ -9,7 +9,6 @@ from tqdm import tqdm
 from .build import domains_of, read_lines
 
 SAMPLE_MB = 1.5  # of each domain
-CONTEXT = 1024  # tokens; only said to users, nothing is cut
 # Where no token crosses: words with a mark or space before them, numbers of up to three digits, punctuation
 # with the line ends after it, line ends with the indent before them. As the released EMO splits; C needs a
 # tenth fewer tokens than where text is split as GPT-2 does.
@@ -57,7 +56,7 @@ def train_tokenizer(out: Path, vocab_size: int, folder: Path, sample_mb: float =
     tokenizer.train_from_iterator(texts, trainer, len(texts))
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    EmoTokenizer(tokenizer_object=tokenizer, model_max_length=CONTEXT).save_pretrained(str(partial))
+    EmoTokenizer(tokenizer_object=tokenizer).save_pretrained(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
