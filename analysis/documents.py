@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..subsets.model_folder import existing_folder
+
 _SPLITS = ("calibration", "test")
 
 
@@ -46,6 +48,7 @@ def read_domains(
         max_test (`int`, *optional*): only the first so many test documents of each domain.
 
     Raises:
+        FileNotFoundError: if there is no such folder.
         ValueError: if there is no such file or domain, a line is not such a document, or a domain lacks
             documents of a split.
 
@@ -61,7 +64,7 @@ def read_domains(
     """
     if max_test is not None and max_test < 1:
         raise ValueError(f"`max_test` is {max_test}, expected at least 1 test document a domain.")
-    folder = Path(folder)
+    folder = existing_folder(folder)
     splits = [folder / split for split in _SPLITS]
     apart = all(split.is_dir() for split in splits)
     found = sorted({path.stem for place in (splits if apart else [folder]) for path in place.glob("*.jsonl")})

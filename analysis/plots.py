@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..optional_packages import require
 from ..subsets import SubsetOverlap
 from .measurements import Retention
 from .topics import TopicCosine
@@ -41,10 +42,7 @@ def require_matplotlib() -> None:
 
     ```
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: `pip install 'transformers-emo[analysis]'`.") from error
+    require("Pictures need", "matplotlib")
 
 
 def plot_retention(retention: Retention, path: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import ExpertSubset, select_experts
+from ..subsets.hub_files import pinned
 from .documents import Domain, draw, encode_documents
 from .evaluation import DocumentLosses, document_losses
 from .measurements import FULL, Journal, Measurement, Retention, experts_at
@@ -219,7 +220,9 @@ def _check_plan(models, domains, methods, shares, seeds, num_calibration) -> Non
 
 
 def _config(model: EmoForCausalLM | str | os.PathLike) -> EmoConfig:
-    return model.config if isinstance(model, EmoForCausalLM) else EmoConfig.from_pretrained(model)
+    if isinstance(model, EmoForCausalLM):
+        return model.config
+    return EmoConfig.from_pretrained(model, **pinned(model, {}))
 
 
 def _layer_size(config: EmoConfig) -> tuple[int, int, int]:

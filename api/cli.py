@@ -349,8 +349,11 @@ def _push(parsed: argparse.Namespace) -> None:
 
 
 def _cache(parsed: argparse.Namespace) -> None:
+    from .subsets.model_folder import existing_folder
     from .subsets.range_cache import cached_parts, clear_parts
 
+    if parsed.cache_dir is not None:
+        existing_folder(parsed.cache_dir)
     if parsed.action == "clear":
         print(f"cleared {clear_parts(parsed.repo, parsed.cache_dir) / 1e6:.1f} MB")
         return

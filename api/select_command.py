@@ -226,11 +226,9 @@ def _dataset(parsed: argparse.Namespace) -> Any:
     """The rows of the texts, or the file they are in."""
     if parsed.dataset is None:
         return parsed.data
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError("--dataset needs `datasets`: `pip install datasets`.") from error
-    return load_dataset(
+    from .optional_packages import import_optional
+
+    return import_optional("datasets", "--dataset needs").load_dataset(
         parsed.dataset,
         parsed.dataset_config,
         split=parsed.split or "train",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from transformers import GenerationConfig
 
 from ..configuration import EmoConfig
 from ..subsets import CheckpointError
-from ..subsets.model_folder import TOKENIZER_FILES, check_new, new_folder
+from ..subsets.model_folder import TOKENIZER_FILES, check_new, copy_companions, existing_folder, new_folder
 from ..subsets.safetensors_files import size_in_bytes, write_json
+from ..subsets.source_files import side_files
 from .distributed_checkpoint import DistributedCheckpoint
 from .olmo_core_config import read_config
 from .olmo_core_layout import PREFIX, TensorPart, training_layout
@@ -97,8 +97,7 @@ def convert_olmo_core(
             config.dtype = wanted
             config.save_pretrained(folder)
             generation_config(config).save_pretrained(folder)
-            for file in tokenizer_files:
-                shutil.copyfile(file, folder / file.name)
+            copy_companions(tokenizer or "", tokenizer_files, folder)
             difference = verify_logits(folder, checkpoint, config, wanted) if verify else None
             write_json(folder / PROVENANCE, _provenance(step_folder, wanted, parts, hashes, difference))
     finally:
@@ -213,10 +212,10 @@ def _provenance(
     }
 
 
-def _tokenizer_files(folder: str | os.PathLike | None) -> list[Path]:
+def _tokenizer_files(folder: str | os.PathLike | None) -> list[str]:
     if folder is None:
         return []
-    files = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    files = side_files(existing_folder(folder), TOKENIZER_FILES)
     if not files:
         raise FileNotFoundError(
             f"There are no tokenizer files in {folder}: expected a folder with tokenizer.json."

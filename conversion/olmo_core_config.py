@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def read_config(path: Path) -> EmoConfig:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        missing = f"file '{path}'" if path.parent.is_dir() else f"folder '{path.parent}'"
+        raise CheckpointError(
+            f"There is no {missing} (seen from {os.getcwd()}): expected a training step's folder, with "
+            "config.json and model_and_optim/."
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"Cannot read {path}: {error}. Expected the config.json of a training step's folder."

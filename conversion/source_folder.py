@@ -8,10 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers.utils.hub import extract_commit_hash
 
-from ..subsets.hub_files import is_hub_repo
+from ..subsets.hub_files import folder_or_repo, is_hub_repo
 
 
 def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hub_kwargs: Any) -> Path:
@@ -37,7 +36,7 @@ def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hu
     >>> try:
     ...     source_folder(tmp_path / "no" / "such" / "folder")
     ... except OSError as error:
-    ...     print("is no folder, and cannot be had from the Hub" in str(error))
+    ...     print("There is no folder" in str(error))
     True
 
     ```
@@ -46,12 +45,10 @@ def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hu
     if is_hub_repo(model):
         inside = f"{subfolder}/*" if subfolder else None
         ignored = [f"*{ending}" for ending in sorted(without)]
-        try:
+        with folder_or_repo(model):
             model = snapshot_download(
                 os.fspath(model), allow_patterns=inside, ignore_patterns=ignored, **hub_kwargs
             )
-        except (HFValidationError, OSError) as error:
-            raise OSError(f"{model} is no folder, and cannot be had from the Hub: {error}") from error
     return Path(model, subfolder)
 
 

@@ -9,7 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-NEEDS_PACKAGE = "`expert_subset` needs the transformers-emo package: `pip install transformers-emo`."
+# Also in code saved beside a model, where it is all that tells of the package.
+NEEDS_PACKAGE = (
+    "`expert_subset` needs the package transformers-emo, which this code was saved by: install it, as with "
+    "`pip install .` in its checkout, and load the model without `trust_remote_code`."
+)
 # Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, unlike locks.
 _mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 

@@ -18,6 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..optional_packages import import_optional
+from .hub_files import folder_or_repo
+
 # Above this many tokens with padding a batch gets no further text: activations stay below half a gigabyte at
 # EMO's width.
 _MAX_BATCH_TOKENS = 8192
@@ -173,15 +176,10 @@ def _encode_chats(chats, tokenizer, tokens, max_length) -> list[Example]:
     if tokens == "all":
         encoded = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
         return [Example(ids[-max_length:], [True] * len(ids[-max_length:])) for ids in encoded]
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise ImportError(
-            "Telling prompts and answers of chats apart needs `datasets`: `pip install datasets`."
-        ) from error
+    datasets = import_optional("datasets", "Telling prompts and answers of chats apart needs")
     from ..tokenization import encode_answers
 
-    rows = Dataset.from_list([{"messages": chat} for chat in chats]).to_iterable_dataset()
+    rows = datasets.Dataset.from_list([{"messages": chat} for chat in chats]).to_iterable_dataset()
     examples = []
     for row in encode_answers(rows, tokenizer=tokenizer, messages="messages", max_length=max_length):
         is_answer = (row["labels"] != _IGNORED).tolist()
@@ -212,7 +210,8 @@ def tokenizer_of(source: str | os.PathLike | None, **hub_kwargs: Any) -> PreTrai
     if not source:
         raise ValueError("The model was not loaded from anywhere: give the `tokenizer` too.")
     try:
-        return AutoTokenizer.from_pretrained(source, **hub_kwargs)
+        with folder_or_repo(source):
+            return AutoTokenizer.from_pretrained(source, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"There is no tokenizer in {os.fspath(source)} ({error}): give the `tokenizer` too."

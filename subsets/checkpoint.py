@@ -299,6 +299,8 @@ class Checkpoint:
         if index.is_file():
             weight_map = read_index(index)
             return cls.from_index(weight_map, set(weight_map.values()), LocalFiles(folder))
+        if not folder.is_dir():
+            raise CheckpointError(f"There is no folder '{folder}' (seen from {os.getcwd()}).")
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
         if pickled:
             raise CheckpointError(

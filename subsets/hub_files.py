@@ -6,15 +6,16 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import cached_files, extract_commit_hash
 
@@ -296,6 +297,63 @@ def is_repo_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and is_hub_repo(name)
 
 
+def can_be_repo(name: str | os.PathLike) -> bool:
+    """Whether the Hub could have a repository of this name.
+
+    Args:
+        name (`str` or `os.PathLike`): a name, or a path.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.hub_files import can_be_repo
+    >>> can_be_repo("allenai/Emo_1b14b_1T"), can_be_repo("./Emo_1b14b_1T")
+    (True, False)
+
+    ```
+    """
+    try:
+        validate_repo_id(os.fspath(name))
+    except HFValidationError:
+        return False
+    return True
+
+
+@contextmanager
+def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
+    """Have an error say both of what a path can be, where it is neither a folder here nor on the Hub.
+
+    Args:
+        path (`str` or `os.PathLike`): folder or Hub repository, about to be read.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and no repository can have such a name.
+        OSError: if there is no such folder, and the repository cannot be read.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.hub_files import folder_or_repo
+    >>> try:
+    ...     with folder_or_repo("./my/model"):
+    ...         pass
+    ... except FileNotFoundError as error:
+    ...     print(str(error).startswith("There is no folder './my/model' (seen from "))
+    True
+
+    ```
+    """
+    missing = f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()})"
+    if not os.path.exists(path) and not can_be_repo(path):
+        raise FileNotFoundError(f"{missing}, and a Hub repository cannot have this name.")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not is_hub_repo(path) or isinstance(error, CheckpointError):
+            raise
+        raise OSError(f"{missing}, and as a Hub repository it cannot be read: {error}") from error
+
+
 def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Where to download from, for several steps that must see one commit, even if the repository changes.
 
@@ -305,6 +363,9 @@ def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any
 
     Returns:
         `dict[str, Any]`: the same, for a repository with the newest commit of its revision.
+
+    Raises:
+        OSError: if there is neither such a folder nor such a repository, or it may not be read.
 
     Example:
 
@@ -317,5 +378,6 @@ def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any
     """
     if not is_hub_repo(path):
         return hub_kwargs
-    commit = extract_commit_hash(cached_file(path, "config.json", **hub_kwargs), None)
+    with folder_or_repo(path):
+        commit = extract_commit_hash(cached_file(path, "config.json", **hub_kwargs), None)
     return hub_kwargs if commit is None else hub_kwargs | {"revision": commit}

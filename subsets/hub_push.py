@@ -17,6 +17,7 @@ from .expert_subset import ExpertSubset, SubsetError
 from .hub_files import is_repo_name
 from .library import library_file
 from .model_experts import root_experts, size_range
+from .model_folder import existing_folder
 
 _CARD = "README.md"
 _TAGS = ("emo", "mixture-of-experts")
@@ -113,6 +114,7 @@ def push_folder(
         `CommitInfo`: the commit.
 
     Raises:
+        FileNotFoundError: if there is no such folder.
         CheckpointError: if weights of a model are missing, cut short or damaged; before anything is sent.
         ValueError: if the folder is none of these, its model is no EMO, or one of the documents' files is
             called `default.jsonl` or has `*`, `?`, `[` or `]` in its name.
@@ -130,7 +132,7 @@ def push_folder(
 
     ```
     """
-    folder = Path(folder)
+    folder = existing_folder(folder)
     documents = sorted(path.name for path in folder.glob("*.jsonl") if not path.name.startswith("."))
     repo_type = "model"
     if (folder / "adapter_config.json").is_file():
@@ -345,7 +347,7 @@ An [EMO](https://arxiv.org/abs/2605.06663) model: a mixture of experts whose exp
 It has {kept}; {config.num_experts_per_tok} are active for a token.
 
 ```python
-import transformers_emo  # pip install transformers-emo
+import transformers_emo  # from the package transformers-emo
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}")

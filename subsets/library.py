@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..configuration import EmoConfig
+from .hub_files import can_be_repo
 from .model_folder import optional_file
 from .subset_checks import SubsetError
 
@@ -143,7 +143,7 @@ def library_of(model: str | os.PathLike | None, **hub_kwargs: Any) -> tuple[Path
     """
     if not model or os.path.isfile(model):
         return None, None
-    if os.path.isdir(model) or not _can_be_repo(model):  # a folder, or one that is gone
+    if os.path.isdir(model) or not can_be_repo(model):  # a folder, or one that is gone
         return Path(model, hub_kwargs.get("subfolder") or ""), None
     return None, HubLibrary(os.fspath(model), hub_kwargs)
 
@@ -166,14 +166,6 @@ def library_of_loaded(config: EmoConfig) -> tuple[Path | None, Fetch | None]:
     """
     commit = getattr(config, "_commit_hash", None)
     return library_of(config.name_or_path, **({} if commit is None else {"revision": commit}))
-
-
-def _can_be_repo(name: str | os.PathLike) -> bool:
-    try:
-        validate_repo_id(os.fspath(name))
-    except HFValidationError:
-        return False
-    return True
 
 
 def find_subset(

@@ -22,14 +22,16 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-TOKENIZER_FILES = (
+TOKENIZER_FILES = (  # and patterns; see `source_files.side_files`
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 GENERATION_CONFIG = "generation_config.json"
 _PLAN = ".plan.json"
@@ -186,6 +188,32 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
+def existing_folder(path: str | os.PathLike) -> Path:
+    """See that a folder that is to be read is there.
+
+    Args:
+        path (`str` or `os.PathLike`): the folder.
+
+    Raises:
+        FileNotFoundError: if there is nothing of this name.
+        NotADirectoryError: if it is a file.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.model_folder import existing_folder
+    >>> existing_folder("model_cards/toy-emo").name
+    'toy-emo'
+
+    ```
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()}).")
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"{os.fspath(path)!r} is a file, expected a folder.")
+    return Path(path)
+
+
 def check_new(out: Path) -> None:
     """See that there is nothing of this name, not even a broken link.
 
@@ -277,10 +305,10 @@ def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path
     Example:
 
     ```python
-    >>> from transformers_emo.subsets.model_folder import TOKENIZER_FILES, copy_companions
-    >>> copy_companions("model_cards/toy-emo", TOKENIZER_FILES, tmp_path)
+    >>> from transformers_emo.subsets.model_folder import copy_companions
+    >>> copy_companions("model_cards/toy-emo", ["tokenizer.json", "vocab.json"], tmp_path)
     >>> sorted(path.name for path in tmp_path.iterdir())
-    ['tokenizer.json', 'tokenizer_config.json']
+    ['tokenizer.json']
 
     ```
     """

@@ -48,7 +48,7 @@ class CheckpointError(OSError):
     ```python
     >>> from transformers_emo.subsets import Checkpoint, CheckpointError
     >>> try:
-    ...     Checkpoint.from_folder("no-such-folder")
+    ...     Checkpoint.from_folder(tmp_path)
     ... except CheckpointError as error:
     ...     print(str(error)[:34])
     There are no safetensors weights i

@@ -42,7 +42,7 @@ from .fingerprint import (
     warn_if_chosen_elsewhere,
 )
 from .hidden_states import HiddenStates
-from .hub_files import pinned
+from .hub_files import folder_or_repo, pinned
 from .layers import CheckpointLayers, Layers, LoadedLayers
 from .library import library_of
 from .loading import HUB_KWARGS, open_checkpoint
@@ -351,7 +351,8 @@ def _resolve(model: Any, dtype: Any, device: Any, hub_kwargs: dict[str, Any]) ->
         os.path.join(model, hub_kwargs.get("subfolder") or "", "config.json")
     ):
         raise CheckpointError(f"There is no config.json in {os.fspath(model)}: it is no model's folder.")
-    found = EmoConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
+    with folder_or_repo(model):
+        found = EmoConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
     if found not in (EmoConfig.model_type, LEGACY_MODEL_TYPE):
         raise ValueError(
             f"{os.fspath(model)} is a model of type {found!r}, expected {EmoConfig.model_type!r}."

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, LazyTensor
 from .completeness import check_whole
 from .expert_subset import SubsetError
 from .expert_tensors import Part, PartOfModel, parts_of_model
-from .hub_files import HubFiles, pinned
+from .hub_files import HubFiles, folder_or_repo, pinned
 from .loading import lazy_parameters, open_checkpoint
 from .model_folder import check_new, check_space, copy_companions, new_folder, optional_file
 from .safetensors_files import write_json
@@ -182,7 +182,9 @@ def _parts(what: str) -> set[Part]:
 def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **hub_kwargs: Any) -> _Model:
     if isinstance(model, str | os.PathLike):
         label = os.fspath(model)
-        if optional_file(model, "adapter_config.json", **hub_kwargs) is not None:
+        with folder_or_repo(model):
+            adapter = optional_file(model, "adapter_config.json", **hub_kwargs)
+        if adapter is not None:
             raise ValueError(
                 f"{label} holds an adapter: merge it into its model (`merge_and_unload` of PEFT), and give "
                 "what `save_pretrained` of that writes."

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..optional_packages import import_optional
 from .tokenization_emo import EmoTokenizer
 
 if TYPE_CHECKING:
@@ -443,10 +444,4 @@ def _check_column(column: str, names: list[str], argument: str = "column") -> No
 
 def _import_datasets():
     """`datasets`, which only training needs."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            "Reading a dataset needs the library `datasets`: `pip install 'transformers-emo[train]'`."
-        ) from error
-    return datasets
+    return import_optional("datasets", "Reading a dataset needs")

@@ -20,6 +20,7 @@ import torch
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
+from ..optional_packages import import_optional
 from ..subsets import ExpertSubset, SubsetError, present_experts
 from ..subsets.adapter_record import EXPERT_TENSOR, RECORD, check_record, held_experts, read_record
 
@@ -291,8 +292,4 @@ def _first_layer(subset: ExpertSubset) -> str:
 
 
 def _require_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("Adapters need PEFT: `pip install 'transformers-emo[peft]'`.") from error
-    return peft
+    return import_optional("peft", "Adapters need")

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
+from ..optional_packages import require
+
 RecipeName = Literal["pretrain", "anneal", "fine-tune"]
 
 _OPTIMISER = {
@@ -75,6 +77,7 @@ def training_arguments(
     Raises:
         ValueError: if there is no such recipe, a number is none, the windows cannot be divided among the
             devices, or the recipe's warm-up is as long as the whole training.
+        ImportError: without `accelerate`.
 
     Example:
 
@@ -88,6 +91,7 @@ def training_arguments(
 
     ```
     """
+    require("Training needs", "accelerate")
     if recipe not in _RECIPES:
         raise ValueError(f"There is no recipe {recipe!r}: expected one of {list(get_args(RecipeName))}.")
     _check_numbers(changes)

@@ -12,6 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
+from ..optional_packages import require
+from ..subsets.hub_files import folder_or_repo, pinned
 from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
 from .collator import DocumentCollator
 from .fine_tuning import train_only
@@ -37,7 +39,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
     Raises:
         ValueError: if `output_dir` holds checkpoints and `resume` is not set, a setting does not fit, or
             there is nothing to train on.
-        ImportError: without `datasets` or `accelerate`.
+        ImportError: without `datasets` or `accelerate`, or `peft` for an adapter.
 
     Example:
 
@@ -75,7 +77,7 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
 
     Raises:
         ValueError: if a setting does not fit, or there is nothing to train on.
-        ImportError: without `datasets` or `accelerate`.
+        ImportError: without `datasets` or `accelerate`, or `peft` for an adapter.
 
     Example:
 
@@ -88,15 +90,20 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
 
     ```
     """
+    require("Training needs", "accelerate", "datasets", *([] if recipe.lora is None else ["peft"]))
     arguments = _arguments(recipe)
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(arguments.seed)
+    pinned(recipe.model.path, recipe.model.hub)  # a path that is wrong is an error of its own
     config = _load_config(recipe)
     if recipe.model.tokenizer is None:
         tokenizer = EmoTokenizer.from_pretrained(recipe.model.path, **recipe.model.hub)
     else:
-        tokenizer = EmoTokenizer.from_pretrained(recipe.model.tokenizer)
+        with folder_or_repo(recipe.model.tokenizer):
+            tokenizer = EmoTokenizer.from_pretrained(recipe.model.tokenizer)
     _check_vocabulary(recipe, tokenizer, config)
+    if recipe.model.from_scratch:  # it may be another model's; it is saved as this one's
+        tokenizer.model_max_length = config.max_position_embeddings
     with arguments.main_process_first(desc="tokenising"):
         windows = _load_data(recipe.data, tokenizer, "data")
         evaluation = None

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY
+from conftest import GOLDENS, TOY
 from transformers_emo import EmoForCausalLM, ExpertSubset, cli, training
 
 
@@ -75,7 +76,7 @@ def test_retention_without_pictures_needs_no_matplotlib(tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words = ["retention", str(TOY), *SMALL, "--out", str(tmp_path), "--methods", "random", "--shares", "0.5"]
     assert cli.main(words) == 1
-    assert "transformers-emo[analysis]" in capsys.readouterr().err
+    assert "Pictures need matplotlib: `pip install 'matplotlib>=" in capsys.readouterr().err
     assert cli.main([*words, "--no-plots", "--no-topics"]) == 0
     expected = ["claims.json", "measurements.jsonl", "retention.csv", "retention.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == expected
@@ -87,7 +88,7 @@ def test_retention_without_pictures_needs_no_matplotlib(tmp_path, monkeypatch, c
         ([str(TOY), f"{TOY}/", *SMALL], "give each a name of its own"),
         ([str(TOY), *SMALL, "--baseline", "std"], "baseline 'std' is none of"),
         ([str(TOY), *SMALL, "--methods", "best"], "Unknown method 'best'"),
-        ([str(TOY), "--texts", "no-such-folder"], "no documents in 'no-such-folder'"),
+        ([str(TOY), "--texts", "no-such-folder"], "There is no folder 'no-such-folder' (seen from "),
         ([str(TOY), *SMALL, "--seeds", "0"], "no seeds"),
     ],
 )
@@ -113,6 +114,76 @@ def test_extract_and_write_back_are_each_others_inverse(tmp_path, capsys):
     weights = "model.safetensors"
     assert (tmp_path / "out" / weights).read_bytes() == (TOY / weights).read_bytes()
     assert EmoForCausalLM.from_pretrained(small).config.retained_experts[3] == [6, 31]
+
+
+STEP, DOCUMENTS = str(GOLDENS / "D_olmo_core_checkpoint" / "step10"), str(TOY / "documents")
+PRETRAIN = str(TOY.parents[1] / "examples" / "recipes" / "pretrain.yaml")
+TAKES_FOLDERS = [
+    ["push", "{}", "me/repo"],
+    ["convert", "olmo-core-to-hf", "{}", "out"],
+    ["convert", "olmo-core-to-hf", STEP, "out", "--tokenizer", "{}"],
+    ["convert", "hf-to-olmo-core", "{}", "out"],
+    ["convert", "hf-to-olmo-core", str(TOY), "out", "--original", "{}"],
+    ["retention", str(TOY), "--texts", "{}", "--out", "out"],
+    ["cache", "--cache-dir", "{}"],
+]
+TAKES_REPOSITORIES = [
+    ["extract", "{}", "math.json", "out"],
+    ["shard", "{}", "out"],
+    ["convert", "upgrade", "{}", "out"],
+    ["write-back", "{}", str(TOY), "--out", "out"],
+    ["write-back", str(TOY), "{}", "--out", "out"],
+    ["select", "{}", "math.json", "--text", "2 + 2"],
+    ["select", str(TOY), "math.json", "--text", "2 + 2", "--tokenizer", "{}"],
+    ["train", PRETRAIN, "--set", "model.path={}"],
+    ["train", PRETRAIN, "--set", "model.tokenizer={}"],
+    ["retention", "{}", "--texts", DOCUMENTS, "--out", "out"],
+]
+TAKES_FILES = [
+    ["train", "{}"],
+    ["train", PRETRAIN, "--set", "data.load.data_files={}"],
+    ["select", str(TOY), "math.json", "--data", "{}"],
+]
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """What a command says that is given a path, and that makes nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path("model_cards").symlink_to(TOY.parent)  # for the recipe
+
+    def refuse(words, path):
+        assert cli.main([word.format(path) for word in words]) == 1
+        assert not Path("math.json").exists() and not Path("out", "config.json").exists()
+        return capsys.readouterr().err
+
+    return refuse
+
+
+@pytest.mark.parametrize("words", TAKES_FOLDERS, ids=" ".join)
+def test_a_folder_that_is_not_there_is_named(words, refusal, tmp_path):
+    assert f"There is no folder 'no/such' (seen from {tmp_path})" in refusal(words, "no/such")
+
+
+@pytest.mark.parametrize("words", TAKES_REPOSITORIES, ids=" ".join)
+def test_what_is_neither_a_folder_nor_a_repository_is_named_as_both(words, refusal, tmp_path):
+    said = refusal(words, "no/such")
+    assert f"There is no folder 'no/such' (seen from {tmp_path}), and as a Hub repository it cannot" in said
+    said = refusal(words, "./no/such")
+    assert (
+        "There is no folder './no/such' (seen from" in said and "Hub repository cannot have this name" in said
+    )
+
+
+@pytest.mark.parametrize("words", TAKES_FILES, ids=" ".join)
+def test_a_file_that_is_not_there_is_named(words, refusal):
+    assert "no/such" in refusal(words, "no/such")
+
+
+def test_a_file_is_not_taken_for_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["push", str(tmp_path / "file"), "me/repo"]) == 1
+    assert "file' is a file, expected a folder" in capsys.readouterr().err
 
 
 def test_extract_converts(tmp_path):

@@ -52,7 +52,10 @@ def test_a_run_ends_in_a_model_with_its_tokenizer(write, tmp_path):
     assert trainer.state.global_step == 4 and "pool_size" in trainer.state.log_history[0]
     model = EmoForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.document_pool_max == 11
-    assert EmoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 0
+    tokenizer = EmoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.eos_token_id == 0
+    # The recipe names another model's tokenizer, of another context.
+    assert tokenizer.model_max_length == model.config.max_position_embeddings != 256
 
 
 def test_a_run_goes_on_where_it_was_stopped(write, tmp_path):
