@@ -107,9 +107,18 @@ def _add_retention(commands: Any) -> None:
         "--baseline", metavar="NAME", help="compare the other models with this one; the last of several"
     )
     retention.add_argument("--domains", nargs="+", metavar="NAME", help="only these; all by default")
-    retention.add_argument("--methods", nargs="+", metavar="METHOD", help="ways to choose experts")
     retention.add_argument(
-        "--shares", nargs="+", type=float, metavar="SHARE", help="of the experts, above 0, at most 1"
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="ways to choose experts: layerwise, global, easy_ep, random (default these), reap",
+    )
+    retention.add_argument(
+        "--shares",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="of the experts, above 0, at most 1 (default 1 to 0.03125, by halves)",
     )
     retention.add_argument(
         "--seeds", type=int, default=1, metavar="N", help="draw calibration documents N times (default 1)"
@@ -322,7 +331,7 @@ def _train(parsed: argparse.Namespace) -> None:
 def _convert_olmo_core(parsed: argparse.Namespace) -> None:
     from .conversion import convert_olmo_core
 
-    convert_olmo_core(
+    config = convert_olmo_core(
         parsed.step_folder,
         parsed.out,
         dtype=parsed.dtype,
@@ -330,6 +339,8 @@ def _convert_olmo_core(parsed: argparse.Namespace) -> None:
         tokenizer=parsed.tokenizer,
         verify=parsed.verify,
     )
+    without = "" if parsed.tokenizer else "; without a tokenizer, which --tokenizer copies"
+    print(f"{parsed.out}: {_layers(config)}{without}")
 
 
 def _shard(parsed: argparse.Namespace) -> None:
@@ -375,14 +386,16 @@ def _convert_to_olmo_core(parsed: argparse.Namespace) -> None:
         settings=dict(parsed.set),
         verify=parsed.verify,
     )
+    print(f"{parsed.out}: config.json and model_and_optim/")
 
 
 def _upgrade(parsed: argparse.Namespace) -> None:
     from .conversion import upgrade_checkpoint
 
-    upgrade_checkpoint(
+    config = upgrade_checkpoint(
         parsed.repo, parsed.out, settings=dict(parsed.set), link=parsed.link, **_hub_kwargs(parsed)
     )
+    print(f"{parsed.out}: {_layers(config)}")
 
 
 def _retention(parsed: argparse.Namespace) -> None:
@@ -461,6 +474,14 @@ def _write_back(parsed: argparse.Namespace) -> None:
     )
     averaged = f", {len(result.averaged)} of them averaged" if result.averaged else ""
     print(f"{parsed.out}: {len(result.written)} tensors and router rows written{averaged}")
+
+
+def _layers(config: Any) -> str:
+    """How many layers of how many experts a model has."""
+    layers = config.layer_experts
+    if all(layer.is_dense for layer in layers):
+        return f"{len(layers)} dense layers"
+    return f"{len(layers)} layers of {_experts(layers)} experts"
 
 
 def _experts(layers: Sequence[Any]) -> str:

@@ -73,8 +73,8 @@ def convert_olmo_core(
     >>> try:
     ...     convert_olmo_core("step10", tmp_path / "model", progress=False)
     ... except OSError as error:
-    ...     print(str(error)[:31])
-    Cannot read step10/config.json:
+    ...     print(str(error)[:27])
+    There is no folder 'step10'
 
     ```
     """

@@ -65,8 +65,8 @@ class EmoTokenizer(TokenizersBackend):
     ):
         if tokenizer_object is None and tokenizer_file is None:
             raise ValueError(
-                f"There is no `tokenizer.json` in {kwargs.get('name_or_path') or 'the arguments'}: "
-                "`EmoTokenizer` reads no other format."
+                f"There is no `tokenizer.json` in {kwargs.get('name_or_path') or 'the arguments'}, and "
+                "`EmoTokenizer` reads no other format: `tokenizer.save_pretrained` puts one beside a model."
             )
         # Loaded here and not by Transformers, as the defaults depend on the vocabulary.
         if tokenizer_object is None:

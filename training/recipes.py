@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
+import torch
 from transformers import TrainingArguments
 
 from ..optional_packages import require
@@ -99,6 +100,8 @@ def training_arguments(
         raise ValueError(f"`windows_per_step` is {windows_per_step!r}, expected an integer of at least 1.")
     # `DocumentCollator` reads columns that the model's signature does not name.
     settings: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none"} | _RECIPES[recipe]
+    if not torch.accelerator.is_available():  # PyTorch warns of it otherwise
+        settings["dataloader_pin_memory"] = False
     default_windows = settings.pop("windows_per_step", None)
     if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changes):
         windows_per_step = windows_per_step or default_windows

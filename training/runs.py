@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,9 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
             adapter = lora_config(model, **recipe.lora)
         except TypeError as error:
             raise ValueError(f"The section `lora` is not right: {error}.") from error
-        trained = get_peft_model(model, adapter)
+        with warnings.catch_warnings():  # PEFT looks for modules of these names; they are of parameters
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*gate_up_proj")
+            trained = get_peft_model(model, adapter)
     return trainer_class(
         trained,
         arguments,

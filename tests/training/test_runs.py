@@ -234,3 +234,11 @@ def test_files_that_are_no_recipes_are_refused(tmp_path, text, message):
 def test_a_setting_inside_a_value_is_refused(write):
     with pytest.raises(ValueError, match="Cannot set `output_dir.x`: `output_dir` holds"):
         Recipe.read(write(), {"output_dir.x": 1})
+
+
+def test_a_run_warns_of_nothing_that_is_right(write, recwarn):
+    pytest.importorskip("peft")
+    section = {"r": 2, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    train(Recipe.read(write(recipe="fine-tune", model={"from_scratch": False}, lora=section)))
+    said = [str(warning.message) for warning in recwarn]
+    assert not [text for text in said if "_pattern keys" in text or "pin_memory" in text]
