@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .run_command import add_run
 from .select_command import add_select
 from .version import __version__
 
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_train,
+        add_run,
         add_select,
         _add_extract,
         _add_write_back,

@@ -153,7 +153,7 @@ def _select(parsed: argparse.Namespace) -> None:
         budget=parsed.budget,
         answers=parsed.answer,
         dataset=_dataset(parsed),
-        exclude_experts=_excluded(parsed.exclude or []),
+        exclude_experts=excluded_experts(parsed.exclude or []),
         **{name: value for name, value in given.items() if value is not None},
     )
     for path, subset in zip(paths, subsets, strict=True):
@@ -237,8 +237,24 @@ def _dataset(parsed: argparse.Namespace) -> Any:
     )
 
 
-def _excluded(words: list[str]) -> dict[int, list[int]] | str | None:
-    """The experts not to choose: ids by layer, or what names a subset."""
+def excluded_experts(words: list[str]) -> dict[int, list[int]] | str | None:
+    """The experts that `--exclude` names: ids by layer, or what names a subset; `None` for none.
+
+    Args:
+        words (`list[str]`): the values of the option.
+
+    Raises:
+        ValueError: if one is neither, or a subset is not alone.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.select_command import excluded_experts
+    >>> excluded_experts(["3:17,40", "3:2"])
+    {3: [2, 17, 40]}
+
+    ```
+    """
     by_layer: dict[int, list[int]] = {}
     for word in words:
         match = _BY_LAYER.fullmatch(word)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMixin
 
-from .prompt_pool import PromptPool, cached_pools, pool_sizes
+from .prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
 
 
 @dataclass
@@ -39,10 +39,7 @@ class _PoolRequest:
                 )
             return {}
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                "The tokens in the cache were read without document pools, which are chosen from the whole "
-                "prompt: begin with a new cache, or give `document_pool` when it is first filled."
-            )
+            raise read_without_pools()
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         batch, length = tokens.shape[:2]
         prompt_BS = torch.arange(length, device=tokens.device).expand(batch, -1) < self.prompt_length
@@ -106,7 +103,7 @@ class EmoGenerationMixin(GenerationMixin):
                 one number or one a layer, from those that a token picks to those there are; `True` for
                 `config.document_pool_eval`, or all where there are no more; `False` for none, even if the
                 cache has pools. Among the experts of `expert_subset`, if given. By default what
-                `generation_config.document_pool` says, if it is there.
+                `generation_config.document_pool` says, if it is there, or `emo run --document-pool`.
             args, kwargs: as for every Transformers model.
 
         Raises:
@@ -140,6 +137,8 @@ class EmoGenerationMixin(GenerationMixin):
         if document_pool is None:
             settings = kwargs.get("generation_config") or model.generation_config
             document_pool = getattr(settings, "document_pool", None)
+        if document_pool is None:
+            document_pool = model.base_model.default_document_pool
         if document_pool is not None:
             sizes = None if document_pool is False else pool_sizes(model.config, document_pool)
             if sizes is not None:
@@ -180,6 +179,8 @@ class EmoGenerationMixin(GenerationMixin):
         settings, request = generation_config or model.generation_config, _request.get()
         if request is None and getattr(settings, "document_pool", None):
             raise ValueError(f"{_PAGED}: set `generation_config.document_pool = None`, or use `generate`.")
+        if request is None and model.base_model.default_document_pool is not None:
+            raise ValueError(f"{_PAGED}: leave out `--document-pool` of `emo run`, or use `generate`.")
         return super().init_continuous_batching(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):

@@ -54,7 +54,7 @@ from .losses import (
     lm_z_loss,
     load_balancing_loss,
 )
-from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools
+from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools, row_pools
 from .segments import flatten_segments, lengths_from_segments, segments_from_positions
 from .sharing import SharedModel
 from .weight_names import register_weight_names
@@ -566,6 +566,8 @@ class EmoModel(EmoPreTrainedModel):
         self.expert_masks: list[torch.Tensor | None] = [None] * config.num_hidden_layers
         # Draws the pool sizes; the device's global generator when `None`.
         self.pool_generator: torch.Generator | None = None
+        # Size of the pools where the caller says nothing of pools: `emo run --document-pool`.
+        self.default_document_pool: int | None = None
         self.post_init()
 
     @_resolve_output_router_logits
@@ -638,6 +640,15 @@ class EmoModel(EmoPreTrainedModel):
             position_ids = (
                 torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             ).unsqueeze(0)
+        said = [document_pool, document_pool_sizes, prompt_pool]
+        if self.default_document_pool is not None and all(pools is None for pools in said):
+            told_apart = [document_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")]
+            if training_step or any(documents is not None for documents in told_apart):
+                document_pool = self.default_document_pool
+            else:
+                prompt_pool = row_pools(
+                    self.config, self.default_document_pool, past_key_values, inputs_embeds, attention_mask
+                )
         request = PoolRequest(
             document_pool,
             document_pool_sizes,

@@ -271,6 +271,72 @@ def frozen_pools(
     return [FrozenPool(pools, index, shape, prompt) for index in range(len(pools.sizes))]
 
 
+def row_pools(
+    config: EmoConfig, size: int, cache: Any, tokens_BSD: torch.Tensor, attention_mask_BS: torch.Tensor | None
+) -> PromptPool | None:
+    """Pools of a forward outside `generate`: every row is one document, as every prompt of `generate` is.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        size (`int`): routed experts in each pool.
+        cache (`Cache`, *optional*): keys and values of the tokens before.
+        tokens_BSD (`torch.Tensor`): the embedded tokens of the forward.
+        attention_mask_BS (`torch.Tensor`, *optional*): 0 for padding, which has no say.
+
+    Returns:
+        `PromptPool`, *optional*: `None` if the cache has pools, which then hold.
+
+    Raises:
+        ValueError: if the size is impossible, padding cannot be told, or the tokens in the cache were read
+            without pools.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.prompt_pool import row_pools
+    >>> row_pools(EmoConfig(num_hidden_layers=1), 8, None, torch.zeros(1, 3, 2), None).prompt_BS
+    tensor([[True, True, True]])
+
+    ```
+    """
+    if cached_pools(cache) is not None:
+        return None
+    if cache is not None and cache.get_seq_length() > 0:
+        raise read_without_pools()
+    batch, length = tokens_BSD.shape[:2]
+    if attention_mask_BS is None or attention_mask_BS.dim() != 2:
+        if batch > 1:
+            raise ValueError(
+                f"Document pools of {batch} rows without a 2-D `attention_mask`: padding, which must have no "
+                "say in a pool, cannot be told from text. Give the mask, or one row at a time (`lm_eval "
+                "--batch_size 1`)."
+            )
+        prompt_BS = torch.ones(batch, length, dtype=torch.bool, device=tokens_BSD.device)
+    else:
+        prompt_BS = attention_mask_BS[:, :length].to(tokens_BSD.device, torch.bool)
+    return PromptPool(pool_sizes(config, size), prompt_BS)
+
+
+def read_without_pools() -> ValueError:
+    """The error for a cache whose tokens had no pools.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.prompt_pool import read_without_pools
+    >>> str(read_without_pools())[:60]
+    'The tokens in the cache were read without document pools, wh'
+
+    ```
+    """
+    return ValueError(
+        "The tokens in the cache were read without document pools, which are chosen from the whole prompt: "
+        "begin with a new cache, or give `document_pool` when it is first filled."
+    )
+
+
 def _other_pools(found: str, expected: str) -> ValueError:
     return ValueError(
         f"The cache has document pools of {found}, expected {expected}: it is the cache of other prompts or "

@@ -1,6 +1,7 @@
 from .adapter_record import check_adapter_config
+from .default_choice import from_pretrained
 from .hub_push import complete_card
-from .loading import from_pretrained, kept_experts, load_adapter, load_weights
+from .loading import kept_experts, load_adapter, load_weights
 from .size_check import check_before_building
 from .swapping import share_backbone, swap_experts
 from .tokenizer_copy import copy_tokenizer, tokenizer_to_push
