@@ -6,7 +6,7 @@ ROOMS := analysis configuration conversion modeling_emo subsets tokenization tra
 CODE := api $(ROOMS) benchmarks examples tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow lint typecheck bench emo-tiny clean
+.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,7 +27,7 @@ demo: $(VENV)/.installed  ## choose experts for a domain, load only those, gener
 # A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL)
+	$(BIN)/python -m pytest -m 'not slow and not tools' $(PARALLEL)
 
 # The oldest Transformers supported, beside the environment's own. Its common test suite belongs to the newest; what
 # takes long and adds nothing to what other tests ask of Transformers is left out.
@@ -37,10 +37,21 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 	test -d build/transformers-$(OLDEST) || ( \
 	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
 	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
-	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
+	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow and not tools' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+# The tools of others that `emo run` starts have an environment of their own.
+TOOLS := .venv-tools
+$(TOOLS)/.installed: pyproject.toml constraints.txt constraints-tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-tools.txt \
+	  --editable '.[train]' pytest 'lm_eval[hf]' trl 'transformers[serving]'
+	touch $@
+
+test-tools: $(TOOLS)/.installed  ## lm_eval, `transformers serve` and `chat`, TRL, torchrun through `emo run`
+	$(TOOLS)/bin/python -m pytest -m tools tests/tools
 
 lint: $(VENV)/.installed-dev typecheck  ## style and types
 	$(BIN)/ruff check $(CODE)
@@ -80,4 +91,4 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 	$(BIN)/python $(TINY)/publish.py cards
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

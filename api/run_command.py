@@ -136,9 +136,7 @@ def _subset(name: str | None) -> str | None:
     """A subset's name as it is; its file, once it is known to be one, by its full path: programs may move."""
     if name is None:
         return None
-    from .subsets.library import library_file
-
-    if os.path.isfile(name) or library_file(name) is None:
+    if os.path.isfile(name) or os.path.basename(name) != name:
         from .subsets import ExpertSubset
 
         ExpertSubset.of(name)

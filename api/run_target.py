@@ -19,7 +19,7 @@ from pathlib import Path
 
 _PYTHON = re.compile(r"(python|pypy)[\d.]*w?(\.exe)?")
 # How installers write a first line that is too long for the system or has a space: a shell starts Python.
-_EXEC_BY_SHELL = re.compile(rb"#!/bin/sh\s*\n'''exec' (\"[^\"\n]+\"|\S+) ")
+_EXEC_BY_SHELL = re.compile(r"#!/bin/sh\s*\n'''exec' (.+) \"\$0\" \"\$@\"")
 _BINARIES = {b"\x7fELF": "a compiled program", b"\xcf\xfa\xed\xfe": "a compiled program", b"MZ": "a program"}
 _WHAT = (
     "`emo run` starts Python programs (a console script, a .py file, or `-m` and a module); a shell script "
@@ -144,10 +144,15 @@ def _interpreter(file: str) -> tuple[str, list[str]]:
     for magic, kind in _BINARIES.items():
         if head.startswith(magic):
             raise ValueError(f"{file} is {kind}: {_WHAT}.")
-    by_shell = _EXEC_BY_SHELL.match(head)
+    text = head.decode(errors="replace")
+    by_shell = _EXEC_BY_SHELL.match(text)
+    if by_shell and "$" in by_shell[1]:  # the Python beside the script, in environments that may be moved
+        beside = os.path.dirname(os.path.realpath(file))
+        return os.path.join(beside, by_shell[1].rpartition("/")[2].strip("'\"")), []
     if by_shell:
-        return by_shell[1].decode().strip('"'), []
-    line = head.split(b"\n", 1)[0].decode(errors="replace").strip()
+        python, *options = shlex.split(by_shell[1])
+        return python, options
+    line = text.split("\n", 1)[0].strip()
     if not line.startswith("#!"):
         raise ValueError(f"{file} does not say which program runs it (no first line with #!): {_WHAT}.")
     words = shlex.split(line[2:].replace("\\", "\\\\"))
