@@ -56,7 +56,9 @@ def test_the_program_has_the_words_the_input_and_the_exit_status(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_program(number):
-    code = "import time; print('ready', flush=True); time.sleep(300)"
+    # The tests may run in the background, where Ctrl-C is ignored.
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "print('ready', flush=True); time.sleep(300)"
     with subprocess.Popen(
         [*EMO_RUN, "python", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as program:
