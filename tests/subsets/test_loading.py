@@ -320,16 +320,15 @@ AutoModelForCausalLM.from_pretrained({os.fspath(TOY)!r})  # so that every module
 counted = lambda: int(Path("/proc/self/io").read_text().split()[1])  # rchar, its first line
 before = counted()
 model = AutoModelForCausalLM.from_pretrained({os.fspath(folder)!r}, expert_subset=[[0, 20, 40, 63]] * 2)
-maps = Path("/proc/self/maps").read_text()
-assert {os.fspath(folder)!r} not in maps
-print(counted() - before, sum(p.numel() * 4 for p in model.parameters()))
+read = counted() - before
+# Only now, for this file is read too: it is long where PyTorch has many libraries.
+assert {os.fspath(folder)!r} not in Path("/proc/self/maps").read_text()
+print(read, sum(p.numel() * 4 for p in model.parameters()))
 """
         run = fresh_processes.run(code, check=True)
         read, kept = map(int, run.stdout.split()[-2:])
         headers = 2 * (8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little"))
-        assert (
-            read <= 1.02 * kept + headers + 20_000
-        )  # 20 kB: the config files and this process's own /proc reads
+        assert read <= 1.02 * kept + headers + 20_000  # 20 kB: the config files
 
     def test_wanted_ranges_name_just_the_kept_tensors(self, make_checkpoint):
         folder = make_checkpoint(shards=True)
