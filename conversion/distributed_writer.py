@@ -15,10 +15,9 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -26,6 +25,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from ..modeling_emo.private_torch import private_torch
+
+_StorageInfo = private_torch("torch.distributed.checkpoint.filesystem._StorageInfo")
 
 MAX_FILE_BYTES = 4 << 30
 
@@ -69,7 +72,7 @@ def write_distributed_checkpoint(
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries: dict[str, TensorStorageMetadata] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[MetadataIndex, Any] = {}
     hashes: dict[str, str] = {}
     with ThreadPoolExecutor(1) as hasher, closing(_ahead(chunks)) as incoming:
         held = next(incoming, None)
@@ -84,12 +87,14 @@ def write_distributed_checkpoint(
                     # A view would be saved with the whole storage it is a view of.
                     own = rows if _owns_its_storage(rows) else rows.clone()
                     torch.save(own, cast(IO[bytes], hashed))
-                    places[MetadataIndex(name, offset)] = _StorageInfo(file, start, hashed.written - start)
+                    places[MetadataIndex(fqn=name, offset=offset)] = _StorageInfo(
+                        relative_path=file, offset=start, length=hashed.written - start
+                    )
                     held = next(incoming, None)
                 hashes[file] = hashed.digest.hexdigest()
     _check(entries, shapes)
     paths = {name: tuple(name.split(".", 1)) for name in entries}
-    root = Metadata({**entries}, planner_data=paths, storage_data=places)
+    root = Metadata(state_dict_metadata={**entries}, planner_data=paths, storage_data=places)
     data = pickle.dumps(root, protocol=4)
     (folder / ".metadata").write_bytes(data)
     hashes[".metadata"] = hashlib.sha256(data).hexdigest()
@@ -158,13 +163,15 @@ def _add(
 ) -> torch.Size:
     """Note a chunk, and give its place in the tensor."""
     if name not in entries:
-        entries[name] = TensorStorageMetadata(TensorProperties(rows.dtype), torch.Size(shapes[name]), [])
+        entries[name] = TensorStorageMetadata(
+            properties=TensorProperties(dtype=rows.dtype), size=torch.Size(shapes[name]), chunks=[]
+        )
     entry = entries[name]
     if entry.properties.dtype != rows.dtype:
         raise ValueError(f"A chunk of {name} is of {rows.dtype}, its first of {entry.properties.dtype}.")
     start = sum(chunk.sizes[0] for chunk in entry.chunks)
     offset = torch.Size([start, *[0] * (rows.dim() - 1)])
-    entry.chunks.append(ChunkStorageMetadata(offset, rows.shape))
+    entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=rows.shape))
     return offset
 
 

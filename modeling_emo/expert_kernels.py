@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import integrations  # its `moe` is no import: registering imports us in the midst of it
 
 from .gradient_memory import empty_gradient
 from .native_library import Kernels, find_kernels
+from .private_torch import private_torch
 
+_is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 # Without AMX, from so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster.
 # For gradients they always are (both measured).
@@ -215,7 +216,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
         hidden_states.device.type == "cpu"
         and self.config.hidden_act == "silu"  # type: ignore[union-attr]
         and not torch.compiler.is_exporting()  # what reads a graph elsewhere knows no operator of ours
-        and not is_traceable_wrapper_subclass(gate_up)  # quantised or distributed
+        and not _is_wrapper(gate_up)  # quantised or distributed
     )
     if not is_ours:
         return integrations.moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)

@@ -22,6 +22,10 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 from transformers import TorchAoConfig
 
+from .private_torch import private_torch
+
+_make_wrapper_subclass = private_torch("torch.Tensor._make_wrapper_subclass")
+
 EXPERTS = r"re:.*\.mlp\.experts\.(gate_up|down)_proj"
 _GROUPS = (32, 64, 128)
 
@@ -111,7 +115,7 @@ class Int4Experts(TorchAOBaseTensor):
 
     def __new__(cls, qdata, scale_and_zero, block_size, shape):
         """A tensor without memory of its own around the two that it is made of."""
-        return torch.Tensor._make_wrapper_subclass(
+        return _make_wrapper_subclass(
             cls, shape, device=qdata.device, dtype=scale_and_zero.dtype, requires_grad=False
         )
 

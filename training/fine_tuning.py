@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import TrainerCallback
 
 from ..modeling_emo import EmoPreTrainedModel
+from ..modeling_emo.private_torch import private_torch
+
+_WeakTensorKeyDictionary = private_torch("torch.utils.weak.WeakTensorKeyDictionary")
 
 What = Literal["all", "routed", "routed+shared", "routed+shared+router"]
 
@@ -134,7 +136,7 @@ class _FrozenRowHooks:
 
     def __init__(self, rows: list[int]):
         self.rows = rows
-        self.handles = WeakTensorKeyDictionary()
+        self.handles = _WeakTensorKeyDictionary()
 
     def __call__(self, experts: nn.Module, *_) -> None:
         if torch.compiler.is_compiling():  # a compiled graph keeps the hooks that are there
