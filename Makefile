@@ -6,7 +6,7 @@ ROOMS := analysis configuration conversion modeling_emo subsets tokenization tra
 CODE := api $(ROOMS) benchmarks examples tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean
+.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,25 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
 	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
 	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow and not tools' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
+
+# Another Python or PyTorch: a wheel is built and installed into an environment of its own under build/, and the tests
+# that touch most of both run on it. What else is installed is as in constraints.txt. torch.compile needs that Python's
+# headers (Debian: libpython3.14-dev).
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+OTHER = build/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-torch$(TORCH)
+SMOKE := api/test_cli.py api/test_import_hook.py api/test_lazy_names.py configuration conversion/test_pickled_metadata.py \
+  conversion/test_to_olmo_core.py modeling_emo/test_expert_kernels.py modeling_emo/test_goldens.py \
+  modeling_emo/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/test_private_torch.py \
+  modeling_emo/test_prompt_pool.py modeling_emo/test_quantised_experts.py subsets/test_loading.py \
+  training/test_fine_tuning.py training/test_trainer.py test_docstrings.py
+test-python:  ## a selection of tests on another Python or PyTorch: PYTHON=python3.14 TORCH=2.15.0
+	$(PYTHON) -m venv $(OTHER)
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(OTHER)/constraints.txt
+	rm -rf $(OTHER)/wheel build/lib build/bdist.* && $(OTHER)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(OTHER)/wheel .
+	wheel=$$(echo $(OTHER)/wheel/*.whl) && \
+	  $(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt "$$wheel[dev]" && \
+	  $(OTHER)/bin/python -m pip install --quiet --no-deps --force-reinstall "$$wheel"
+	$(OTHER)/bin/python -m pytest $(PARALLEL) $(SMOKE:%=tests/%)
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow
