@@ -236,7 +236,7 @@ def test_chunks_lie_in_the_folder(name, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_mutated_files_give_our_error_or_tensors(step10, tmp_path, data):
     original = (step10 / "model_and_optim" / ".metadata").read_bytes()[:3000]
     mutated = bytearray(metadata() if data.draw(st.booleans()) else original)

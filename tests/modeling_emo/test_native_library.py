@@ -95,7 +95,7 @@ def expert_calls(draw):
 
 
 @VARIANT
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(call=expert_calls())
 def test_experts_are_near_float64(variant, call):
     generator = torch.Generator().manual_seed(call["seed"])

@@ -204,7 +204,7 @@ def pages_in_memory(file) -> list[bool]:
     return [bool(flag & 1) for flag in flags]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     parts=st.lists(
         st.tuples(

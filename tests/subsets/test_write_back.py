@@ -106,7 +106,7 @@ def test_an_extracted_subset_goes_back_to_where_it_came_from(make_checkpoint, tm
     assert same_files(full, tmp_path / "out")
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data(), weight=st.sampled_from([0.25, 0.5, 1.0]))
 def test_overlaps_are_averaged_and_blended(make_checkpoint, tmp_path_factory, monkeypatch, data, weight):
     # Less than a matrix at a time.
