@@ -3,16 +3,18 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 ROOMS := analysis configuration conversion modeling_emo subsets tokenization training
-CODE := api $(ROOMS) benchmarks examples tests
+CODE := api $(ROOMS) benchmarks examples tests setup.py
+# What is compiled at installation: it is installed again when they change.
+KERNELS := setup.py modeling_emo/instruction_sets.py $(wildcard modeling_emo/native/*.cpp modeling_emo/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python
+.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 # The stamps are made last, so that an interrupted installation is begun again.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[analysis]'
 	touch $@
@@ -57,6 +59,22 @@ test-python:  ## a selection of tests on another Python or PyTorch: PYTHON=pytho
 	  $(OTHER)/bin/python -m pip install --quiet --constraint $(OTHER)/constraints.txt "$$wheel[dev]" && \
 	  $(OTHER)/bin/python -m pip install --quiet --no-deps --force-reinstall "$$wheel"
 	$(OTHER)/bin/python -m pytest $(PARALLEL) $(SMOKE:%=tests/%)
+
+test-processors: $(VENV)/.installed-dev  ## kernels and network for each instruction set that this machine runs
+	$(BIN)/python tests/processors.py $(PARALLEL)
+
+# By the rules of setup.py, as in any cross build; run by an emulator.
+ARM := aarch64-linux-gnu
+ARM_BUILD := build/$(ARM)
+test-arm: $(VENV)/.installed-dev  ## kernels compiled for ARM (aarch64), emulated
+	@for tool in $(ARM)-g++ qemu-aarch64; do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing. Debian: apt install g++-$(ARM) qemu-user"; exit 1; }; done
+	rm -rf $(ARM_BUILD)
+	CXX=$(ARM)-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 EMO_BUILD_KERNELS=all $(BIN)/python setup.py --quiet \
+	  build_ext --build-lib $(ARM_BUILD) --build-temp $(ARM_BUILD)/objects
+	$(ARM)-g++ -O2 -std=c++17 -fopenmp tests/modeling_emo/native_driver.cpp -o $(ARM_BUILD)/driver -ldl
+	qemu-aarch64 -L /usr/$(ARM) $(ARM_BUILD)/driver \
+	  $(ARM_BUILD)/transformers_emo/modeling_emo/native/emo_kernels_portable.so
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow
@@ -110,4 +128,5 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 	$(BIN)/python $(TINY)/publish.py cards
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(TOOLS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info modeling_emo/native/*.so \
+	  .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,18 +1,16 @@
-"""Compiles the C++ kernels on the machine that runs them, once, and loads them.
+"""Loads the C++ kernels: of the libraries that came with the package, the best that this machine can run.
 
-The source has a plain C interface and no headers of Python or PyTorch: it compiles in seconds with whatever
-compiler the system has, and one build serves every version of PyTorch. Where there is no
-compiler, all runs without, slower.
+They are compiled when the package is installed (`setup.py`), one for each of several instruction sets
+(`instruction_sets.py`), and have a plain C interface without headers of Python or PyTorch. Nothing is compiled
+here. Where there are none, all runs without, slower. `EMO_KERNELS` chooses another instruction set, by its
+name, or none: `0`. `python -m transformers_emo.modeling_emo.native_library` prints what runs here.
 """
 
 import ctypes
-import hashlib
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -21,28 +19,31 @@ import torch
 from transformers.utils import logging
 
 from .gradient_memory import empty_gradient
+from .instruction_sets import (
+    NAMES,
+    SOURCES,
+    Feature,
+    InstructionSet,
+    fingerprint,
+    instruction_sets,
+    library_name,
+)
 
 logger = logging.get_logger(__name__)
 
-_SOURCE = Path(__file__).parent / "native"
-_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"]
-# What the compiler is told of the machine. All but the first are for tests: each takes away something the
-# machine has.
-VARIANTS = {
-    "native": ["-march=native"],
-    "without_tiles": ["-march=native", "-mno-amx-tile"],
-    "without_bf16": ["-march=native", "-mno-amx-tile", "-mno-avx512bf16"],
-    "avx2": ["-march=x86-64-v3"],
-    "portable": [],
-}
-_COMPILERS = ("c++", "g++", "clang++")
-_OFF = "EMO_KERNELS"
+_CHOICE = "EMO_KERNELS"
+_OFF = ("0", "off", "false", "no")
+_AGAIN = "`make` in a checkout, or `pip install --force-reinstall --no-deps` of the package"
+_NONE = (
+    "none were compiled when this package was installed. Install a C++ compiler (Debian: `apt install g++`; "
+    f"macOS: `xcode-select --install`), then the package again: {_AGAIN} (`-v` shows how it went)"
+)
 
 
-class KernelBuildError(RuntimeError):
-    """The kernels cannot be compiled here; the message says why, and what to do.
+class KernelsError(RuntimeError):
+    """The kernels cannot be used; the message says why, and what to do.
 
-    Example: see `build_kernels`.
+    Example: see `load_kernels`.
     """
 
 
@@ -69,16 +70,23 @@ class Kernels:
     """The compiled functions, for tensors on the CPU: contiguous, bfloat16 or float32.
 
     Args:
-        path (`Path`): the compiled library.
+        path (`Path`): the compiled library, for an instruction set that this machine can run.
+        flags (`Sequence[str]`, *optional*): those of its instruction set: it must then be compiled by them
+            from the sources that lie in this package.
+
+    Attributes:
+        path (`Path`): as given.
+        has_tiles (`bool`): whether it uses AMX here.
 
     Raises:
-        OSError: if the file is no library that this machine can load.
+        KernelsError: if the file is no library that can be loaded here, or is not of this version.
 
     Example: see `load_kernels`.
     """
 
-    def __init__(self, path: Path):
-        library = ctypes.CDLL(str(path))
+    def __init__(self, path: Path, flags: Sequence[str] | None = None):
+        library = _open(path, flags)
+        self.path = path
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._experts = library.emo_experts
         self._experts.argtypes = [number, *[pointer] * 7, *[size] * 5, number, number]
@@ -232,126 +240,151 @@ class Kernels:
         return out_MHW
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "transformers_emo"
-
-
-def _processor() -> str:
-    """What the compiler's `native` depends on: a cache may be shared by different machines."""
-    kept = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU implementer", "CPU part")
-    with suppress(OSError):
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-        return "\n".join(line for line in first.splitlines() if line.startswith(kept))
-    return platform.processor()
-
-
-def library_path(variant: str = "native") -> Path:
-    """Where the compiled kernels are kept: a name of their own for every source, flags and processor.
-
-    Args:
-        variant (`str`, defaults to `"native"`): one of `VARIANTS`.
-
-    Returns:
-        `Path`: in the user's cache folder; it need not exist.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.modeling_emo.native_library import library_path
-    >>> library_path().suffix
-    '.so'
-
-    ```
-    """
-    parts = [
-        *(file.read_text(encoding="utf-8") for file in sorted(_SOURCE.glob("*.[ch]*"))),
-        *_FLAGS,
-        *VARIANTS[variant],
-        platform.machine(),
-        _processor(),
-    ]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return _cache_folder() / f"emo_kernels-{variant}-{digest}.so"
-
-
-def build_kernels(variant: str = "native") -> Path:
-    """Compile the kernels for this machine; done by itself when they are first needed.
-
-    `python -m transformers_emo.modeling_emo.native_library` does so beforehand, for a container image, say.
-
-    Args:
-        variant (`str`, defaults to `"native"`): one of `VARIANTS`.
-
-    Returns:
-        `Path`: the library. It stays as it is if another process builds the same at the same time.
-
-    Raises:
-        KernelBuildError: if there is no compiler, it fails, or the cache folder cannot be written.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.modeling_emo.native_library import build_kernels
-    >>> build_kernels().exists()
-    True
-
-    ```
-    """
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
-    compiler = next((found for name in candidates if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise KernelBuildError(
-            f"no C++ compiler was found ({', '.join(candidates)}): install one (Debian: `apt install g++`), "
-            "or set CXX to one"
-        )
-    path = library_path(variant)
+def _open(path: Path, flags: Sequence[str] | None) -> ctypes.CDLL:
+    """A library, if it is of these very sources: others take other arguments."""
+    _show_openmp()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / path.name
-            command = [
-                compiler,
-                *_FLAGS,
-                *VARIANTS[variant],
-                str(_SOURCE / "emo_kernels.cpp"),
-                "-o",
-                str(built),
-            ]
-            run = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            if run.returncode:
-                reason = "\n".join(run.stderr.strip().splitlines()[:8])
-                raise KernelBuildError(f"`{' '.join(command)}` failed:\n{reason}")
-            # The checksum at the end (a loader does not mind) tells a whole file from a cut one, which could
-            # kill the process that loads it.
-            data = built.read_bytes()
-            built.write_bytes(data + hashlib.sha256(data).digest())
-            built.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelBuildError(
-            f"{error}; XDG_CACHE_HOME chooses another cache folder than {path.parent}"
-        ) from error
-    return path
-
-
-def _is_whole(path: Path) -> bool:
-    with suppress(OSError):
-        data = path.read_bytes()
-        return hashlib.sha256(data[:-32]).digest() == data[-32:]
-    return False
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsError(f"the library cannot be loaded ({error}); compile it anew: {_AGAIN}") from error
+    if flags is not None:
+        found = getattr(library, "emo_fingerprint", None)
+        if found is not None:
+            found.restype = ctypes.c_char_p
+        if found is None or found().decode() != fingerprint(flags, path.parent):
+            raise KernelsError(
+                f"{path} was not compiled from the sources beside it as they are now; compile it anew: {_AGAIN}"
+            )
+    return library
 
 
 @cache
-def load_kernels(variant: str = "native") -> Kernels:
-    """The kernels, compiled if need be.
+def _show_openmp() -> None:
+    """Let the libraries find PyTorch's OpenMP. They bring none: it would be a second pool of threads."""
+    if hasattr(ctypes.CDLL(None), "omp_get_thread_num"):
+        return  # PyTorch shows it to all on Linux
+    folder = Path(torch.__file__).parent
+    brought = [*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*")]
+    names = [str(file) for file in sorted(brought) if file.name.startswith(("libgomp", "libomp", "libiomp"))]
+    for name in [*names, "libgomp.so.1", "libomp.dylib"]:
+        with suppress(OSError):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+@cache
+def machine_features() -> Feature:
+    """What the processor and the operating system can run, as the portable library finds.
+
+    Returns:
+        `Feature`: the same for every call.
+
+    Raises:
+        KernelsError: if there is no such library, or it cannot be loaded or is not of this version.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.native_library import machine_features
+    >>> features = machine_features()
+
+    ```
+    """
+    sets = instruction_sets(platform.machine())
+    path = SOURCES / library_name(sets[-1].name)
+    if not path.exists():
+        raise KernelsError(_NONE)
+    return Feature(_open(path, sets[-1].flags).emo_processor_features())
+
+
+def choose_set(
+    sets: Sequence[InstructionSet], features: Feature, compiled: Collection[str], wish: str = ""
+) -> InstructionSet:
+    """The instruction set to run.
 
     Args:
-        variant (`str`, defaults to `"native"`): one of `VARIANTS`.
+        sets (`Sequence[InstructionSet]`): all there are for such machines, the best first.
+        features (`Feature`): what this machine can run.
+        compiled (`Collection[str]`): names of those that there are libraries for.
+        wish (`str`, *optional*): the name of the one to run.
+
+    Returns:
+        `InstructionSet`: the one wished for, or the best.
+
+    Raises:
+        KernelsError: if the one wished for is unknown, not compiled, or not for this machine.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.instruction_sets import Feature, instruction_sets
+    >>> from transformers_emo.modeling_emo.native_library import choose_set
+    >>> sets = instruction_sets("x86_64")
+    >>> choose_set(sets, Feature.AVX2, ["avx512", "avx2", "portable"]).name
+    'avx2'
+
+    ```
+    """
+    running = [each for each in sets if each.needs in features and each.name in compiled]
+    if not running:
+        raise KernelsError(_NONE)
+    if not wish:
+        return running[0]
+    names = ", ".join(each.name for each in running)
+    found = next((each for each in sets if each.name == wish), None)
+    if found in running:
+        return found
+    if wish not in NAMES:
+        reason = "is no instruction set"
+    elif found is None:
+        reason = "is of other processors"
+    elif found.needs not in features:
+        missing = " and ".join(each.name for each in found.needs & ~features)
+        reason = f"cannot run on this machine, which lacks {missing}"
+    else:
+        reason = f"was not compiled when this package was installed; to compile it: {_AGAIN}"
+    raise KernelsError(f"{_CHOICE}={wish}: {wish} {reason}. Here run {names}; 0 runs none.")
+
+
+def runnable_sets() -> list[str]:
+    """Names of the instruction sets that there are libraries for and this machine can run, the best first.
+
+    Returns:
+        `list[str]`: any of them may be given to `load_kernels` and by `EMO_KERNELS`.
+
+    Raises:
+        KernelsError: as `machine_features`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.native_library import runnable_sets
+    >>> runnable_sets()[-1]
+    'portable'
+
+    ```
+    """
+    features, sets = machine_features(), instruction_sets(platform.machine())
+    return [each.name for each in sets if each.needs in features and each.name in _compiled()]
+
+
+def _compiled() -> set[str]:
+    return {name for name in NAMES if (SOURCES / library_name(name)).exists()}
+
+
+@cache
+def load_kernels(name: str = "") -> Kernels:
+    """The kernels of an instruction set.
+
+    Args:
+        name (`str`, *optional*): of the instruction set; the best one of this machine if not given.
 
     Returns:
         `Kernels`: the same object for every call.
 
     Raises:
-        KernelBuildError: as `build_kernels`, or if what was compiled cannot be loaded.
+        KernelsError: if the package has no library of it, the machine cannot run it, or the library is not of
+            this version.
 
     Example:
 
@@ -363,25 +396,23 @@ def load_kernels(variant: str = "native") -> Kernels:
 
     ```
     """
-    path = library_path(variant)
-    if _is_whole(path):
-        with suppress(OSError, AttributeError):
-            return Kernels(path)
-    logger.warning(f"Compiling EMO's kernels for this processor, once: some seconds ({path}).")
-    try:
-        return Kernels(build_kernels(variant))
-    except (OSError, AttributeError) as error:
-        raise KernelBuildError(f"what was compiled cannot be loaded: {error}") from error
+    features = machine_features()
+    chosen = choose_set(instruction_sets(platform.machine()), features, _compiled(), name)
+    if chosen.name != name:
+        return load_kernels(chosen.name)
+    return Kernels(SOURCES / library_name(name), chosen.flags)
 
 
 @cache
 def find_kernels() -> Kernels | None:
-    """The kernels, or `None`: they are switched off by `EMO_KERNELS=0`, or cannot be compiled.
-
-    Why they cannot be compiled is said once, as a warning.
+    """The kernels that run here: the best, or those that `EMO_KERNELS` names.
 
     Returns:
-        `Kernels` or `None`: the same for every call.
+        `Kernels` or `None`: the same for every call. `None` if `EMO_KERNELS=0` switches them off, or there
+        are none that can be used: why not is said once, as a warning.
+
+    Raises:
+        KernelsError: if `EMO_KERNELS` names some that cannot be used.
 
     Example:
 
@@ -391,17 +422,34 @@ def find_kernels() -> Kernels | None:
 
     ```
     """
-    if os.environ.get(_OFF, "").lower() in ("0", "off", "false", "no"):
+    wish = os.environ.get(_CHOICE, "").strip().lower()
+    if wish in _OFF:
         return None
     try:
-        return load_kernels()
-    except KernelBuildError as error:
+        return load_kernels(wish)
+    except KernelsError as error:
+        if wish:
+            raise
         logger.warning(
             f"EMO runs without its compiled kernels, several times slower on a CPU: {error}. "
-            f"`{_OFF}=0` runs without and without this warning."
+            f"`{_CHOICE}=0` runs without and without this warning."
         )
         return None
 
 
+def _report() -> str:
+    """What runs here, for a person."""
+    kernels = find_kernels()
+    if kernels is None:
+        return "No compiled kernels: experts run on PyTorch's own products."
+    running = runnable_sets()
+    lines = [f"Runs {kernels.path}", f"Can run here: {', '.join(running)}"]
+    others = [each.name for each in instruction_sets(platform.machine()) if each.name not in running]
+    return "\n".join([*lines, *([f"Cannot: {', '.join(others)}"] if others else [])])
+
+
 if __name__ == "__main__":
-    print(build_kernels())
+    try:
+        print(_report())
+    except KernelsError as error:
+        sys.exit(str(error))

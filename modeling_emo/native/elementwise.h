@@ -2,8 +2,6 @@
 // each.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 

@@ -1,8 +1,9 @@
 // EMO's experts and linear layers on a CPU: SwiGLU of each token's experts, weighted and summed.
 //
-// Compiled on the user's machine for that machine (`-march=native`), by `native_library.py`; plain C
-// functions, so that one build serves every version of torch. Weights are read as they are stored, [out, in]
-// with `in` contiguous: nothing is repacked, and nothing held twice. There are two kinds of inner loop:
+// Compiled when the package is installed, once for each of several instruction sets (`instruction_sets.py`);
+// plain C functions, so that one build serves every version of Python and torch. Weights are read as they are
+// stored, [out, in] with `in` contiguous: nothing is repacked, and nothing held twice. There are two kinds of
+// inner loop:
 //
 //   * dot products along `in` with vectors of whatever width the machine has, for float32 and bfloat16;
 //   * AMX tiles where the machine has them. A tile of weights is 16 stored rows as they are; the
@@ -17,12 +18,17 @@
 // expert.
 //
 // `vectors.h`, `dot_products.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks; `experts.h`,
-// `gradients.h`, `linear.h` and `elementwise.h` are the operations.
+// `gradients.h`, `linear.h` and `elementwise.h` are the operations; `processor.h` says what runs here.
 
 #include "elementwise.h"
 #include "experts.h"
 #include "gradients.h"
 #include "linear.h"
+#include "processor.h"
+
+#if !defined(EMO_FINGERPRINT)
+#define EMO_FINGERPRINT ""
+#endif
 
 namespace {
 
@@ -75,6 +81,12 @@ void gradients(const void* grad, const void* x, const void* gate_up, const void*
 // ---- what Python calls: 0, or 1 if memory ran out ---------------------------------------------------------
 
 extern "C" {
+
+// Of these sources and what the compiler was told: another one is another library.
+const char* emo_fingerprint() { return EMO_FINGERPRINT; }
+
+// Of the machine, not of this library, whose instructions it may not have: to be asked of the portable one.
+int emo_processor_features() { return processor_features(); }
 
 int emo_has_tiles() { return amx_allowed(); }
 

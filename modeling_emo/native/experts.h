@@ -1,11 +1,10 @@
 // SwiGLU experts of each token, weighted and summed.
 #pragma once
 
-#include <omp.h>
-
 #include "dot_products.h"
 #include "memory.h"
 #include "routing.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace {

@@ -9,10 +9,9 @@
 // By tiles alone: without them PyTorch's own products were faster than vectors here.
 #pragma once
 
-#include <omp.h>
-
 #include "memory.h"
 #include "routing.h"
+#include "threads.h"
 #include "tiles.h"
 
 #if defined(EMO_AMX)

@@ -1,8 +1,6 @@
 // Linear layers of a few rows.
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "dot_products.h"

@@ -9,12 +9,9 @@
 
 #include <algorithm>
 
+#include "processor.h"
 #include "vectors.h"
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define EMO_AMX 1
 #endif
@@ -23,8 +20,7 @@ namespace {
 
 bool amx_allowed() {
 #if defined(EMO_AMX)
-  static const bool allowed =
-      syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  static const bool allowed = ask_for_tiles();
   return allowed;
 #else
   return false;

@@ -1,13 +1,9 @@
-"""The compiled kernels: their numbers on every kind of processor, and how they come to be."""
+"""The compiled kernels: their numbers, for every instruction set."""
 
 import ctypes
 import mmap
 import os
-import platform
-import shutil
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,26 +11,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers_emo import EmoForCausalLM
-from transformers_emo.modeling_emo import native_library
-from transformers_emo.modeling_emo.native_library import (
-    VARIANTS,
-    KernelBuildError,
-    build_kernels,
-    library_path,
-    load_kernels,
-)
+from transformers_emo.modeling_emo.native_library import find_kernels, load_kernels, runnable_sets
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, native_library._COMPILERS)), reason="no C++ compiler"
-)
-ROOT = Path(__file__).parents[2]
 MAPS = Path("/proc/self/maps")
-# The others are x86's.
+KERNELS = find_kernels()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiled kernels")
+# The one that `EMO_KERNELS` names, or all that run here.
+_CHOSEN = os.environ.get("EMO_KERNELS")
 VARIANT = pytest.mark.parametrize(
-    "variant", VARIANTS if platform.machine() in ("x86_64", "AMD64") else ["native", "portable"]
+    "variant", [] if KERNELS is None else [_CHOSEN] if _CHOSEN else runnable_sets()
 )
-KERNELS = native_library.find_kernels()
 WITH_TILES = pytest.mark.skipif(
     KERNELS is None or not KERNELS.has_tiles, reason="gradients are compiled for AMX, which is not here"
 )
@@ -145,7 +131,7 @@ def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants,
     inputs = [tensor.double().requires_grad_() for tensor in (x, gate_up, down, weights)]
     out, _ = experts_in_float64(*inputs, index)
     expected = torch.autograd.grad(out, inputs, grad.double(), materialize_grads=True)
-    kernels, before = load_kernels(), torch.get_num_threads()
+    kernels, before = KERNELS, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         _, saved = kernels.experts(x, gate_up, down, weights, index, save=True)
@@ -162,9 +148,9 @@ def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants,
 def test_gradients_of_experts_without_tokens_are_zeros():
     x, gate_up, down = torch.ones(3, 32), torch.ones(4, 64, 32), torch.ones(4, 32, 32)
     index, weights = torch.full((3, 1), 2), torch.ones(3, 1)
-    _, saved = load_kernels().experts(x, gate_up, down, weights, index, save=True)
+    _, saved = KERNELS.experts(x, gate_up, down, weights, index, save=True)
     for again in range(2):  # memory that was used before, too
-        _, of_gate_up, of_down, _ = load_kernels().experts_backward(
+        _, of_gate_up, of_down, _ = KERNELS.experts_backward(
             x, x, gate_up, down, weights, index, saved
         )
         assert not of_gate_up[[0, 1, 3]].any() and not of_down[[0, 1, 3]].any(), again
@@ -187,7 +173,7 @@ def test_gradients_without_what_was_saved_are_refused():
 
 
 def test_gradients_of_sizes_that_do_not_fit_are_refused():
-    kernels = load_kernels()
+    kernels = KERNELS
     x, index, weights = torch.ones(1, 12), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     inputs = x, torch.ones(1, 16, 12), torch.ones(1, 12, 8), weights, index
     with pytest.raises(ValueError, match="12 and 8"):
@@ -197,7 +183,7 @@ def test_gradients_of_sizes_that_do_not_fit_are_refused():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of the process from Linux")
 def test_memory_kept_between_calls_has_a_bound():
     """Every call is of another size: all their rooms together would be some 350 MB."""
-    kernels, hidden, width, top_k = load_kernels(), 32, 288, 8
+    kernels, hidden, width, top_k = KERNELS, 32, 288, 8
     gate_up, down = torch.rand(9, 2 * width, hidden), torch.rand(9, hidden, width)
 
     def call(tokens):
@@ -284,7 +270,7 @@ def test_gates_however_large_do_no_harm(gate):
     x = torch.ones(1, 1)
     gate_up = torch.tensor([[[gate], [1.0]]])
     index, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-    out, _ = load_kernels().experts(x, gate_up, torch.ones(1, 1, 1), weights, index)
+    out, _ = KERNELS.experts(x, gate_up, torch.ones(1, 1, 1), weights, index)
     expected = F.silu(torch.tensor(max(gate, -1e30))).view(1, 1)
     torch.testing.assert_close(
         out if gate > -1e31 else out.nan_to_num(0, 0, 0), expected, atol=1e-6, rtol=1e-6
@@ -296,7 +282,7 @@ def test_not_a_number_stays_one():
     index, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
     for dtype in (torch.float32, torch.bfloat16):
         tensors = (x, torch.ones(1, 64, 64), torch.ones(1, 64, 32))
-        out, _ = load_kernels().experts(*(tensor.to(dtype) for tensor in tensors), weights, index)
+        out, _ = KERNELS.experts(*(tensor.to(dtype) for tensor in tensors), weights, index)
         assert out.isnan().all()
 
 
@@ -304,90 +290,6 @@ def test_not_a_number_stays_one():
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists the libraries of a process (/proc/self/maps)")
 def test_threads_are_those_of_torch():
     """A second OpenMP in the process would be a second pool, fighting for the same cores."""
-    load_kernels()
+    KERNELS
     loaded = {line.split()[-1] for line in MAPS.read_text().splitlines() if "omp.so" in line}
     assert len(loaded) == 1
-
-
-class TestBuilding:
-    @pytest.fixture(autouse=True)
-    def own_cache(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        flags = [flag for flag in native_library._FLAGS if flag != "-O3"]  # compiles in half the time
-        monkeypatch.setattr(native_library, "_FLAGS", flags)
-        native_library.load_kernels.cache_clear()
-        yield
-        native_library.load_kernels.cache_clear()
-
-    def test_a_library_is_built_once(self, monkeypatch):
-        build_kernels("portable")
-        monkeypatch.setattr(native_library, "build_kernels", lambda *_: pytest.fail("built again"))
-        load_kernels("portable")
-
-    def test_a_damaged_file_is_built_anew(self):
-        path = build_kernels("portable")
-        whole = path.read_bytes()
-        for damaged in (b"", whole[:100], whole[:-40], whole[:5000] + b"?" + whole[5001:]):
-            path.write_bytes(damaged)
-            assert not native_library._is_whole(path)
-        load_kernels("portable")
-        assert native_library._is_whole(path)
-
-    def test_builds_at_once_do_not_disturb_each_other(self):
-        with ThreadPoolExecutor() as pool:
-            paths = {*pool.map(build_kernels, ["portable"] * 3)}
-        (path,) = paths
-        assert native_library._is_whole(path)
-        assert list(path.parent.iterdir()) == [path]  # and leave nothing beside it
-
-    def test_other_processors_have_files_of_their_own(self, monkeypatch):
-        here = library_path()
-        monkeypatch.setattr(native_library, "_processor", lambda: "another")
-        assert library_path() != here
-
-    def test_without_a_compiler_the_error_says_so(self, monkeypatch):
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.delenv("CXX", raising=False)
-        with pytest.raises(KernelBuildError, match="no C\\+\\+ compiler was found"):
-            build_kernels("portable")
-
-    def test_what_the_compiler_says_is_passed_on(self, monkeypatch, tmp_path):
-        (tmp_path / "emo_kernels.cpp").write_text("#error wrong")
-        monkeypatch.setattr(native_library, "_SOURCE", tmp_path)
-        with pytest.raises(KernelBuildError, match="wrong"):
-            build_kernels("portable")
-
-    def test_a_cache_that_cannot_be_written_is_named(self, monkeypatch, tmp_path):
-        (tmp_path / "transformers_emo").write_text("a file where the folder would be")
-        with pytest.raises(KernelBuildError, match="XDG_CACHE_HOME"):
-            build_kernels("portable")
-
-    def test_switched_off_nothing_is_built(self, monkeypatch):
-        monkeypatch.setenv("EMO_KERNELS", "0")
-        monkeypatch.setattr(native_library, "build_kernels", lambda *_: pytest.fail("built"))
-        native_library.find_kernels.cache_clear()
-        assert native_library.find_kernels() is None
-        native_library.find_kernels.cache_clear()
-
-
-RUN = """
-import sys, torch
-from transformers_emo import EmoForCausalLM
-model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
-ids = torch.tensor([[5, 6, 7]])
-model(ids, labels=ids).loss.backward()
-torch.save(model(ids).logits.detach(), sys.argv[1])
-"""
-
-
-def test_all_runs_without_a_compiler(tmp_path):
-    saved, ids = tmp_path / "logits.pt", torch.tensor([[5, 6, 7]])
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "CXX": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, saved], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("without its compiled kernels") == 1 and "apt install" in done.stderr
-    with torch.no_grad():
-        expected = EmoForCausalLM.from_pretrained(ROOT / "model_cards" / "toy-emo")(ids).logits
-    torch.testing.assert_close(torch.load(saved), expected, atol=1e-4, rtol=1e-4)
