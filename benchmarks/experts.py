@@ -1,6 +1,6 @@
 """One expert block on a CPU: "emo" against an authors-style loop and the backends of Transformers.
 
-    python benchmarks/experts.py [--quick] [--threads N] [--experts 128 16] [--dtypes bfloat16 float32]
+    python benchmarks/experts.py [--quick] [--native] [--threads N] [--experts 128 16] [--dtypes bfloat16 float32]
 
 Claim: on a CPU a block of experts runs faster with this package than any other way.
 
@@ -13,6 +13,9 @@ The weights lie in large pages, as this package loads them, for all that take pa
 Times are medians after a warm-up, by the clock, or with one thread in processor time, which other work on the
 machine stretches less. First comes the ratio to the best of the others, beside it the same of the fastest
 runs. MB are how far the process grows during a call, by Linux's own peak.
+
+`--native` lets the kernels take part as compiled for the very machine, too, and begins each line with the
+ratio of the package's times to theirs: to be within 3 % of 1.
 """
 
 import argparse
@@ -23,16 +26,19 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from native_build import native_kernels, running
 from processes import peak_megabytes
 from torch import nn
 from transformers_emo import EmoConfig
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
+from transformers_emo.modeling_emo.native_library import Kernels
 from transformers_emo.subsets.fresh_memory import empty
 
 TOP_K, HIDDEN, WIDTH = 8, 2048, 1024
 FORWARD, TRAINING = (1, 8, 64, 512, 2048, 8192), (256, 1024, 4096)
 # `batched_mm` copies the weights of every pick: too much for most machines from so many bytes on.
 MOST_COPIED = 4 << 30
+NATIVE = "emo -march=native"
 
 
 class LoopExperts(nn.Module):
@@ -57,7 +63,9 @@ class LoopExperts(nn.Module):
         return output
 
 
-def contenders(experts: EmoExperts, tokens: int, *, training: bool) -> dict[str, Callable]:
+def contenders(
+    experts: EmoExperts, tokens: int, native: Kernels | None, *, training: bool
+) -> dict[str, Callable]:
     """What takes part: calls of (hidden, index, weights)."""
 
     def choose(name: str) -> Callable:
@@ -67,7 +75,15 @@ def contenders(experts: EmoExperts, tokens: int, *, training: bool) -> dict[str,
 
         return call
 
-    found: dict[str, Callable] = {"emo": choose("emo"), "authors' loop": LoopExperts(experts)}
+    found: dict[str, Callable] = {"emo": choose("emo")}
+    if native is not None:
+
+        def call(*inputs):
+            with running(native):
+                return found["emo"](*inputs)
+
+        found[NATIVE] = call
+    found["authors' loop"] = LoopExperts(experts)
     found["grouped_mm"] = choose("grouped_mm")
     if not training:
         found["eager"] = choose("eager")
@@ -112,18 +128,25 @@ def compare(experts: EmoExperts, tokens: int, args: argparse.Namespace, *, train
 
         return run
 
-    calls = {name: step(call) for name, call in contenders(experts, tokens, training=training).items()}
+    found = contenders(experts, tokens, args.kernels, training=training)
+    calls = {name: step(call) for name, call in found.items()}
     clock = time.process_time if args.threads == 1 else time.perf_counter
     times = measure(calls, args.seconds, clock)
     memory = {name: peak_megabytes(call) for name, call in calls.items()}
     middle = {name: statistics.median(each) for name, each in times.items()}
     fastest = {name: min(each) for name, each in times.items()}
-    ratio, least = (each["emo"] / min(v for n, v in each.items() if n != "emo") for each in (middle, fastest))
+    ours = ("emo", NATIVE)
+    ratio, least = (
+        each["emo"] / min(v for n, v in each.items() if n not in ours) for each in (middle, fastest)
+    )
+    beside = [f"{each['emo'] / each[NATIVE]:.3f}" for each in (middle, fastest) if NATIVE in each]
     shown = ", ".join(f"{name} {1e3 * middle[name]:.1f} ms {memory[name]:.0f} MB" for name in calls)
     what = "forward+backward" if training else "forward"
     print(
+        f"{beside[0]} ({beside[1]}) of -march=native; " if beside else "",
         f"{ratio:.2f} ({least:.2f})  {what} of {tokens} tokens, {len(experts.down_proj)} experts, "
         f"{str(dtype).removeprefix('torch.')}: {shown}",
+        sep="",
         flush=True,
     )
 
@@ -138,11 +161,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--forward", type=int, nargs="*", default=FORWARD, help="numbers of tokens")
     parser.add_argument("--training", type=int, nargs="*", default=TRAINING, help="numbers of tokens")
+    parser.add_argument("--native", action="store_true", help="compile for this machine, and compare")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each line, at least")
     args = parser.parse_args()
     if args.quick:
         args.experts, args.forward, args.training, args.seconds = [16], (1, 8, 64, 512), (256,), 1.0
     torch.set_num_threads(args.threads)
+    args.kernels = native_kernels() if args.native else None
     print(f"{args.threads} threads, PyTorch {torch.__version__}, Python {sys.version.split()[0]}")
     for num_experts in args.experts:
         for dtype in args.dtypes:

@@ -1,6 +1,6 @@
 """Reading a prompt and generating on a CPU: ours, Transformers' ways, the authors' loop and llama.cpp.
 
-    python benchmarks/generation.py [--folder DIR] [--quick] [--llama PYTHON] [--gguf FILE] [--check]
+    python benchmarks/generation.py [--folder DIR] [--quick] [--native] [--llama PYTHON] [--gguf FILE] [--check]
 
 Claim: a token takes no longer than with llama.cpp, and a prompt less time than any other way takes, with the
 same weights in the same run.
@@ -18,7 +18,7 @@ really gets. Random routing spreads eight sequences over some 46 experts a layer
 at the speed of the memory eight sequences then make 2.7 times the tokens of one, and no more.
 
 llama.cpp runs in a process of its own, whose Python (`--llama`, this one by default) needs llama-cpp-python
-and gguf. `--check` compares its logits with ours in float32, for a small random model, and stops.
+and gguf. `--native` lets the kernels take part as compiled for the very machine, too. `--check` compares its logits with ours in float32, for a small random model, and stops.
 """
 
 import argparse
@@ -35,8 +35,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from experts import LoopExperts
+from experts import NATIVE, LoopExperts
 from loading import make_checkpoint
+from native_build import native_kernels, running
 from processes import resident
 from transformers import DynamicCache
 from transformers.utils import logging
@@ -91,6 +92,19 @@ class Torch:
                 times.append(time.perf_counter() - start)
         grown = resident(peak=True) - before
         return {"prompt": times[0], "steps": times[1:], "megabytes": grown, "logits": logits[:, -1].float()}
+
+
+class Native(Torch):
+    """Ours, with kernels compiled for the very machine."""
+
+    def __init__(self, model: EmoForCausalLM):
+        super().__init__(model, "emo")
+        self.kernels = native_kernels()
+
+    @contextmanager
+    def _chosen(self) -> Iterator[None]:
+        with super()._chosen(), running(self.kernels):
+            yield
 
 
 class Llama:
@@ -310,7 +324,8 @@ def compare_prompts(model: EmoForCausalLM, contenders: dict[str, Any], args: arg
     picked = picks(model, prompt, [])[0]
     alone = packed_products(model, picked)
     results = take_turns(contenders, prompt, [], args.turns)
-    best = min([result["seconds"] for name, result in results.items() if name != "emo"], default=float("nan"))
+    ours = ("emo", NATIVE)
+    best = min([result["seconds"] for name, result in results.items() if name not in ours], default=float("nan"))
     print(f"{results['emo']['seconds'] / best:.2f}  {title}: our time / the best other's (to reach: 0.8)")
     compare_rates(title, results, {})
     print(f"{alone / results['emo']['seconds']:.2f}  {title}: packed products' time / ours (to reach: 0.8)")
@@ -381,6 +396,7 @@ def main() -> None:
     parser.add_argument("--llama", default=sys.executable, help="a Python with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="llama.cpp's file of the model; written if it is not there")
     parser.add_argument("--mapped", action="store_true", help="weights stay pages of their files")
+    parser.add_argument("--native", action="store_true", help="compile for this machine, and compare")
     parser.add_argument("--only", nargs="+", help="names of contenders beside ours")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     parser.add_argument("--check", action="store_true", help="compare logits in float32, and stop")
@@ -413,6 +429,8 @@ def main() -> None:
         }
         if args.only:
             contenders = {name: contenders[name] for name in contenders if name in ("emo", *args.only)}
+        if args.native:
+            contenders[NATIVE] = Native(model)
         llama = None
         if not reason and (not args.only or "llama.cpp" in args.only):
             contenders["llama.cpp"] = llama = Llama(args.llama, gguf, args.threads)
