@@ -18,7 +18,8 @@ really gets. Random routing spreads eight sequences over some 46 experts a layer
 at the speed of the memory eight sequences then make 2.7 times the tokens of one, and no more.
 
 llama.cpp runs in a process of its own, whose Python (`--llama`, this one by default) needs llama-cpp-python
-and gguf. `--native` lets the kernels take part as compiled for the very machine, too. `--check` compares its logits with ours in float32, for a small random model, and stops.
+and gguf. `--check` compares its logits with ours in float32, for a small random model, and stops. `--native`
+lets our kernels take part as compiled for the very machine, too.
 """
 
 import argparse

@@ -37,17 +37,20 @@ class InstructionSet(NamedTuple):
     needs: Feature
 
 
-_PORTABLE = InstructionSet("portable", (), Feature(0))
+# GCC's tuning for this processor was the fastest of several on an AMD EPYC, too: up to a quarter less time than
+# with `-march=native`.
+_TUNED = "-mtune=icelake-server"
 _V4 = Feature.AVX2 | Feature.AVX512
+_PORTABLE = InstructionSet("portable", (), Feature(0))
 _X86 = (
     InstructionSet(
         "amx",
-        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mtune=sapphirerapids"),
         _V4 | Feature.BF16 | Feature.AMX,
     ),
-    InstructionSet("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16"), _V4 | Feature.BF16),
-    InstructionSet("avx512", ("-march=x86-64-v4",), _V4),
-    InstructionSet("avx2", ("-march=x86-64-v3",), Feature.AVX2),
+    InstructionSet("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16", _TUNED), _V4 | Feature.BF16),
+    InstructionSet("avx512", ("-march=x86-64-v4", _TUNED), _V4),
+    InstructionSet("avx2", ("-march=x86-64-v3", _TUNED), Feature.AVX2),
     _PORTABLE,
 )
 NAMES = tuple(each.name for each in _X86)
