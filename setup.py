@@ -1,9 +1,10 @@
-"""Compiles the C++ kernels into the package: a plain shared library for each instruction set, loaded by ctypes.
+"""Compiles the C++ kernels into the package: a plain shared library for each instruction set.
 
-The libraries need no header of Python or PyTorch, so one wheel of a platform serves every version of Python.
-Without a compiler, or where it fails, the wheel is a pure one. Three variables of the environment choose:
-`CXX` the compiler, `CXXFLAGS` and the like what else it is told, and `EMO_BUILD_KERNELS` what is compiled: `0`
-nothing, `all` everything, names of instruction sets those. What is asked for by it must succeed.
+They are loaded by ctypes and need no header of Python or PyTorch, so one wheel of a platform serves every
+version of Python. Without a compiler, or where it fails, the wheel is a pure one. Three variables of the
+environment choose: `CXX` the compiler, `CXXFLAGS` and the like what else it is told, and `EMO_BUILD_KERNELS`
+what is compiled: `0` nothing, `all` everything, names of instruction sets those. What it asks for must be
+possible.
 """
 
 import os
@@ -44,8 +45,8 @@ def wanted_sets() -> list:
     unknown = set(WISH) - {each.name for each in sets}
     if unknown:
         raise SystemExit(
-            f"EMO_BUILD_KERNELS: {', '.join(sorted(unknown))} cannot be compiled for {machine()}; expected 0, all or "
-            f"some of {', '.join(each.name for each in sets)}."
+            f"EMO_BUILD_KERNELS: {', '.join(sorted(unknown))} cannot be compiled for {machine()}; expected "
+            f"0, all or some of {', '.join(each.name for each in sets)}."
         )
     return [each for each in sets if each.name in WISH]
 
@@ -59,8 +60,8 @@ def find_compiler() -> list[str]:
     found = next(filter(shutil.which, names), None)
     if found is None:
         raise CompileError(
-            f"no C++ compiler was found ({', '.join(names)}): install one (Debian: `apt install g++`), or set CXX "
-            "to one"
+            f"no C++ compiler was found ({', '.join(names)}): install one (Debian: `apt install g++`), or "
+            "set CXX to one"
         )
     macros = subprocess.run(
         [found, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False
@@ -92,24 +93,27 @@ class BuildKernels(build_ext):
             failed = {ext.name: str(error) for ext in self.extensions}
         else:
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                errors = pool.map(lambda ext: self.compile(compiler, ext), self.extensions)
-                failed = {ext.name: error for ext, error in zip(self.extensions, errors, strict=True) if error}
+                errors = list(pool.map(lambda ext: self.compile(compiler, ext), self.extensions))
+            named = zip(self.extensions, errors, strict=True)
+            failed = {ext.name: error for ext, error in named if error}
         if failed and WISH:
-            raise CompileError(f"EMO_BUILD_KERNELS asks for what cannot be compiled: {next(iter(failed.values()))}")
+            reason = next(iter(failed.values()))
+            raise CompileError(f"EMO_BUILD_KERNELS asks for what cannot be compiled: {reason}")
         if failed:
             self.say(failed)
         self.extensions = [ext for ext in self.extensions if ext.name not in failed]
         self.distribution.ext_modules = self.extensions
         if self.extensions:
             names = ", ".join(ext.set.name for ext in self.extensions)
-            print(f"transformers-emo: kernels compiled by {' '.join(compiler)} for {machine()}: {names}.", flush=True)
+            by = shlex.join(compiler)
+            print(f"transformers-emo: kernels compiled by {by} for {machine()}: {names}.", flush=True)
 
     def say(self, failed: dict[str, str]) -> None:
         """One line; what fails for several fails for the first one's reason."""
         names = ", ".join(ext.set.name for ext in self.extensions if ext.name in failed)
-        rest = "" if len(failed) < len(self.extensions) else " Without, experts run several times slower on a CPU."
-        reason = next(iter(failed.values()))
-        print(f"transformers-emo: no kernels compiled for {names}: {reason}.{rest}", flush=True)
+        reason, line = next(iter(failed.values())), f"transformers-emo: no kernels compiled for {names}"
+        rest = "" if len(failed) < len(self.extensions) else " Without, a CPU takes several times as long."
+        print(f"{line}: {reason}.{rest}", flush=True)
 
     def compile(self, compiler: list[str], ext: Extension) -> str:
         """Compile a library; gives what went wrong, or nothing."""
@@ -130,7 +134,8 @@ class BuildKernels(build_ext):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-                return f"`{shlex.join(command)}` failed: " + next((x for x in lines if "error" in x), lines[0])
+                reason = next((line for line in lines if "error" in line), lines[0])
+                return f"`{shlex.join(command)}` failed: {reason}"
         shutil.copy(temporary, built)
         return ""
 
@@ -159,7 +164,8 @@ class Library(Extension):
     def __init__(self, instruction_set):
         sources = [str(NATIVE / "emo_kernels.cpp")]
         name = RULES["library_name"](instruction_set.name).removesuffix(".so")
-        super().__init__(f"{PACKAGE}.{name}", sources, depends=sorted(map(str, NATIVE.glob("*.h"))), optional=True)
+        headers = sorted(map(str, NATIVE.glob("*.h")))
+        super().__init__(f"{PACKAGE}.{name}", sources, depends=headers, optional=True)
         self.set = instruction_set
 
 

@@ -1,6 +1,6 @@
 """One expert block on a CPU: "emo" against an authors-style loop and the backends of Transformers.
 
-    python benchmarks/experts.py [--quick] [--native] [--threads N] [--experts 128 16] [--dtypes bfloat16 float32]
+    python benchmarks/experts.py [--quick] [--native] [--threads N] [--experts 128 16] [--dtypes bfloat16 ...]
 
 Claim: on a CPU a block of experts runs faster with this package than any other way.
 

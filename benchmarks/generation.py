@@ -1,6 +1,6 @@
 """Reading a prompt and generating on a CPU: ours, Transformers' ways, the authors' loop and llama.cpp.
 
-    python benchmarks/generation.py [--folder DIR] [--quick] [--native] [--llama PYTHON] [--gguf FILE] [--check]
+    python benchmarks/generation.py [--folder DIR] [--quick] [--native] [--llama PYTHON] [--check] ...
 
 Claim: a token takes no longer than with llama.cpp, and a prompt less time than any other way takes, with the
 same weights in the same run.
@@ -325,8 +325,8 @@ def compare_prompts(model: EmoForCausalLM, contenders: dict[str, Any], args: arg
     picked = picks(model, prompt, [])[0]
     alone = packed_products(model, picked)
     results = take_turns(contenders, prompt, [], args.turns)
-    ours = ("emo", NATIVE)
-    best = min([result["seconds"] for name, result in results.items() if name not in ours], default=float("nan"))
+    others = [result["seconds"] for name, result in results.items() if name not in ("emo", NATIVE)]
+    best = min(others, default=float("nan"))
     print(f"{results['emo']['seconds'] / best:.2f}  {title}: our time / the best other's (to reach: 0.8)")
     compare_rates(title, results, {})
     print(f"{alone / results['emo']['seconds']:.2f}  {title}: packed products' time / ours (to reach: 0.8)")

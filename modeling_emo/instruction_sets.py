@@ -37,8 +37,7 @@ class InstructionSet(NamedTuple):
     needs: Feature
 
 
-# GCC's tuning for this processor was the fastest of several on an AMD EPYC, too: up to a quarter less time than
-# with `-march=native`.
+# The fastest of GCC's tunings on an AMD EPYC, too: in places a quarter less time than `-march=native` takes.
 _TUNED = "-mtune=icelake-server"
 _V4 = Feature.AVX2 | Feature.AVX512
 _PORTABLE = InstructionSet("portable", (), Feature(0))

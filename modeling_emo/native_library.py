@@ -1,9 +1,9 @@
 """Loads the C++ kernels: of the libraries that came with the package, the best that this machine can run.
 
 They are compiled when the package is installed (`setup.py`), one for each of several instruction sets
-(`instruction_sets.py`), and have a plain C interface without headers of Python or PyTorch. Nothing is compiled
-here. Where there are none, all runs without, slower. `EMO_KERNELS` chooses another instruction set, by its
-name, or none: `0`. `python -m transformers_emo.modeling_emo.native_library` prints what runs here.
+(`instruction_sets.py`), and have a plain C interface without headers of Python or PyTorch. Nothing is
+compiled here. Where there are none, all runs without, slower. `EMO_KERNELS` chooses another instruction set,
+by its name, or none: `0`. `python -m transformers_emo.modeling_emo.native_library` prints what runs here.
 """
 
 import ctypes
@@ -253,7 +253,8 @@ def _open(path: Path, flags: Sequence[str] | None) -> ctypes.CDLL:
             found.restype = ctypes.c_char_p
         if found is None or found().decode() != fingerprint(flags, path.parent):
             raise KernelsError(
-                f"{path} was not compiled from the sources beside it as they are now; compile it anew: {_AGAIN}"
+                f"{path} was not compiled from the sources beside it as they are now; compile it anew: "
+                f"{_AGAIN}"
             )
     return library
 
@@ -339,7 +340,7 @@ def choose_set(
     elif found is None:
         reason = "is of other processors"
     elif found.needs not in features:
-        missing = " and ".join(each.name for each in found.needs & ~features)
+        missing = " and ".join(str(each.name) for each in found.needs & ~features)
         reason = f"cannot run on this machine, which lacks {missing}"
     else:
         reason = f"was not compiled when this package was installed; to compile it: {_AGAIN}"

@@ -38,7 +38,8 @@ def build(checkout, tmp_path):
     def run(fails: bool = False, **environment):
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-v", "."]
         options = ["--no-index", "--no-build-isolation", "--no-deps", "--wheel-dir", str(tmp_path)]
-        clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "EMO_BUILD_KERNELS")}
+        unset = ("CXX", "EMO_BUILD_KERNELS")
+        clean = {name: value for name, value in os.environ.items() if name not in unset}
         done = subprocess.run(
             [*command, *options],
             cwd=checkout,
@@ -67,14 +68,15 @@ def test_without_a_compiler_the_wheel_is_for_every_platform(build, tmp_path):
     wheel, printed = build(PATH=str(tmp_path))
     assert wheel.name.endswith("-py3-none-any.whl") and not libraries(wheel)
     (line,) = said(printed)
-    assert "no C++ compiler was found" in line and "several times slower" in line
+    assert "no C++ compiler was found" in line and "several times as long" in line
 
 
 @WITH_GCC
 def test_what_an_old_compiler_does_not_know_is_left_out(build, tmp_path):
     """A wheel with all others, which can be loaded."""
     old = tmp_path / "old"
-    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) echo "error: -mamx: what is it?" >&2; exit 1;; esac\n{GCC} "$@"\n')
+    refusal = 'echo "error: -mamx: what is it?" >&2; exit 1'
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mamx*) {refusal};; esac\n{GCC} "$@"\n')
     old.chmod(0o755)
     sets = instruction_sets(os.uname().machine)
     wheel, printed = build(CXX=str(old), CXXFLAGS="-O0")

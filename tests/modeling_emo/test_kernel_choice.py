@@ -12,7 +12,13 @@ import pytest
 import torch
 from transformers_emo import EmoForCausalLM
 from transformers_emo.modeling_emo import native_library
-from transformers_emo.modeling_emo.instruction_sets import NAMES, SOURCES, Feature, instruction_sets, library_name
+from transformers_emo.modeling_emo.instruction_sets import (
+    NAMES,
+    SOURCES,
+    Feature,
+    instruction_sets,
+    library_name,
+)
 from transformers_emo.modeling_emo.native_library import KernelsError, choose_set, find_kernels, load_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -143,17 +149,17 @@ class TestTheVariable:
         monkeypatch.setattr(native_library, "Kernels", lambda *_: pytest.fail("loaded"))
         assert find_kernels() is None and not warnings
 
-    def test_is_read_by_the_command(self):
-        name = native_library.runnable_sets()[-1]
+    def test_is_reported_with_what_else_runs(self, fresh, monkeypatch):
+        running = native_library.runnable_sets()
+        monkeypatch.setenv("EMO_KERNELS", running[-1])
+        first, second, *_ = native_library._report().splitlines()
+        assert first.endswith(library_name(running[-1])) and second.endswith(", ".join(running))
+
+    def test_is_refused_by_the_command_in_a_line(self):
         command = [sys.executable, "-m", "transformers_emo.modeling_emo.native_library"]
-        run = [
-            subprocess.run(
-                command, env=os.environ | {"EMO_KERNELS": choice}, capture_output=True, text=True, check=False
-            )
-            for choice in (name, "avx3")
-        ]
-        assert library_name(name) in run[0].stdout and name in run[0].stdout.splitlines()[1]
-        assert run[1].returncode == 1 and run[1].stderr.startswith("EMO_KERNELS=avx3")
+        environment = os.environ | {"EMO_KERNELS": "avx3"}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("EMO_KERNELS=avx3")
 
 
 class TestLibrariesThatCannotBeUsed:
@@ -164,7 +170,8 @@ class TestLibrariesThatCannotBeUsed:
         monkeypatch.delenv("EMO_KERNELS", raising=False)
 
     def assert_runs_without(self, warnings, *words):
-        model, ids = EmoForCausalLM.from_pretrained(ROOT / "model_cards" / "toy-emo"), torch.tensor([[5, 6, 7]])
+        model = EmoForCausalLM.from_pretrained(ROOT / "model_cards" / "toy-emo")
+        ids = torch.tensor([[5, 6, 7]])
         output = model(ids, labels=ids)
         output.loss.backward()
         assert len(warnings) == 1 and all(word in warnings[0] for word in words), warnings

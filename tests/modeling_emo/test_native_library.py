@@ -150,9 +150,7 @@ def test_gradients_of_experts_without_tokens_are_zeros():
     index, weights = torch.full((3, 1), 2), torch.ones(3, 1)
     _, saved = KERNELS.experts(x, gate_up, down, weights, index, save=True)
     for again in range(2):  # memory that was used before, too
-        _, of_gate_up, of_down, _ = KERNELS.experts_backward(
-            x, x, gate_up, down, weights, index, saved
-        )
+        _, of_gate_up, of_down, _ = KERNELS.experts_backward(x, x, gate_up, down, weights, index, saved)
         assert not of_gate_up[[0, 1, 3]].any() and not of_down[[0, 1, 3]].any(), again
         assert of_gate_up[2].all() and of_down[2].all()
         of_gate_up.fill_(5)
@@ -290,6 +288,5 @@ def test_not_a_number_stays_one():
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists the libraries of a process (/proc/self/maps)")
 def test_threads_are_those_of_torch():
     """A second OpenMP in the process would be a second pool, fighting for the same cores."""
-    KERNELS
     loaded = {line.split()[-1] for line in MAPS.read_text().splitlines() if "omp.so" in line}
     assert len(loaded) == 1
