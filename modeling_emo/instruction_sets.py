@@ -15,7 +15,17 @@ _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-pthread", "-g0",
 
 
 class Feature(enum.IntFlag):
-    """What a processor and its operating system can run, numbered as in `native/processor.h`."""
+    """What a processor and its operating system can run, numbered as in `native/processor.h`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.instruction_sets import Feature
+    >>> Feature.AVX2 in Feature(3)
+    True
+
+    ```
+    """
 
     AVX2 = 1  # with all else of x86-64-v3
     AVX512 = 2  # with all else of x86-64-v4
@@ -30,6 +40,8 @@ class InstructionSet(NamedTuple):
         name (`str`): part of the library's file name, and what `EMO_KERNELS` takes.
         flags (`tuple[str, ...]`): what the compiler is told of the processor.
         needs (`Feature`): what must be there to run it.
+
+    Example: see `instruction_sets`.
     """
 
     name: str
@@ -79,7 +91,17 @@ def instruction_sets(machine: str) -> tuple[InstructionSet, ...]:
 
 
 def library_name(name: str) -> str:
-    """The file of an instruction set's library, in the folder of the sources."""
+    """The file of an instruction set's library, in the folder of the sources.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.instruction_sets import library_name
+    >>> library_name("avx2")
+    'emo_kernels_avx2.so'
+
+    ```
+    """
     return f"emo_kernels_{name}.so"
 
 

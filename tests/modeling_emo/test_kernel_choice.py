@@ -1,5 +1,6 @@
 """Which library of compiled kernels runs, and what is said where none does."""
 
+import ctypes
 import os
 import platform
 import shutil
@@ -160,6 +161,25 @@ class TestTheVariable:
         environment = os.environ | {"EMO_KERNELS": "avx3"}
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("EMO_KERNELS=avx3")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's files have other names elsewhere")
+def test_openmp_is_the_one_that_pytorch_brings(monkeypatch):
+    """Also where PyTorch does not show its own to all: a hash in its name, or not among the dependencies."""
+
+    class Loader:
+        RTLD_GLOBAL, opened = ctypes.RTLD_GLOBAL, []
+
+        def CDLL(self, name, mode=0):  # noqa: N802
+            if name is not None:
+                self.opened.append((name, mode))
+            return object()
+
+    monkeypatch.setattr(native_library, "ctypes", Loader())
+    native_library._show_openmp.__wrapped__()
+    own = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
+    expected = str(own[0]) if own else "libgomp.so.1"
+    assert Loader.opened == [(expected, ctypes.RTLD_GLOBAL)]
 
 
 class TestLibrariesThatCannotBeUsed:
