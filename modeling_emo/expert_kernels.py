@@ -1,9 +1,9 @@
 """`"emo"`, the experts implementation of EMO on a CPU, and `"emo_sorted"`, the same without compiled code.
 
 Both directions are in C++ (`native/`). Where it was not compiled, and for other dtypes, tokens are sorted by
-expert once, and every expert is two matrix products, each into its place in one buffer; backward four, with all else
-over all picks at once. Transformers' own implementations either build gradients of the size of all experts
-for every expert (`eager`), or go through a fallback (`grouped_mm`).
+expert once, and every expert is two matrix products, each into its place in one buffer; backward four, with
+all else over all picks at once. Transformers' own implementations either build gradients of the size of all
+experts for every expert (`eager`), or go through a fallback (`grouped_mm`).
 
 Shape suffixes: T tokens, K experts taken per token, P = T * K picks, E experts, D hidden size, F expert
 width.
