@@ -8,7 +8,7 @@ CODE := api $(ROOMS) benchmarks examples tests setup.py
 KERNELS := setup.py modeling_emo/instruction_sets.py $(wildcard modeling_emo/native/*.cpp modeling_emo/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm
+.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm test-gpu
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -28,8 +28,15 @@ demo: $(VENV)/.installed  ## choose experts for a domain, load only those, gener
 
 # A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+ORDINARY := not slow and not tools and not gpu
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m 'not slow and not tools' $(PARALLEL)
+	$(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL)
+
+# Minutes, on a machine with a GPU: VENV=<environment> with a PyTorch that uses it, if the one made here has none.
+# EMO_TEST_DEVICE=cpu runs all of it once without.
+test-gpu: $(VENV)/.installed-dev  ## the tests that want a GPU, then ratios of time on it
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py --quick
 
 # The oldest Transformers supported, beside the environment's own. Its common test suite belongs to the newest; what
 # takes long and adds nothing to what other tests ask of Transformers is left out.
@@ -39,7 +46,7 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 	test -d build/transformers-$(OLDEST) || ( \
 	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
 	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
-	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m 'not slow and not tools' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
+	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
 
 # Another Python or PyTorch: a wheel is built and installed into an environment of its own under build/, and the tests
 # that touch most of both run on it. What else is installed is as in constraints.txt. torch.compile needs that Python's
@@ -77,7 +84,7 @@ test-arm: $(VENV)/.installed-dev  ## kernels compiled for ARM (aarch64), emulate
 	  $(ARM_BUILD)/transformers_emo/modeling_emo/native/emo_kernels_portable.so
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 # The tools of others that `emo run` starts have an environment of their own.
 TOOLS := .venv-tools

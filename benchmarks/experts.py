@@ -46,8 +46,9 @@ class LoopExperts(nn.Module):
 
     def __init__(self, experts: EmoExperts):
         super().__init__()
-        self.gate = nn.ParameterList(w[:WIDTH].detach() for w in experts.gate_up_proj)
-        self.up = nn.ParameterList(w[WIDTH:].detach() for w in experts.gate_up_proj)
+        width = experts.intermediate_dim
+        self.gate = nn.ParameterList(w[:width].detach() for w in experts.gate_up_proj)
+        self.up = nn.ParameterList(w[width:].detach() for w in experts.gate_up_proj)
         self.down = nn.ParameterList(w.detach() for w in experts.down_proj)
 
     def forward(self, hidden, index, weights):

@@ -17,6 +17,7 @@ from ..configuration.configuration_emo import EmoConfig
 from .segments import (
     count_segments,
     flatten_segments,
+    is_eos,
     segments_from_eos,
     segments_from_lengths,
     segments_from_positions,
@@ -43,7 +44,8 @@ def draw_pool_sizes(
         smallest (`int`): the smallest pool, at least 1.
         largest (`int`): the largest pool.
         rank (`int`, defaults to 0): data-parallel rank.
-        generator (`torch.Generator`, *optional*): the device's global one by default, which checkpoints of a
+        generator (`torch.Generator`, *optional*): of any device (one of the CPU draws there, and the host
+            waits while the sizes are copied); the device's global one by default, which checkpoints of a
             training run store and restore.
         device (`torch.device` or `str`, *optional*): where the sizes are wanted.
 
@@ -69,7 +71,8 @@ def draw_pool_sizes(
             f"Pool sizes from {smallest} to {largest} are impossible: expected 1 <= smallest <= largest."
         )
     golden_ratio = 0.6180339887498949
-    uniform = torch.rand(shape, generator=generator, device=device)
+    drawn_on = device if generator is None else generator.device
+    uniform = torch.rand(shape, generator=generator, device=drawn_on).to(device)
     uniform = (uniform + rank * golden_ratio % 1.0) % 1.0
     return (smallest + uniform * (largest - smallest + 1)).long().clamp_(max=largest)
 
@@ -111,7 +114,10 @@ def pool_mask(
         if token_mask_T is not None:
             probs_TR = probs_TR * token_mask_T[:, None]
         num_routed = logits_TR.shape[-1]
-        sums_NR = probs_TR.new_zeros(len(pool_size_N), num_routed).index_add_(0, segment_T, probs_TR)
+        # In fixed point (40 bits below the point), for there the order of the terms does not matter: an
+        # accelerator adds them as they come, and gradient checkpointing must choose the same pool again.
+        fixed_TR = (probs_TR * 2.0**40).long()
+        sums_NR = fixed_TR.new_zeros(len(pool_size_N), num_routed).index_add_(0, segment_T, fixed_TR)
         order_NR = sums_NR.argsort(dim=-1, descending=True, stable=True)
         within_NR = torch.arange(num_routed, device=logits_TR.device) < pool_size_N[:, None]
         pool_NR = torch.zeros_like(within_NR).scatter_(-1, order_NR, within_NR)
@@ -194,9 +200,8 @@ def find_segments(
         ):
             return request.document_ids
         # Given as for routing, where an EOS opens a segment: here it belongs to the document before it.
-        is_eos = torch.isin(input_ids, torch.as_tensor(config.eos_token_id, device=input_ids.device))
         before = torch.cat([request.document_ids[:, :1], request.document_ids[:, :-1]], dim=1)
-        return torch.where(is_eos, before, request.document_ids)
+        return torch.where(is_eos(input_ids, config.eos_token_id), before, request.document_ids)
     if request.seq_idx is not None:
         return request.seq_idx
     if request.cu_seq_lens_q is not None:

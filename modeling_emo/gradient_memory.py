@@ -24,9 +24,10 @@ _free: dict[int, list[mmap.mmap]] = {}
 
 
 def empty_gradient(like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised, contiguous tensor for a gradient, on the CPU.
+    """An uninitialised, contiguous tensor for a gradient.
 
-    Its storage cannot be resized. Anything but Linux, and small gradients, get PyTorch's own memory.
+    Its storage cannot be resized. Other devices than the CPU, anything but Linux, and small gradients get
+    PyTorch's own memory.
 
     Args:
         like (`torch.Tensor`): what the gradient is of.
@@ -45,7 +46,7 @@ def empty_gradient(like: torch.Tensor) -> torch.Tensor:
     ```
     """
     size = like.numel() * like.itemsize
-    if size < _LEAST_BYTES or not _HAS_ADVICE:
+    if size < _LEAST_BYTES or not _HAS_ADVICE or not like.is_cpu:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     length = math.ceil(size / _PAGE) * _PAGE
     try:

@@ -114,7 +114,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """
     batch, length, heads, width = states.shape
     if (
-        any(angles.dtype != torch.float32 or angles.device.type != "cpu" for angles in (cos, sin))
+        any(angles.dtype != torch.float32 or not angles.is_cpu for angles in (cos, sin))
         or cos.shape != sin.shape
         or cos.shape not in ((batch, length, width), (1, length, width))
         or width % 2
@@ -131,8 +131,8 @@ def _kernels_for(input: torch.Tensor, weight: torch.Tensor) -> Kernels | None:
     if (
         input.dtype != weight.dtype
         or input.dtype not in _FEW_ROWS
-        or input.device.type != "cpu"
-        or weight.device.type != "cpu"
+        or not input.is_cpu
+        or not weight.is_cpu
         or type(input) is not torch.Tensor
         or type(weight) not in (torch.Tensor, nn.Parameter)
         or input.numel() == 0

@@ -4,6 +4,7 @@ Shape suffixes: T tokens (batch x sequence), E experts, R routed experts, L laye
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..configuration.configuration_emo import LayerExperts
+from .segments import ids_on
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast would have products of matrices in half precision, sums over tokens or not."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def load_balancing_loss(
@@ -78,19 +87,19 @@ def load_balancing_loss(
     losses = []
     for logits_TE, layer in zip(router_logits, layer_experts, strict=True):
         always = (layer_experts[0] if same_size else layer).always_active
-        kept = [e for e in range(layer.num_routed) if e not in always]
-        num_routed = len(kept)
+        always = [e for e in always if e < layer.num_routed]
+        num_routed = layer.num_routed - len(always)
         top_k = min(layer.top_k - layer.num_shared - len(always), num_routed)
         if top_k <= 0:  # every token takes the same experts: nothing to balance
             losses.append(torch.zeros((), device=device))
             continue
         probs_TR = F.softmax(logits_TE[:, : layer.num_routed].to(device).float(), dim=-1)
-        if num_routed < layer.num_routed:
-            probs_TR = probs_TR[:, torch.tensor(kept, device=device)]
-        picks_Tr = probs_TR.topk(top_k, dim=-1).indices
-        count_R = torch.zeros(num_routed, device=device)
+        # -1 is below every probability: never picked, so that what always runs adds nothing.
+        others_TR = probs_TR.index_fill(-1, ids_on(always, device), -1.0) if always else probs_TR
+        picks_Tr = others_TR.topk(top_k, dim=-1).indices
+        count_R = torch.zeros(layer.num_routed, device=device)
         count_R = count_R.scatter_add(0, picks_Tr.flatten(), mask_T.repeat_interleave(top_k))
-        with torch.autocast(device.type, enabled=False):  # it would have the product in half precision
+        with _without_autocast(device):
             mean_prob_R = (mask_T @ probs_TR) / num_counted
         losses.append(num_routed / top_k * (count_R * mean_prob_R).sum() / num_items_in_batch)
     return torch.stack(losses).mean()
@@ -135,8 +144,7 @@ class RouterStatistics(NamedTuple):
         count_R = count_R.scatter_add(0, picks_Tr.flatten(), counts_T.repeat_interleave(picks_Tr.shape[-1]))
         z_T = logits_TR.logsumexp(dim=-1).square()
         weight_T = counts_T.to(logits_TR.dtype)
-        # Autocast would have products of matrices in half precision, sums over tokens or not.
-        with torch.autocast(logits_TR.device.type, enabled=False):
+        with _without_autocast(logits_TR.device):
             return cls(count_R, weight_T @ probs_TR, weight_T @ z_T, counts_T.sum())
 
 
@@ -160,7 +168,9 @@ def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
 
     ```
     """
-    summed = torch.cat([*(layer.count_R for layer in statistics), statistics[0].num_tokens[None]])
+    num_tokens = statistics[0].num_tokens[None]
+    # Layers may lie on different devices.
+    summed = torch.cat([*(layer.count_R.to(num_tokens.device) for layer in statistics), num_tokens])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(summed)
     return summed
@@ -256,13 +266,16 @@ def document_pool_losses(
     counted_tokens = counted_tokens.squeeze(0).clamp(min=1)
     if num_items_in_batch is None:
         num_items = statistics[0].num_tokens.clamp(min=1)
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items = num_items_in_batch.to(summed.device)
     else:
-        num_items = torch.as_tensor(num_items_in_batch, device=summed.device)
+        num_items = num_items_in_batch
     balance, z = [], []
     for layer, count_R, experts in zip(statistics, counts, layer_experts, strict=True):
         scale = experts.num_routed / (experts.top_k - experts.num_shared)
-        balance.append(scale * (count_R * layer.prob_sum_R).sum() / counted_tokens / num_items)
-        z.append(layer.z_sum / num_items)
+        prob_sum_R = layer.prob_sum_R.to(summed.device)
+        balance.append(scale * (count_R * prob_sum_R).sum() / counted_tokens / num_items)
+        z.append(layer.z_sum.to(summed.device) / num_items)
     return torch.stack(balance).mean(), torch.stack(z).mean()
 
 
@@ -289,7 +302,7 @@ def lm_z_loss(
 
     ```
     """
-    counted = labels[:, 1:] != -100
+    counted = labels.to(logits.device)[:, 1:] != -100
     squares = (
         logits.float().logsumexp(dim=-1)[:, :-1].square()
     )  # sliced last: a slice of the logits is a copy

@@ -55,7 +55,7 @@ from .losses import (
     load_balancing_loss,
 )
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools, row_pools
-from .segments import flatten_segments, lengths_from_segments, segments_from_positions
+from .segments import flatten_segments, ids_on, lengths_from_segments, segments_from_positions
 from .sharing import SharedModel
 from .weight_names import register_weight_names
 
@@ -271,7 +271,7 @@ class EmoTopKRouter(nn.Module):
 
     def _take_always_active(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probs_TE = F.softmax(logits_TE, dim=-1, dtype=torch.float32)
-        always_A = torch.tensor(self.layer.always_active, device=logits_TE.device)
+        always_A = ids_on(self.layer.always_active, logits_TE.device)
         # -1 is below every probability, so that an always-active expert is never picked a second time.
         others_TE = probs_TE.index_fill(-1, always_A, -1.0)
         picked_TK = others_TE.topk(self.layer.top_k - len(always_A), dim=-1).indices
@@ -570,6 +570,15 @@ class EmoModel(EmoPreTrainedModel):
         self.default_document_pool: int | None = None
         self.post_init()
 
+    def _apply(self, fn, *args, **kwargs):
+        """What `to`, `cuda` and so on do: masks follow the layers, once and not in every forward."""
+        super()._apply(fn, *args, **kwargs)
+        self.expert_masks = [
+            None if mask is None else mask.to(next(layer.parameters()).device)
+            for mask, layer in zip(self.expert_masks, self.layers, strict=False)
+        ]
+        return self
+
     @_resolve_output_router_logits
     @merge_with_config_defaults
     @capture_outputs
@@ -857,9 +866,9 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
                     lm_z = lm_z_loss(logits, labels, num_items)
                 loss = (
                     loss
-                    + self.config.balance_loss_coef * aux_loss
-                    + self.config.router_z_loss_coef * router_z_loss
-                    + self.config.lm_z_loss_coef * lm_z
+                    + self.config.balance_loss_coef * aux_loss.to(loss.device)
+                    + self.config.router_z_loss_coef * router_z_loss.to(loss.device)
+                    + self.config.lm_z_loss_coef * lm_z.to(loss.device)
                 )
         elif output_router_logits and expert_layers:
             token_mask = None if labels is None else labels != -100

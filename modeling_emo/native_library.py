@@ -47,6 +47,40 @@ class KernelsError(RuntimeError):
     """
 
 
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def _are_readable(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
+    """Whether all are contiguous tensors of a dtype, with memory of this process: not of a device, nor fake.
+
+    It runs for every product of every token.
+    """
+    for tensor in tensors:  # noqa: SIM110  `all` of a generator takes twice as long
+        if not (
+            tensor.dtype is dtype
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and (tensor.data_ptr() or not tensor.numel())
+        ):
+            return False
+    return True
+
+
+def _refusal(what: str, tensors: dict[str, torch.Tensor | None]) -> ValueError:
+    """The error that shows all that something should be computed with, by names that say the shapes."""
+    found = ", ".join(
+        f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        + ("" if tensor.is_contiguous() else ", not contiguous")
+        + (", without memory" if tensor.is_cpu and tensor.numel() and not tensor.data_ptr() else "")
+        for name, tensor in tensors.items()
+        if tensor is not None
+    )
+    return ValueError(
+        f"The inputs of {what} do not fit each other, or are not all on the CPU, contiguous and of one "
+        f"dtype, bfloat16 or float32: {found}."
+    )
+
+
 def _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK) -> None:
     """C++ reads where it is told to: what does not fit would be read past its end."""
     inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
@@ -55,15 +89,16 @@ def _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK) -> None:
         tokens, hidden, experts, _, width, _, top_k = sizes
         picks = (tokens, top_k)
         fitting = (tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width), picks, picks
-        if all(tensor.shape == shape for tensor, shape in zip(inputs, fitting, strict=True)) and all(
-            tensor.is_cpu for tensor in inputs
+        if (
+            all(tensor.shape == shape for tensor, shape in zip(inputs, fitting, strict=True))
+            and x_TD.dtype in _DTYPES
+            and _are_readable(x_TD.dtype, x_TD, gate_up_E2FD, down_EDF)
+            and _are_readable(torch.float32, weights_TK)
+            and _are_readable(torch.int64, index_TK)
         ):
             return
     names = "tokens (T, D)", "gate_up (E, 2F, D)", "down (E, D, F)", "weights (T, K)", "index (T, K)"
-    found = ", ".join(
-        f"{name} {tuple(tensor.shape)} on {tensor.device}" for name, tensor in zip(names, inputs, strict=True)
-    )
-    raise ValueError(f"The experts' inputs do not fit each other, or are not all on the CPU: {found}.")
+    raise _refusal("the experts (weights float32, index int64)", dict(zip(names, inputs, strict=True)))
 
 
 class Kernels:
@@ -132,7 +167,8 @@ class Kernels:
             `save`).
 
         Raises:
-            ValueError: if the shapes do not fit each other, or a tensor is not on the CPU.
+            ValueError: if the shapes do not fit each other, or a tensor is not on the CPU, contiguous and of
+                the dtype it should have.
         """
         _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK)
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
@@ -194,6 +230,11 @@ class Kernels:
                 f"The gradient and what `experts` saved are of shapes {found[0]} and {found[1]}, expected "
                 f"{expected[0]} and {expected[1]}: call it with `save=True`."
             )
+        if not _are_readable(x_TD.dtype, grad_TD, saved_P2F):
+            raise _refusal(
+                "the experts' gradients",
+                {"tokens (T, D)": x_TD, "gradient (T, D)": grad_TD, "saved (P, 2F)": saved_P2F},
+            )
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
         # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.
         gradients = [
@@ -214,29 +255,74 @@ class Kernels:
     def linear(
         self, x_MD: torch.Tensor, weight_ND: torch.Tensor, bias_N: torch.Tensor | None
     ) -> torch.Tensor:
-        """`torch.nn.functional.linear` of a few rows: (M, D) and (N, D) to (M, N)."""
-        (rows, inputs), outputs = x_MD.shape, weight_ND.shape[0]
+        """`torch.nn.functional.linear` of a few rows: (M, D) and (N, D) to (M, N).
+
+        Raises:
+            ValueError: if the shapes do not fit each other, or a tensor is not on the CPU, contiguous and of
+                the dtype of the others.
+        """
+        (rows, inputs), (outputs, columns), dtype = x_MD.shape, weight_ND.shape, x_MD.dtype
+        if (
+            inputs != columns
+            or dtype not in _DTYPES
+            or not _are_readable(dtype, x_MD, weight_ND)
+            or (bias_N is not None and (bias_N.shape != (outputs,) or not _are_readable(dtype, bias_N)))
+        ):
+            raise _refusal(
+                "a product", {"rows (M, D)": x_MD, "weight (N, D)": weight_ND, "bias (N,)": bias_N}
+            )
         out_MN = x_MD.new_empty(rows, outputs)
         bias = None if bias_N is None else bias_N.data_ptr()
         pointers = x_MD.data_ptr(), weight_ND.data_ptr(), bias, out_MN.data_ptr()
         sizes = rows, inputs, outputs, torch.get_num_threads()
-        if self._linear(x_MD.dtype == torch.bfloat16, *pointers, *sizes):
+        if self._linear(dtype == torch.bfloat16, *pointers, *sizes):
             raise MemoryError(f"No memory for a product of {rows} rows with {outputs} outputs.")
         return out_MN
 
     def rms_norm(self, x_MD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """`weight * x / sqrt(mean(x ** 2) + epsilon)` of each row (M, D), in float32, rounded at the end."""
+        """`weight * x / sqrt(mean(x ** 2) + epsilon)` of each row (M, D), in float32, rounded at the end.
+
+        Raises:
+            ValueError: as `linear`.
+        """
+        dtype = x_MD.dtype
+        if (
+            x_MD.dim() != 2
+            or weight_D.shape != x_MD.shape[1:]
+            or dtype not in _DTYPES
+            or not _are_readable(dtype, x_MD, weight_D)
+        ):
+            raise _refusal("a norm", {"rows (M, D)": x_MD, "weight (D,)": weight_D})
         out_MD = torch.empty_like(x_MD)
         pointers = x_MD.data_ptr(), weight_D.data_ptr(), out_MD.data_ptr()
-        self._rms_norm(x_MD.dtype == torch.bfloat16, *pointers, *x_MD.shape, epsilon, torch.get_num_threads())
+        self._rms_norm(dtype == torch.bfloat16, *pointers, *x_MD.shape, epsilon, torch.get_num_threads())
         return out_MD
 
     def rotate(self, x_MHW: torch.Tensor, cos_PW: torch.Tensor, sin_PW: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of M rows with H heads; row m has the float32 cosines and sines of m modulo P."""
+        """Rotary embedding of M rows with H heads; row m has the float32 cosines and sines of m modulo P.
+
+        Raises:
+            ValueError: as `linear`; cosines and sines are float32, and W even.
+        """
+        dtype, width = x_MHW.dtype, x_MHW.shape[-1]
+        if (
+            x_MHW.dim() != 3
+            or cos_PW.dim() != 2
+            or not cos_PW.shape[1] == width
+            or width % 2
+            or sin_PW.shape != cos_PW.shape
+            or (len(x_MHW) and not len(cos_PW))
+            or dtype not in _DTYPES
+            or not (_are_readable(dtype, x_MHW) and _are_readable(torch.float32, cos_PW, sin_PW))
+        ):
+            raise _refusal(
+                "a rotation (cosines and sines float32)",
+                {"rows (M, H, W)": x_MHW, "cosines (P, W)": cos_PW, "sines (P, W)": sin_PW},
+            )
         out_MHW = torch.empty_like(x_MHW)
         pointers = x_MHW.data_ptr(), cos_PW.data_ptr(), sin_PW.data_ptr(), out_MHW.data_ptr()
         sizes = *x_MHW.shape, len(cos_PW), torch.get_num_threads()
-        self._rotate(x_MHW.dtype == torch.bfloat16, *pointers, *sizes)
+        self._rotate(dtype == torch.bfloat16, *pointers, *sizes)
         return out_MHW
 
 

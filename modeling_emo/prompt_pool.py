@@ -88,18 +88,23 @@ class FrozenPools:
         Raises:
             ValueError: if a sequence has none in some layer.
         """
-        if self.fitting_masks is masks:  # a look at the numbers waits for the device: once for each mask
+        if self.fitting_masks is masks:  # a look at the numbers waits for the device: once for these masks
             return
+        fits: dict[int, torch.Tensor] = {}
         for index, (outside_BR, mask_E) in enumerate(zip(self.outside, masks, strict=True)):
-            if outside_BR is None or mask_E is None:
-                continue
-            inside_BR = mask_E[: outside_BR.shape[1]].to(outside_BR.device) & ~outside_BR
-            if not inside_BR.any(-1).all():
-                raise ValueError(
-                    "No expert of the document pools in the cache may be used in layer "
-                    f"{index}: go on with the subset that the pools were chosen with, leave them out with "
-                    "`document_pool=False`, or begin with a new cache."
-                )
+            if outside_BR is not None and mask_E is not None:
+                inside_BR = mask_E[: outside_BR.shape[1]].to(outside_BR.device) & ~outside_BR
+                fits[index] = inside_BR.any(-1).all()
+        if fits:
+            device = next(iter(fits.values())).device  # of one of the layers
+            fitting = torch.stack([fit.to(device) for fit in fits.values()]).tolist()
+            for index, is_fitting in zip(fits, fitting, strict=True):
+                if not is_fitting:
+                    raise ValueError(
+                        "No expert of the document pools in the cache may be used in layer "
+                        f"{index}: go on with the subset that the pools were chosen with, leave them out "
+                        "with `document_pool=False`, or begin with a new cache."
+                    )
         self.fitting_masks = masks
 
     def get_max_length(self) -> int:

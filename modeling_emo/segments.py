@@ -13,6 +13,56 @@ import torch
 import torch.nn.functional as F
 
 
+def ids_on(ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Some ids as a tensor, made on the device: copied from the host, they would have it wait for the device.
+
+    Args:
+        ids (`Sequence[int]`): a few numbers.
+        device (`torch.device`): where they are wanted.
+
+    Returns:
+        `torch.Tensor`: int64, one dimension.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.segments import ids_on
+    >>> ids_on([3, 40], torch.device("cpu"))
+    tensor([ 3, 40])
+
+    ```
+    """
+    if device.type == "cpu" or not ids:
+        return torch.tensor(ids, dtype=torch.int64, device=device)
+    return torch.cat([torch.full((1,), number, device=device) for number in ids])
+
+
+def is_eos(input_ids: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.Tensor:
+    """Which tokens are an EOS.
+
+    Args:
+        input_ids (`torch.Tensor`): token ids of any shape.
+        eos_token_id (`int` or `Sequence[int]`): the EOS token or tokens.
+
+    Returns:
+        `torch.Tensor`: bool, of the same shape.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.segments import is_eos
+    >>> is_eos(torch.tensor([5, 9, 7]), [7, 8]).tolist()
+    [False, False, True]
+
+    ```
+    """
+    if isinstance(eos_token_id, int):
+        return input_ids == eos_token_id
+    return torch.isin(input_ids, ids_on(eos_token_id, input_ids.device))
+
+
 def segments_from_eos(
     input_ids: torch.Tensor, eos_token_id: int | Sequence[int], *, eos_opens: bool
 ) -> torch.Tensor:
@@ -42,9 +92,8 @@ def segments_from_eos(
 
     ```
     """
-    eos = torch.as_tensor(eos_token_id, device=input_ids.device)
-    is_eos = torch.isin(input_ids, eos)
-    starts = is_eos[:, 1:] if eos_opens else is_eos[:, :-1]
+    found = is_eos(input_ids, eos_token_id)
+    starts = found[:, 1:] if eos_opens else found[:, :-1]
     return F.pad(starts.long(), (1, 0)).cumsum(dim=1)
 
 

@@ -65,16 +65,17 @@ class ExpertServing:
         ```
         """
         model: Any = self
-        package, base, device = self._needed_package(), model.base_model, model.device
-        weights = dict(model.named_parameters())
-        masks: list[torch.Tensor | None] = []
-        for ids, layer in zip(
-            package.kept_experts(expert_subset, model.config, exclude_experts, weights),
-            model.config.layer_experts,
-            strict=True,
-        ):
-            mask = torch.zeros(layer.num_experts, dtype=torch.bool, device=device)
-            masks.append(None if ids is None else mask.index_fill_(0, torch.tensor(ids, device=device), True))
+        package, base = self._needed_package(), model.base_model
+        kept = package.kept_experts(
+            expert_subset, model.config, exclude_experts, dict(model.named_parameters())
+        )
+        sizes = [layer.num_experts for layer in model.config.layer_experts]
+        # One copy to the device for all layers: the host waits for each.
+        flags = [
+            expert in (ids or ()) for ids, size in zip(kept, sizes, strict=True) for expert in range(size)
+        ]
+        split = torch.tensor(flags, dtype=torch.bool, device=model.device).split(sizes)
+        masks = [None if ids is None else mask for ids, mask in zip(kept, split, strict=True)]
         with _mask_locks.setdefault(base, RLock()):
             previous, base.expert_masks = base.expert_masks, masks
             try:

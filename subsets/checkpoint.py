@@ -32,6 +32,7 @@ _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHTS_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _MOST_OPEN = 256  # files kept open at once: expert shards are thousands, and a process may have 1024
+_STAGED = 64 << 20  # bytes for a device that are in the host's memory at a time
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
 
 
@@ -135,6 +136,8 @@ class LazyTensor:
     Attributes:
         mapped (`bool`): may be set to have tensors be pages of their files where that is possible
             (`mapped_files.py`); others who overwrite such a file in place then change the tensor.
+        device (`torch.device`, *optional*): may be set to have the tensor made there, filled part by part, so
+            that the host never holds it whole.
 
     Example:
 
@@ -161,6 +164,7 @@ class LazyTensor:
         self.shape = tuple(shape)
         self.cast_to = cast_to
         self.mapped = False
+        self.device: torch.device | None = None
 
     def get_shape(self) -> list[int]:
         """`list[int]`: the shape, by the name safetensors gives it."""
@@ -214,9 +218,10 @@ class LazyTensor:
         row_numel = math.prod(row_shape)
         row_bytes = row_numel * self.dtype.itemsize
         spans = list(self._spans(start * row_bytes, stop * row_bytes))
-        rows = None
+        rows = None if self.device is None else self._read_to_device(spans, (stop - start) * row_numel)
         if (
-            self.mapped
+            rows is None
+            and self.mapped
             and spans
             and self.cast_to in (None, self.dtype)
             and isinstance(self.source, LocalFiles)
@@ -230,6 +235,19 @@ class LazyTensor:
                 self._fill(rows[begin:end], span.file, span.start)
                 begin = end
         return rows.reshape(stop - start, *row_shape) if self.shape else rows.reshape(())
+
+    def _read_to_device(self, spans: list[TensorSpan], numel: int) -> torch.Tensor:
+        rows = torch.empty(numel, dtype=self.cast_to or self.dtype, device=self.device)
+        itemsize = self.dtype.itemsize
+        staged = empty(min(numel, max(_STAGED // itemsize, 1)), self.dtype)
+        begin = 0
+        for span in spans:
+            for first in range(span.start, span.end, staged.nbytes):
+                count = min(span.end - first, staged.nbytes) // itemsize
+                self.source.read_into(span.file, first, _bytes_of(staged[:count]))
+                rows[begin : begin + count].copy_(staged[:count])  # it waits: what is staged is used again
+                begin += count
+        return rows
 
     def _spans(self, first: int, last: int) -> Iterator[TensorSpan]:
         """The parts of the pieces that bytes `first` to `last` of the whole tensor are in."""

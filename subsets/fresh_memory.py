@@ -41,7 +41,7 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(numel, dtype=dtype, device="cpu")
     first = -(-tensor.data_ptr() // _PAGE) * _PAGE
     length = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
-    if length > 0 and _LARGE_PAGES is not None:
+    if first > 0 and length > 0 and _LARGE_PAGES is not None:
         with suppress(OSError, AttributeError):  # no C library to be had; what it answers does not matter
             c_library().madvise(first, length, _LARGE_PAGES)
     return tensor

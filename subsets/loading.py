@@ -294,6 +294,8 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
                 return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if load_config.hf_quantizer is None:
             _cast_while_reading(tensors, model)
+            if getattr(load_config, "device_mesh", None) is None:  # else each process takes its part of it
+                _read_to_devices(tensors, model, load_config.device_map or {})
         # Transformers' own default would map them. Read weights are found faster by what computes with them.
         if source is not None and getattr(load_config, "disable_mmap", None) is False:
             for tensor in tensors.values():
@@ -447,11 +449,29 @@ def _base_of_adapter(path: str | os.PathLike) -> str | os.PathLike:
 
 def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:
     """Have tensors converted to the dtype of the model's parameters as they are read."""
-    prefix = f"{model.base_model_prefix}."
     for name, parameter in model.state_dict().items():
-        for key in (name, prefix + name, name.removeprefix(prefix)):
+        for key in _names_of(name, model):
             if key in tensors and tensors[key].dtype.is_floating_point and parameter.dtype.is_floating_point:
                 tensors[key].cast_to = parameter.dtype
+
+
+def _read_to_devices(tensors: dict[str, LazyTensor], model, device_map: dict[str, Any]) -> None:
+    """Have tensors read into the memory of the accelerator where the device map wants them."""
+    for name in model.state_dict():
+        parts = name.split(".")
+        modules = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+        place = next((device_map[module] for module in modules if module in device_map), "cpu")
+        if str(place) in ("cpu", "disk"):
+            continue
+        for key in _names_of(name, model):
+            if key in tensors:
+                tensors[key].device = torch.device(place)
+
+
+def _names_of(name: str, model) -> tuple[str, ...]:
+    """What a parameter may be called in a checkpoint of the model with another head or none."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
 
 
 def _is_expert_converter(transform) -> bool:

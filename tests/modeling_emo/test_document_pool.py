@@ -146,6 +146,16 @@ class TestPools:
             expected = [e in ranked[: sizes[document]] for e in range(num_routed)]
             assert all(row == expected for row in mask[segment == document].tolist())
 
+    def test_the_order_of_the_tokens_does_not_matter(self):
+        """An accelerator adds them in another order each time; two experts here have exactly the same sum."""
+        torch.manual_seed(0)
+        logits = 4 * torch.randn(999, 2)
+        logits = torch.cat([logits.flatten(), logits.flip(1).flatten()]).view(-1, 2)  # each token mirrored
+        segments, sizes = torch.zeros(len(logits), dtype=torch.long), torch.tensor([1])
+        for _ in range(20):
+            order = torch.randperm(len(logits))
+            assert pool_mask(logits[order], segments, sizes)[0].tolist() == [True, False]
+
     def test_pool_as_large_as_the_layer_restricts_nothing(self):
         mask = pool_mask(torch.randn(6, 5), torch.zeros(6, dtype=torch.long), torch.tensor([5]))
         assert mask.all()

@@ -288,7 +288,7 @@ def route(tokens: int, experts: int, top_k: int, seed: int) -> tuple[torch.Tenso
     """Random expert ids, some of other ranks, and weights."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.rand(tokens, experts + 1, generator=generator).argsort(dim=1)[:, :top_k]
-    return index, torch.rand(tokens, top_k, generator=generator)
+    return index.contiguous(), torch.rand(tokens, top_k, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers_emo.modeling_emo.gradient_memory import empty_gradient
 from transformers_emo.modeling_emo.native_library import find_kernels, load_kernels, runnable_sets
 
 MAPS = Path("/proc/self/maps")
@@ -282,6 +285,72 @@ def test_not_a_number_stays_one():
         tensors = (x, torch.ones(1, 64, 64), torch.ones(1, 64, 32))
         out, _ = KERNELS.experts(*(tensor.to(dtype) for tensor in tensors), weights, index)
         assert out.isnan().all()
+
+
+def _calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+    """Every compiled function, with inputs that fit (gradients: where there are tiles)."""
+    kernels, x = load_kernels(), torch.randn(3, 32)
+    routing = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    experts = [x, torch.randn(4, 64, 32), torch.randn(4, 32, 32), *routing]
+    calls = {
+        "experts": (kernels.experts, experts),
+        "linear": (kernels.linear, [x, torch.randn(5, 32), torch.randn(5)]),
+        "rms_norm": (lambda *inputs: kernels.rms_norm(*inputs, 1e-6), [x, torch.randn(32)]),
+        "rotate": (kernels.rotate, [torch.randn(3, 2, 16), torch.randn(3, 16), torch.randn(3, 16)]),
+    }
+    if kernels.fits_tiles(32, 32):
+        _, saved = kernels.experts(*experts, save=True)
+        calls["experts_backward"] = (kernels.experts_backward, [torch.randn(3, 32), *experts, saved])
+    return calls
+
+
+def _spoilt() -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    fake = FakeTensorMode()
+    yield "on meta", lambda tensor: tensor.to("meta")
+    yield "without memory", fake.from_tensor
+    yield "not contiguous", lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0]
+    yield "float64", lambda tensor: tensor.double()
+    yield "int32", lambda tensor: tensor.int()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", ["experts", "experts_backward", "linear", "rms_norm", "rotate"])
+def test_nothing_is_read_that_is_elsewhere_or_something_else(name):
+    """Compiled code would read at an address of a device, at null, or numbers for other ones."""
+    if name not in (calls := _calls()):
+        pytest.skip("gradients are compiled where there is AMX")
+    call, inputs = calls[name]
+    call(*inputs)
+    for place in range(len(inputs)):
+        for found, spoil in _spoilt():
+            spoilt = [*inputs[:place], spoil(inputs[place]), *inputs[place + 1 :]]
+            with pytest.raises(ValueError, match=f"do not fit each other.* {found}"):
+                call(*spoilt)
+
+
+@pytest.mark.parametrize(
+    "name, place, shape",
+    [
+        ("linear", 0, (3, 31)),
+        ("linear", 1, (5, 33)),
+        ("linear", 2, (4,)),
+        ("rms_norm", 1, (31,)),
+        ("rms_norm", 0, (32,)),
+        ("rotate", 0, (3, 32)),
+        ("rotate", 1, (3, 15)),
+        ("rotate", 2, (2, 16)),
+    ],
+)
+def test_nothing_is_read_past_its_end(name, place, shape):
+    call, inputs = _calls()[name]
+    inputs[place] = torch.zeros(shape)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        call(*inputs)
+
+
+def test_memory_for_gradients_is_where_the_weights_are():
+    weight = torch.empty(4096, 4096, device="meta")
+    assert empty_gradient(weight).is_meta
 
 
 # Linux alone says which libraries a process has loaded; the numbers are tested everywhere.

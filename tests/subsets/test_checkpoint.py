@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers_emo import CheckpointError
 from transformers_emo.subsets import Checkpoint, wanted_ranges
-from transformers_emo.subsets.checkpoint import TensorSpan, rows_of
+from transformers_emo.subsets import checkpoint as checkpoint_module
+from transformers_emo.subsets.checkpoint import LocalFiles, TensorSpan, rows_of
 
 
 @pytest.fixture
@@ -182,3 +183,29 @@ class TestIndex:
         self.write(tmp_path, {"a": "pytorch_model.bin"})
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             Checkpoint.from_folder(tmp_path)
+
+
+def test_a_device_is_filled_part_by_part(make_checkpoint, monkeypatch):
+    """The host never holds a tensor whole; bytes are read once, in order, and cast on the way."""
+    file = make_checkpoint() / "model.safetensors"
+    source, reads = LocalFiles(file.parent), []
+    read_into = source.read_into
+    monkeypatch.setattr(checkpoint_module, "_STAGED", 1000)
+    monkeypatch.setattr(
+        source,
+        "read_into",
+        lambda name, start, buffer: reads.append(len(buffer)) or read_into(name, start, buffer),
+    )
+    checkpoint = Checkpoint.from_files(file.parent, [file.name], source)
+    names = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in (3, 1)]
+    for device, dtype in (("cpu", None), ("cpu", torch.bfloat16), ("meta", None)):
+        expected = checkpoint.lazy(names, shape=(2, 24, 32))
+        lazy = checkpoint.lazy(names, shape=(2, 24, 32))
+        expected.cast_to = lazy.cast_to = dtype
+        lazy.device = torch.device(device)
+        reads.clear()
+        found = lazy[...]
+        assert found.device.type == device and found.shape == (2, 24, 32)
+        assert max(reads) <= 1000 and sum(reads) == 2 * 24 * 32 * 4
+        if device == "cpu":
+            assert torch.equal(found, expected[...]) and torch.equal(lazy[1:], expected[1:])

@@ -14,7 +14,7 @@ from tolerances import NETWORK, STORED, assert_other_numbers, assert_same_number
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers_emo import EmoForCausalLM, ExpertSubset, SubsetError
 from transformers_emo.subsets import Checkpoint, wanted_ranges
-from transformers_emo.subsets.checkpoint import LocalFiles
+from transformers_emo.subsets.checkpoint import LazyTensor, LocalFiles
 from transformers_emo.subsets.loading import lazy_parameters
 
 INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
@@ -440,3 +440,21 @@ def test_whole_model_with_other_shapes_is_left_to_transformers(make_checkpoint, 
     edit_json(folder / "config.json", num_experts=16)
     model = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
     assert model.config.num_experts == 16
+
+
+def test_weights_for_a_device_are_read_straight_into_it(make_checkpoint, monkeypatch):
+    """Each layer where the map wants it; no tensor is whole in the host's memory before."""
+    folder, devices = make_checkpoint(), {}
+    read = LazyTensor._read_rows
+
+    def note(lazy, *rows):
+        devices[lazy.pieces[0].start] = lazy.device
+        return read(lazy, *rows)
+
+    monkeypatch.setattr(LazyTensor, "_read_rows", note)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "meta", "lm_head": "meta"}
+    layers = {"model.layers.0": "cpu", "model.layers.1": "meta", "model.layers.2": "meta"}
+    for place, found in (({"": "meta"}, {"meta"}), (places | layers, {"meta", None}), ("cpu", {None})):
+        devices.clear()
+        EmoForCausalLM.from_pretrained(folder, expert_subset=[[0, 3, 11]] * 3, device_map=place)
+        assert {device and device.type for device in devices.values()} == found
