@@ -15,6 +15,7 @@ from typing import Any
 
 from .import_hook import AfterImport
 from .lazy_names import import_name
+from .modeling_emo.transformers_versions import check_names
 
 _NETWORK = f"{__package__}.modeling_emo.modeling_emo"
 
@@ -43,6 +44,7 @@ def _register_configs(configuration_auto: ModuleType) -> None:
 def _register_models(modeling_auto: ModuleType) -> None:
     from .configuration import EmoConfig
 
+    check_names("auto models")
     for auto_class, name in (
         (modeling_auto.AutoModel, "EmoModel"),
         (modeling_auto.AutoModelForCausalLM, "EmoForCausalLM"),
@@ -72,6 +74,7 @@ def _register_tokenizer(tokenization_auto: ModuleType) -> None:
     from .configuration import EmoConfig
     from .tokenization import EmoTokenizer
 
+    check_names("auto tokenizer")
     tokenization_auto.AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
     # Registered alone, the class would serve only repositories that name none. Released ones may name
     # `GPT2Tokenizer`, which in Transformers 5 splits text as GPT-2 does, not as their `tokenizer.json` says.
@@ -83,6 +86,7 @@ def _register_tokenizer(tokenization_auto: ModuleType) -> None:
 def _register_experts(moe: ModuleType) -> None:
     from .modeling_emo.expert_kernels import emo_experts_forward, sorted_experts_forward
 
+    check_names("auto experts")
     moe.ALL_EXPERTS_FUNCTIONS.register("emo", emo_experts_forward)
     moe.ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
 

@@ -171,6 +171,7 @@ class EmoConfig(PreTrainedConfig):
     # The Trainer gathers every other output as a prediction.
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",  # the same, as Transformers calls it from 5.24 on
         "aux_loss",
         "router_logits",
         "ce_loss",

@@ -14,6 +14,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from .prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
+from .transformers_differences import CACHE, name_cache_twice, one_cache_name
 
 
 @dataclass
@@ -28,7 +29,7 @@ class _PoolRequest:
         """What to add to the inputs of a forward."""
         if self.sizes is None:
             return {"document_pool": False}
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         frozen = cached_pools(cache)
         if frozen is not None:
             if frozen.sizes != self.sizes:
@@ -89,11 +90,11 @@ class EmoGenerationMixin(GenerationMixin):
         prompt and what is generated use only those. Every sequence of a batch has pools of its own. They are
         those that training would choose for the prompt as one document, EOS tokens in it or not.
 
-        Pools are kept in the cache (`past_key_values`), through beams, reordering and cropping, whatever its
-        kind: to go on with a conversation, hand over its cache, with the same `document_pool` or none. A
-        plain `model(ids, past_key_values=cache)` uses them too. Pools of a layer need the whole prompt in the
-        layer before, so that `prefill_chunk_size` does not cut the prompt: it is then the number of tokens
-        that go through the experts of a layer at once, and the numbers stay the same.
+        Pools are kept in the cache (`past_key_values`, or `cache`), through beams, reordering and cropping,
+        whatever its kind: to go on with a conversation, hand over its cache, with the same `document_pool` or
+        none. A plain `model(ids, past_key_values=cache)` uses them too. Pools of a layer need the whole
+        prompt in the layer before, so that `prefill_chunk_size` does not cut the prompt: it is then the
+        number of tokens that go through the experts of a layer at once, and the numbers stay the same.
 
         Args:
             expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts
@@ -133,6 +134,7 @@ class EmoGenerationMixin(GenerationMixin):
         ```
         """
         model: Any = self
+        kwargs = one_cache_name(kwargs)
         request = None
         if document_pool is None:
             settings = kwargs.get("generation_config") or model.generation_config
@@ -150,12 +152,13 @@ class EmoGenerationMixin(GenerationMixin):
         token = _request.set(request)
         try:
             with masked:
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+                return name_cache_twice(super().generate(*args, **kwargs))  # type: ignore[misc]
         finally:
             _request.reset(token)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # type: ignore[override]  # noqa: D102
+        kwargs = one_cache_name(kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         request = _request.get()
         if request is not None:
@@ -184,7 +187,7 @@ class EmoGenerationMixin(GenerationMixin):
         return super().init_continuous_batching(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        request, cache = _request.get(), model_kwargs.get("past_key_values")
+        request, cache = _request.get(), model_kwargs.get(CACHE)
         chunk_size = generation_config.prefill_chunk_size
         is_chosen = cache is None or cached_pools(cache) is not None
         if request is None or request.sizes is None or chunk_size is None or is_chosen:

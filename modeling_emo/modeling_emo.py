@@ -17,31 +17,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
-from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.flex_olmo.modeling_flex_olmo import (
-    FlexOlmoAttention,
-    FlexOlmoRMSNorm,
-    FlexOlmoRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .transformers_versions import private_names
+
+with private_names("network"):  # the versions are looked at before anything can fail for want of them
+    from transformers import initialization as init
+    from transformers.activations import ACT2FN
+    from transformers.cache_utils import Cache, DynamicCache
+    from transformers.integrations import use_experts_implementation
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
+    from transformers.modeling_layers import (
+        GenericForSequenceClassification,
+        GenericForTokenClassification,
+        GradientCheckpointingLayer,
+    )
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+    from transformers.models.flex_olmo.modeling_flex_olmo import (
+        FlexOlmoAttention,
+        FlexOlmoRMSNorm,
+        FlexOlmoRotaryEmbedding,
+        apply_rotary_pos_emb,
+        eager_attention_forward,
+    )
+    from transformers.processing_utils import Unpack
+    from transformers.utils import TransformersKwargs, can_return_tuple
+    from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+    from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
 from .document_pool import DocumentPools, PoolRequest, document_pools, find_segments, mean_pool_size
@@ -57,6 +61,16 @@ from .losses import (
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools, row_pools
 from .segments import flatten_segments, ids_on, lengths_from_segments, segments_from_positions
 from .sharing import SharedModel
+from .transformers_differences import (
+    CACHE,
+    BothCacheNames,
+    both_cache_names,
+    kept_positions,
+    one_cache_name,
+    refuse_unknown_caches,
+    takes_cache,
+    update_cache,
+)
 from .weight_names import register_weight_names
 
 _FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -144,6 +158,7 @@ class EmoAttention(FlexOlmoAttention):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, EmoLinear.of(getattr(self, name)))
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -161,7 +176,7 @@ class EmoAttention(FlexOlmoAttention):
         query, key = _rotate_both(heads(self.q_proj), heads(self.k_proj), *position_embeddings)
         value = heads(self.v_proj).transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -377,6 +392,11 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         self.pre_attention_layernorm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.pre_feedforward_layernorm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def __call__(self, *args, **kwargs):
+        """Run the layer; gradient checkpointing leaves a cache out, which it knows by one name."""
+        return super().__call__(*args, **one_cache_name(kwargs))
+
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -462,7 +482,7 @@ class EmoPreTrainedModel(SharedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EmoDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -510,7 +530,7 @@ class EmoPreTrainedModel(SharedModel):
 
 
 @dataclass
-class EmoModelOutputWithPast(MoeModelOutputWithPast):
+class EmoModelOutputWithPast(BothCacheNames, MoeModelOutputWithPast):
     """As every mixture of experts, and with pools in training what the routers did.
 
     `router_statistics` of each expert layer, and the mean `document_pool_size` over documents and layers.
@@ -579,6 +599,7 @@ class EmoModel(EmoPreTrainedModel):
         ]
         return self
 
+    @takes_cache
     @_resolve_output_router_logits
     @merge_with_config_defaults
     @capture_outputs
@@ -605,7 +626,8 @@ class EmoModel(EmoPreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): (B, S), 0 for padding; or a ready 4-D mask.
             position_ids (`torch.LongTensor`, *optional*): (B, S); 0, 1, 2 ... after the cached tokens by
                 default.
-            past_key_values (`Cache`, *optional*): keys and values of the tokens before.
+            past_key_values (`Cache`, *optional*): keys and values of the tokens before; or `cache`, as
+                Transformers calls it from 5.24 on. The output has it under both names.
             use_cache (`bool`, *optional*): return `past_key_values`.
             document_pool (`int` or `bool`, *optional*): route every document within a pool of so many routed
                 experts; `True` for the config's size, `False` for no pools. By default pools are on in
@@ -632,10 +654,12 @@ class EmoModel(EmoPreTrainedModel):
             logits (T, E) of each expert layer; `router_statistics`, with pools in training.
 
         Raises:
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if pools are asked for
-                behind tokens in a cache, documents cannot be told apart, or the attention implementation
-                cannot keep them apart.
+            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given; if `past_key_values`
+                and `cache` are two caches; if pools are asked for behind tokens in a cache, documents cannot
+                be told apart, or the attention implementation cannot keep them apart.
+            TypeError: if a cache is given by a name that is none of these.
         """
+        refuse_unknown_caches(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         # Generating hands over a cache, in training mode too: that is no training step.
@@ -690,9 +714,9 @@ class EmoModel(EmoPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
                 and_mask_function=same_document,
+                **{CACHE: past_key_values},
             )
         if same_document is not None and (causal_mask is None or len(causal_mask.shape) != 4):
             raise ValueError(
@@ -723,11 +747,11 @@ class EmoModel(EmoPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 expert_mask=self.expert_masks[index],
                 pools=None if pools is None else pools[index],
                 last_tokens=last_tokens if is_last and pools is None else 0,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
             if isinstance(output, tuple):
@@ -737,14 +761,14 @@ class EmoModel(EmoPreTrainedModel):
         keep_pools(past_key_values, frozen)
         return EmoModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             router_statistics=tuple(statistics) or None,
             document_pool_size=mean_pool_size(pools, self.config) if pools and statistics else None,
         )
 
 
 @dataclass
-class EmoCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+class EmoCausalLMOutputWithPast(BothCacheNames, MoeCausalLMOutputWithPast):
     """As every mixture of experts, and the parts of the loss, without gradient and without coefficients.
 
     `ce_loss` is the cross entropy. In training with document pools there are `router_z_loss`, `lm_z_loss`,
@@ -791,6 +815,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         self.balance_counts: BalanceCounts | None = None
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -840,7 +865,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
             last_tokens=0 if is_seen else max(last_tokens, 0),
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
 
         loss = ce_loss = aux_loss = router_z_loss = lm_z = None
         num_items = kwargs.get("num_items_in_batch")
@@ -887,7 +912,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -910,9 +935,13 @@ class _OnEmoModel:
 class EmoForSequenceClassification(_OnEmoModel, GenericForSequenceClassification, EmoPreTrainedModel):
     """EMO with a classifier on the last token that is not padding (Transformers' generic head)."""
 
+    forward = both_cache_names(GenericForSequenceClassification.forward)
+
 
 class EmoForTokenClassification(_OnEmoModel, GenericForTokenClassification, EmoPreTrainedModel):
     """EMO with a classifier on every token (Transformers' generic head)."""
+
+    forward = both_cache_names(GenericForTokenClassification.forward)
 
 
 register_weight_names(EmoConfig.model_type)

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchao.core.config import AOBaseConfig
-from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
-from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
-from torchao.quantization.granularity import PerGroup, PerRow
-from torchao.quantization.transform_module import register_quantize_module_handler
-from torchao.utils import TorchAOBaseTensor
 from transformers import TorchAoConfig
 
 from .private_torch import private_torch
+from .transformers_versions import private_names
+
+with private_names("torchao"):
+    from torchao.core.config import AOBaseConfig
+    from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup, PerRow
+    from torchao.quantization.transform_module import register_quantize_module_handler
+    from torchao.utils import TorchAOBaseTensor
 
 _make_wrapper_subclass = private_torch("torch.Tensor._make_wrapper_subclass")
 

@@ -6,6 +6,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .serving import NEEDS_PACKAGE, ExpertServing
 from .standalone import AUTO_MAP, CODE_FILES, save_code
+from .transformers_differences import check_peft
 
 
 class SharedModel(ExpertServing, PreTrainedModel):
@@ -75,9 +76,11 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         Raises:
             SubsetError: if `lora_config` made it for a model with other experts.
+            ImportError: if this Transformers wants a newer PEFT.
 
         Example: see `load_adapter`.
         """
+        check_peft()
         if self._package is not None:
             self._package.check_adapter_config(adapter_config, self.config)
         return super().add_adapter(adapter_config, *args, **kwargs)
@@ -92,6 +95,7 @@ class SharedModel(ExpertServing, PreTrainedModel):
         Raises:
             SubsetError: if the adapter is known to be trained on other experts than the model holds; before
                 anything is loaded. `transformers_emo.training.load_adapter` fits it to a larger model.
+            ImportError: if this Transformers wants a newer PEFT.
 
         Example:
 
@@ -106,6 +110,7 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         ```
         """
+        check_peft()
         load = super().load_adapter
         if self._package is not None:
             return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)

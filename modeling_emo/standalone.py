@@ -25,6 +25,8 @@ _FILES = [
     "modeling_emo/serving.py",
     "modeling_emo/sharing.py",
     "modeling_emo/standalone.py",
+    "modeling_emo/transformers_differences.py",
+    "modeling_emo/transformers_versions.py",
     "modeling_emo/weight_names.py",
 ]
 # Their names in the folder of a saved model.

@@ -14,10 +14,14 @@ from typing import Any
 
 from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import cached_file, logging
-from transformers.utils.hub import cached_files, extract_commit_hash
+
+from ..modeling_emo.transformers_versions import private_names
+
+with private_names("hub"):
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import httpx, validate_repo_id
+    from transformers.utils.hub import cached_files, extract_commit_hash
 
 from .byte_ranges import Range, bridge_gaps, merge_ranges, total_length
 from .checkpoint import LocalFiles

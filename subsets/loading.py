@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging
-from transformers.utils.hub import extract_commit_hash
+
+from ..modeling_emo.transformers_versions import private_names
+
+with private_names("loading"):
+    from transformers.core_model_loading import WeightConverter
+    from transformers.utils.hub import extract_commit_hash
 
 from ..configuration import EmoConfig
 from .adapter_record import check_adapter, check_adapter_config

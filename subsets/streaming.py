@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers.masking_utils import create_causal_mask
 
 from ..configuration import EmoConfig
+from ..modeling_emo.transformers_differences import CACHE
 from .calibration import Batch
 from .hidden_states import HiddenStates
 from .layers import Layers, device_of
@@ -207,14 +208,13 @@ def _attend(layers: Layers, decoder: Any, hidden_BSD: torch.Tensor, batch: Batch
         config=layers.config,
         inputs_embeds=hidden_BSD,
         attention_mask=batch.attention_mask.to(hidden_BSD.device),
-        past_key_values=None,
         position_ids=position_ids,
+        **{CACHE: None},
     )
     attended_BSD, _ = decoder.self_attn(
         hidden_states=decoder.pre_attention_layernorm(hidden_BSD),
         attention_mask=causal_mask,
         position_ids=position_ids,
-        past_key_values=None,
         position_embeddings=layers.rotary(hidden_BSD, position_ids),
     )
     return hidden_BSD + attended_BSD

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 from transformers.utils import logging
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..modeling_emo.transformers_versions import private_names
 from .packing import WINDOW, _check_column, _check_sizes, _end_documents, _eos_of, _import_datasets
 from .tokenization_emo import EmoTokenizer
+
+with private_names("chats"):
+    from transformers.utils.chat_template_utils import render_jinja_template
 
 if TYPE_CHECKING:
     import datasets

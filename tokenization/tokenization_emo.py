@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from ..modeling_emo.transformers_versions import private_names
+
+with private_names("tokenizer"):
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 # What `tokenizer_config.json` says of the class, so that tools without this package read what is saved.
 _SAVED_CLASS = "PreTrainedTokenizerFast"

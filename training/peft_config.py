@@ -4,7 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from ..modeling_emo.transformers_versions import private_names
+
+with private_names("peft"):
+    from peft import LoraConfig
 
 from ..subsets import ExpertSubset
 from ..subsets.adapter_record import RECORD

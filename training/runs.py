@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
+from ..modeling_emo.transformers_versions import private_names
 from ..optional_packages import require
 from ..subsets.hub_files import folder_or_repo, pinned
 from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
@@ -21,6 +21,9 @@ from .fine_tuning import train_only
 from .recipe_files import HUB_KWARGS, DataSection, Recipe
 from .recipes import training_arguments
 from .trainer import EmoTrainer
+
+with private_names("trainer"):
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 if TYPE_CHECKING:
     import datasets

@@ -15,8 +15,11 @@ from torch import nn
 from transformers import Trainer
 
 from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
+from ..modeling_emo.transformers_versions import check_names, private_names
 from ..subsets.adapter_record import check_adapter_config
 from .fine_tuning import KeepFrozenRows
+
+check_names("trainer")
 
 _LOSSES = {
     "ce_loss": "ce_loss",
@@ -144,8 +147,9 @@ class EmoTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and have it shard on CPUs too; see `Trainer`."""
         super().create_accelerator_and_postprocess()
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+        with private_names("sharding on CPUs"):
+            from accelerate import PartialState
+            from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
         state, settings = self.accelerator.state, self.args.fsdp_plugin_args
         if settings is None or state.distributed_type != DistributedType.MULTI_CPU:

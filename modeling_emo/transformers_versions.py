@@ -1,0 +1,527 @@
+"""The versions of Transformers that EMO is tested with, and everything it uses there that nobody promises.
+
+Names that begin with an underscore, methods that are overridden or called though they are not documented,
+and what stands deep inside a module may change with any release. Each is listed here once, with the reason.
+The module that uses some of them imports them in a block, `with private_names("loading"):`, which sees that
+they are there, take the arguments that we give, and are still used where we rely on it. What it looks at is
+imported there anyway.
+
+The list stands in this room because it goes along with code saved beside a model, and because every room but
+`configuration` may import it; what that one uses is listed under `network`.
+
+`transformers_differences` has what differs within the tested versions.
+"""
+
+import importlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+TESTED = {
+    "transformers": ("5.17.0", "5.24.0"),
+    "huggingface_hub": ("1.31.0", "2.4.0"),
+    "accelerate": ("1.15.0", "1.15.0"),
+    "peft": ("0.21.2", "0.21.2"),
+    "torchao": ("0.18.0", "0.18.0"),
+}
+"""The oldest and the newest version of each package that the tests have run with."""
+
+ANY_VERSION = "EMO_ANY_TRANSFORMERS"
+"""The environment variable that allows other versions of Transformers, when it is 1."""
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """Something of another package that EMO relies on and nobody promises.
+
+    Args:
+        name (`str`): the module, a colon, and the name in it, such as `"package.module:Class.method"`.
+        why (`str`): what EMO does with it.
+        first (`str`): its first parameters, in their order, `self` and `cls` left out; `*` for any name.
+        takes (`str`): parameters, or attributes of a class, that it must have wherever they stand.
+        mentions (`str`): what its code must call or read: EMO overrides or sets that.
+
+    Example: see `check_names`.
+    """
+
+    name: str
+    why: str
+    first: str = ""
+    takes: str = ""
+    mentions: str = ""
+
+    @property
+    def package(self) -> str:
+        """The package it is of."""
+        return self.name.partition(".")[0].partition(":")[0]
+
+
+_MODELS = "transformers.modeling_utils:PreTrainedModel"
+_FLEX = "transformers.models.flex_olmo.modeling_flex_olmo"
+_GENERATION = "transformers.generation.utils:GenerationMixin"
+_SAMPLE, _BEAMS = f"{_GENERATION}._sample", f"{_GENERATION}._beam_search"
+_TRAINER = "transformers.trainer:Trainer"
+_LOADING = "transformers.core_model_loading"
+_TOKENIZER = "transformers.tokenization_utils_tokenizers:TokenizersBackend"
+
+PRIVATE_NAMES: dict[str, list[PrivateName]] = {
+    "network": [
+        PrivateName("transformers.activations:ACT2FN", "the activation that the config names"),
+        PrivateName("transformers.initialization:trunc_normal_", "initialises", takes="mean std a b"),
+        PrivateName("transformers.initialization:zeros_", "initialises"),
+        PrivateName("transformers.loss.loss_utils:ForCausalLMLoss", "tells a loss of the user's own"),
+        PrivateName("transformers.processing_utils:Unpack", "types"),
+        PrivateName("transformers.utils:TransformersKwargs", "types"),
+        PrivateName("transformers.utils:can_return_tuple", "outputs as tuples, where asked for"),
+        PrivateName("transformers.utils.generic:is_flash_attention_requested", "masks or lengths", "config"),
+        PrivateName("transformers.utils.generic:merge_with_config_defaults", "settings left out of a call"),
+        PrivateName("transformers.utils.output_capturing:OutputRecorder", "router logits", takes="index"),
+        PrivateName("transformers.utils.output_capturing:capture_outputs", "hidden states and router logits"),
+        PrivateName(
+            "transformers.masking_utils:create_causal_mask",
+            "the mask of the attention",
+            "config inputs_embeds attention_mask *",
+            "position_ids and_mask_function",
+        ),
+        PrivateName("transformers.masking_utils:packed_sequence_mask_function", "keeps documents apart", "*"),
+        PrivateName(
+            "transformers.modeling_layers:GradientCheckpointingLayer", "the base of a layer", takes="__call__"
+        ),
+        PrivateName("transformers.modeling_layers:GenericForSequenceClassification.forward", "a head"),
+        PrivateName("transformers.modeling_layers:GenericForTokenClassification.forward", "a head"),
+        PrivateName(
+            "transformers.modeling_outputs:MoeModelOutputWithPast",
+            "the output",
+            takes="last_hidden_state hidden_states attentions router_logits",
+        ),
+        PrivateName(
+            "transformers.modeling_outputs:MoeCausalLMOutputWithPast",
+            "the output",
+            takes="loss aux_loss logits hidden_states attentions router_logits",
+        ),
+        PrivateName(
+            "transformers.cache_utils:Cache", "keys and values of the tokens before", takes="get_seq_length"
+        ),
+        PrivateName("transformers.cache_utils:Cache.update", "the same", "key_states value_states layer_idx"),
+        PrivateName("transformers.cache_utils:Cache.is_compileable", "tells a static cache"),
+        PrivateName("transformers.cache_utils:Cache.reorder_cache", "pools are reordered", mentions="layers"),
+        PrivateName(
+            "transformers.generation.continuous_batching.cache:PagedAttentionCache.update",
+            "the cache of continuous batching",
+            "key_states value_states layer_idx",
+        ),
+        PrivateName(
+            "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.get_interface",
+            "attention implementations",
+            "attn_implementation default",
+        ),
+        PrivateName(f"{_MODELS}._init_weights", "initialisation is overridden", "module"),
+        PrivateName(f"{_MODELS}._initialize_weights", "the same", mentions="_init_weights"),
+        PrivateName(
+            f"{_MODELS}._can_set_experts_implementation",
+            "reads the source of the network: experts have to be decorated in that file",
+        ),
+        PrivateName(
+            f"{_MODELS}.get_correct_experts_implementation",
+            "the package's experts are the default",
+            "requested_experts",
+        ),
+        PrivateName(
+            f"{_MODELS}._check_and_adjust_experts_implementation",
+            "the same",
+            mentions="get_correct_experts_implementation",
+        ),
+        PrivateName(f"{_MODELS}.set_experts_implementation", "decoding on a GPU", "*"),
+        PrivateName(
+            _MODELS,
+            "what a model says of itself",
+            takes="_no_split_modules _skip_keys_device_placement _supports_flash_attn _supports_sdpa "
+            "_supports_flex_attn _supports_attention_backend _can_compile_fullgraph _can_record_outputs "
+            "_keys_to_ignore_on_load_unexpected _tied_weights_keys _tp_plan _pp_plan _fsdp_plan "
+            "config_class base_model_prefix supports_gradient_checkpointing tp_size is_remote_code",
+        ),
+        PrivateName(
+            "transformers.configuration_utils:PreTrainedConfig",
+            "settings of a model in use",
+            takes="_attn_implementation _experts_implementation attribute_map "
+            "base_model_tp_plan base_model_pp_plan base_model_ep_plan validate __post_init__",
+        ),
+        PrivateName("transformers.modeling_rope_utils:RopeParameters", "types of the config"),
+        PrivateName("huggingface_hub.dataclasses:strict", "types of the config are checked"),
+        PrivateName("huggingface_hub.errors:StrictDataclassError", "the error of that"),
+        PrivateName("transformers.integrations:use_experts_implementation", "experts implementations"),
+        PrivateName("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register", "the same", "key value"),
+        PrivateName(
+            "transformers.integrations.moe:grouped_mm_experts_forward",
+            "where the package's own experts cannot run",
+            "self hidden_states top_k_index top_k_weights",
+        ),
+        PrivateName(f"{_FLEX}:FlexOlmoAttention", "attention", "config layer_idx"),
+        PrivateName(
+            f"{_FLEX}:FlexOlmoAttention.forward",
+            "attention is overridden",
+            "hidden_states position_embeddings attention_mask",
+        ),
+        PrivateName(f"{_FLEX}:FlexOlmoRMSNorm", "the norm", "hidden_size eps"),
+        PrivateName(f"{_FLEX}:FlexOlmoRMSNorm.forward", "the norm is overridden", "hidden_states"),
+        PrivateName(f"{_FLEX}:FlexOlmoRotaryEmbedding", "positions", "config"),
+        PrivateName(f"{_FLEX}:FlexOlmoRotaryEmbedding.forward", "positions", "x position_ids"),
+        PrivateName(f"{_FLEX}:apply_rotary_pos_emb", "positions", "q k cos sin"),
+        PrivateName(
+            f"{_FLEX}:eager_attention_forward",
+            "attention without a kernel",
+            "module query key value attention_mask",
+            "scaling dropout",
+        ),
+        PrivateName(
+            "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
+            "names on disk",
+            "* mapping",
+            "overwrite",
+        ),
+        PrivateName(
+            "transformers.conversion_mapping:_MODEL_TO_CONVERSION_PATTERN",
+            "PEFT finds the experts by the names of another model's",
+        ),
+        PrivateName(f"{_LOADING}:Concatenate", "names on disk", takes="dim"),
+        PrivateName(f"{_LOADING}:MergeModulelist", "names on disk", takes="dim"),
+        PrivateName(
+            f"{_LOADING}:WeightConverter", "names on disk", takes="source_patterns target_patterns operations"
+        ),
+        PrivateName(f"{_LOADING}:WeightRenaming", "names on disk"),
+        PrivateName(
+            f"{_GENERATION}.prepare_inputs_for_generation",
+            "tells the network of pools to choose",
+            "input_ids",
+        ),
+        PrivateName(_SAMPLE, "calls what is overridden", mentions="_prefill _optimize_model_for_decode"),
+        PrivateName(_BEAMS, "calls what is overridden", mentions="_prefill"),
+        PrivateName(
+            f"{_GENERATION}._prefill",
+            "pools are chosen from the whole prompt",
+            "input_ids generation_config model_kwargs",
+        ),
+        PrivateName(f"{_GENERATION}._optimize_model_for_decode", "the package's experts step aside on a GPU"),
+        PrivateName(
+            f"{_GENERATION}.init_continuous_batching",
+            "refuses pools, which it cannot keep",
+            "generation_config",
+        ),
+        PrivateName(
+            f"{_MODELS}._load_pretrained_model",
+            "reads chosen experts, and all of them without a copy",
+            "model state_dict checkpoint_files load_config",
+        ),
+        PrivateName(f"{_MODELS}.from_pretrained", "the same", mentions="_load_pretrained_model"),
+        PrivateName(
+            f"{_MODELS}._upload_modified_files",
+            "uploads code and a card along with the weights",
+            "working_dir repo_id files_timestamps",
+        ),
+        PrivateName(f"{_MODELS}.save_pretrained", "the same", mentions="_upload_modified_files"),
+        PrivateName(
+            "transformers.integrations.peft:MIN_PEFT_VERSION", "what Transformers' own adapters wait for"
+        ),
+    ],
+    "auto models": [
+        PrivateName(
+            "transformers.models.auto.modeling_auto:AutoModel._model_mapping._extra_content",
+            "the network is imported when a model is asked for",
+        ),
+    ],
+    "auto tokenizer": [
+        PrivateName(
+            "transformers.models.auto.tokenization_auto:TOKENIZER_MAPPING_NAMES",
+            "repositories that name another class get `EmoTokenizer`",
+        ),
+        PrivateName(
+            "transformers.models.auto.tokenization_auto:MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS",
+            "the same",
+        ),
+        PrivateName(
+            "transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained",
+            "the same",
+            mentions="MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS",
+        ),
+    ],
+    "auto experts": [
+        PrivateName(
+            "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register",
+            "the package's own experts implementation",
+            "key value",
+        ),
+    ],
+    "tokenizer": [
+        PrivateName(_TOKENIZER, "the base of the tokenizer", takes="vocab_files_names model_input_names"),
+        PrivateName(f"{_TOKENIZER}.__init__", "keeps our backend", mentions="_tokenizer"),
+        PrivateName(
+            f"{_TOKENIZER}._save_pretrained",
+            "saves under a class that other tools know",
+            "save_directory file_names legacy_format filename_prefix",
+        ),
+        PrivateName(f"{_TOKENIZER}.convert_to_native_format", "a tokenizer.json needs no conversion"),
+        PrivateName(
+            "transformers.tokenization_utils_base:PreTrainedTokenizerBase.save_pretrained",
+            "calls what is overridden",
+            mentions="_save_pretrained",
+        ),
+    ],
+    "chats": [
+        PrivateName(
+            "transformers.utils.chat_template_utils:render_jinja_template",
+            "where an answer begins in a chat",
+            takes="conversations chat_template return_assistant_tokens_mask",
+        ),
+    ],
+    "loading": [
+        PrivateName(
+            "transformers.modeling_utils:LoadStateDictConfig",
+            "where weights go to",
+            takes="device_map hf_quantizer weight_mapping disable_mmap download_kwargs",
+        ),
+        PrivateName(f"{_LOADING}:WeightConverter.was_used", "saving takes the experts apart again"),
+        PrivateName(
+            f"{_LOADING}:revert_weight_conversion", "the same", "model", mentions="_weight_conversions"
+        ),
+        PrivateName("transformers.utils:SAFE_WEIGHTS_NAME", "the name of a file"),
+        PrivateName("transformers.utils:SAFE_WEIGHTS_INDEX_NAME", "the name of a file"),
+    ],
+    "hub": [
+        PrivateName("transformers.utils.hub:extract_commit_hash", "the commit of a file", "* commit_hash"),
+        PrivateName("transformers.utils:cached_file", "files beside the weights", "* filename"),
+        PrivateName("transformers.utils.hub:cached_files", "whole files", "* filenames"),
+        PrivateName("huggingface_hub.file_download:repo_folder_name", "folders", takes="repo_id repo_type"),
+        PrivateName("huggingface_hub.utils:build_hf_headers", "requests", takes="token library_name"),
+        PrivateName("huggingface_hub.utils:hf_raise_for_status", "errors of requests", "response"),
+        PrivateName(
+            "huggingface_hub.utils:http_stream_backoff",
+            "requests for parts of files",
+            "method url",
+            "retry_on_exceptions",
+        ),
+        PrivateName("huggingface_hub.utils:httpx.HTTPError", "errors of requests"),
+        PrivateName("huggingface_hub.utils:httpx.TransportError", "errors of requests"),
+        PrivateName("huggingface_hub.utils:tqdm", "the progress bar of the Hub"),
+        PrivateName("huggingface_hub.utils:validate_repo_id", "tells names of repositories", "repo_id"),
+        PrivateName("huggingface_hub:get_hf_file_metadata", "size, etag and place", takes="retry_on_errors"),
+    ],
+    "trainer": [
+        PrivateName(
+            _TRAINER,
+            "the base of `EmoTrainer`",
+            takes="train log get_tp_size",
+        ),
+        PrivateName(
+            f"{_TRAINER}._run_epoch",
+            "shares of a step",
+            mentions="current_gradient_accumulation_steps get_batch_samples",
+        ),
+        PrivateName(
+            f"{_TRAINER}.prediction_step", "predictions are logits", mentions="keys_to_ignore_at_inference"
+        ),
+        PrivateName(f"{_TRAINER}._prepare_inputs", "counts picks beforehand", "inputs"),
+        PrivateName(f"{_TRAINER}.__init__", "refuses label smoothing", mentions="label_smoother"),
+        PrivateName(f"{_TRAINER}.compute_loss", "a report", "model inputs return_outputs num_items_in_batch"),
+        PrivateName(f"{_TRAINER}.training_step", "the same", mentions="compute_loss"),
+        PrivateName(
+            f"{_TRAINER}.get_batch_samples", "counts picks over a step", "epoch_iterator num_batches device"
+        ),
+        PrivateName(f"{_TRAINER}.get_decay_parameter_names", "the paper's groups of weight decay", "model"),
+        PrivateName(f"{_TRAINER}.create_optimizer", "the same", mentions="get_decay_parameter_names"),
+        PrivateName(
+            f"{_TRAINER}.create_accelerator_and_postprocess", "shards on CPUs", mentions="is_fsdp_enabled"
+        ),
+        PrivateName("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", "finds checkpoints"),
+    ],
+    "sharding on CPUs": [
+        PrivateName(
+            "accelerate.utils:FullyShardedDataParallelPlugin.set_mixed_precision", "shards on CPUs", "*"
+        ),
+        PrivateName("accelerate.utils:DistributedType.MULTI_CPU", "shards on CPUs"),
+        PrivateName("accelerate.utils:DistributedType.FSDP", "shards on CPUs"),
+    ],
+    "peft": [
+        PrivateName(
+            "peft.utils.transformers_weight_conversion:_MODEL_TO_CONVERSION_PATTERN",
+            "the experts are found by the names of another model's",
+        ),
+        PrivateName("peft:LoraConfig.to_dict", "what an adapter's file holds"),
+        PrivateName("peft:LoraConfig.save_pretrained", "the experts are saved beside it", "save_directory"),
+    ],
+    "torchao": [
+        PrivateName("torchao.core.config:AOBaseConfig", "a kind of quantisation of our own"),
+        PrivateName(
+            "torchao.prototype.quantization.int4.int4_opaque_tensor:Int4OpaqueTensor.from_hp",
+            "experts in 4 bits",
+            "* block_size",
+        ),
+        PrivateName("torchao.quantization:FqnToConfig", "which weights"),
+        PrivateName("torchao.quantization:Int8WeightOnlyConfig", "8 bits", takes="granularity"),
+        PrivateName("torchao.quantization.granularity:PerGroup", "scales", "group_size"),
+        PrivateName("torchao.quantization.granularity:PerRow", "scales"),
+        PrivateName(
+            "torchao.quantization.transform_module:register_quantize_module_handler", "experts in 4 bits", "*"
+        ),
+        PrivateName("torchao.utils:TorchAOBaseTensor.implements", "single experts of a stack"),
+    ],
+}
+"""By who uses them. A name that two use stands with the one that is imported first."""
+
+
+def check_transformers() -> None:
+    """See that the installed Transformers is one that EMO is tested with.
+
+    With others it might compute something else and not say so. `EMO_ANY_TRANSFORMERS=1` in the environment
+    allows them, with a warning.
+
+    Raises:
+        ImportError: if it is not.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.transformers_versions import check_transformers
+    >>> check_transformers()
+
+    ```
+    """
+    oldest, newest = TESTED["transformers"]
+    found = _version("transformers")
+    if _minor(oldest) <= _minor(found) <= _minor(newest):
+        return
+    problem = f"EMO is tested with Transformers {oldest} to {newest}, and this is {found}"
+    if os.environ.get(ANY_VERSION) == "1":
+        warnings.warn(f"{problem}: its results may be wrong.", RuntimeWarning, stacklevel=2)
+        return
+    raise ImportError(
+        f"{problem}, with which its results may be wrong: `{_remedy('transformers')}`. To try it all the "
+        f"same set the environment variable {ANY_VERSION}=1."
+    )
+
+
+def check_names(user: str) -> None:
+    """See that everything of other packages that nobody promises is as EMO expects it.
+
+    Args:
+        user (`str`): who is about to use it, a key of `PRIVATE_NAMES`.
+
+    Raises:
+        ImportError: if a name is missing, lacks parameters, or is not used where EMO relies on it; with the
+            versions found and tested, and what to do.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.transformers_versions import check_names
+    >>> check_names("loading")
+
+    ```
+    """
+    for entry in PRIVATE_NAMES[user]:
+        problem = _problem(entry)
+        if problem is not None:
+            (module, _, name), package = entry.name.partition(":"), entry.package
+            oldest, newest = TESTED[package]
+            tested = oldest if oldest == newest else f"{oldest} to {newest}"
+            raise ImportError(
+                f"EMO needs `{name}` of {module} ({entry.why}); in {package} {_version(package)} {problem}. "
+                f"Tested with {package} {tested}: `{_remedy(package)}`."
+            )
+
+
+@contextmanager
+def private_names(user: str) -> Iterator[None]:
+    """A block that imports what nobody promises: see that it is there, and as expected.
+
+    Args:
+        user (`str`): who is about to use it, a key of `PRIVATE_NAMES`. For the network the version of
+            Transformers is looked at first.
+
+    Raises:
+        ImportError: as from `check_transformers` and `check_names`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.transformers_versions import private_names
+    >>> with private_names("loading"):
+    ...     from transformers.utils.hub import extract_commit_hash
+
+    ```
+    """
+    if user == "network":
+        check_transformers()
+    try:
+        yield
+    except ImportError:
+        check_names(user)  # says more, if it is one of them
+        raise
+    check_names(user)
+
+
+def _problem(entry: PrivateName) -> str | None:
+    module, _, path = entry.name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return "there is no such name"
+    if entry.first or entry.takes:
+        given = _parameters(found)
+        first = entry.first.split()
+        fits = all(want in ("*", name) for want, name in zip(first, given, strict=False))
+        if len(given) < len(first) or not fits:
+            return f"its parameters are ({', '.join(given)}), expected ({', '.join(first)}, ...)"
+        for name in entry.takes.split():
+            if name not in given and not (isinstance(found, type) and hasattr(found, name)):
+                return f"it has no `{name}`"
+    for name in entry.mentions.split():
+        if not _mentions(found, name):
+            return f"it does not use `{name}`"
+    return None
+
+
+def _parameters(found: Any) -> list[str]:
+    """Names of the parameters of a function, or of what makes an object of a class; none, if nobody knows."""
+    try:
+        names = list(inspect.signature(found).parameters)
+    except (TypeError, ValueError):
+        return []
+    is_method = inspect.isfunction(found) and "." in found.__qualname__ and names[:1] in (["self"], ["cls"])
+    return names[1:] if is_method else names
+
+
+def _mentions(function: Callable, name: str) -> bool:
+    """Whether the code of a function has a name in it, as a name or as a string."""
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    codes: list[CodeType] = [] if code is None else [code]
+    while codes:
+        code = codes.pop()
+        if name in code.co_names or name in code.co_consts:
+            return True
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return False
+
+
+def _version(package: str) -> str:
+    return importlib.import_module(package).__version__
+
+
+def _minor(text: str) -> tuple[int, ...]:
+    """(5, 24) of 5.24.1; of what is no version, (0,)."""
+    numbers = text.split(".")[:2]
+    return tuple(map(int, numbers)) if all(number.isdigit() for number in numbers) else (0,)
+
+
+def _remedy(package: str) -> str:
+    oldest, newest = TESTED[package]
+    if package != "transformers":
+        return f"pip install '{package}=={newest}'"
+    low, (major, minor) = ".".join(map(str, _minor(oldest))), _minor(newest)
+    return f"pip install 'transformers>={low},<{major}.{minor + 1}'"
