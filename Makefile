@@ -8,7 +8,7 @@ CODE := api $(ROOMS) benchmarks examples tests setup.py
 KERNELS := setup.py modeling_emo/instruction_sets.py $(wildcard modeling_emo/native/*.cpp modeling_emo/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm test-gpu
+.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -38,14 +38,22 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that want a GPU, then ratios of t
 	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/python benchmarks/gpu.py --quick
 
-# The oldest Transformers supported, beside the environment's own. Its common test suite belongs to the newest; what
-# takes long and adds nothing to what other tests ask of Transformers is left out.
-OLDEST := 5.21.0
-NOT_OLDEST := analysis conversion transformers_suite examples test_examples.py test_hub_server.py test_hub_subsets.py training/test_distributed.py
+# `make test` runs the newest Transformers that is supported: constraints.txt pins it. The targets below put another
+# beside the environment's own, and with the oldest its oldest huggingface_hub (Transformers 5.17 takes no newer one).
+# What takes long and asks nothing of Transformers that other tests do not is left out.
+OLDEST := 5.17.0
+OLDEST_HUB := huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
+NOT_OLDEST := analysis benchmarks conversion examples test_examples.py test_hub_server.py test_hub_subsets.py \
+  training/test_distributed.py transformers_suite/test_emo_distributed.py modeling_emo/test_native_library.py \
+  modeling_emo/test_expert_kernels.py
+MIDDLE := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.0 5.23.0
+OF_MIDDLE := modeling_emo/test_caches.py modeling_emo/test_transformers_versions.py modeling_emo/test_modeling_emo.py \
+  modeling_emo/test_prompt_pool.py subsets/test_loading.py subsets/test_swapping.py
+# $(call beside,FOLDER,PACKAGES): install packages into a folder under build/, once.
+beside = test -d build/$(1) || ( $(BIN)/python -m pip install --quiet --no-deps --target build/$(1).partial $(2) && \
+  mv build/$(1).partial build/$(1) )
 test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers supported
-	test -d build/transformers-$(OLDEST) || ( \
-	  $(BIN)/python -m pip install --quiet --no-deps --target build/transformers-$(OLDEST).partial transformers==$(OLDEST) && \
-	  mv build/transformers-$(OLDEST).partial build/transformers-$(OLDEST) )
+	$(call beside,transformers-$(OLDEST),transformers==$(OLDEST) $(OLDEST_HUB))
 	PYTHONPATH="$(CURDIR)/build/transformers-$(OLDEST)" $(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
 
 # Another Python or PyTorch: a wheel is built and installed into an environment of its own under build/, and the tests
@@ -82,6 +90,17 @@ test-arm: $(VENV)/.installed-dev  ## kernels compiled for ARM (aarch64), emulate
 	$(ARM)-g++ -O2 -std=c++17 -fopenmp tests/modeling_emo/native_driver.cpp -o $(ARM_BUILD)/driver -ldl
 	qemu-aarch64 -L /usr/$(ARM) $(ARM_BUILD)/driver \
 	  $(ARM_BUILD)/transformers_emo/modeling_emo/native/emo_kernels_portable.so
+
+test-middle: $(VENV)/.installed-dev  ## network, loading and generation with each Transformers between the oldest and the newest
+	set -e; for version in $(MIDDLE); do \
+	  $(call beside,transformers-$$version,transformers==$$version); \
+	  PYTHONPATH="$(CURDIR)/build/transformers-$$version" $(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL) $(OF_MIDDLE:%=tests/%); \
+	done
+
+# It says early what the next release breaks. Not part of CI: what it runs is not ours to choose.
+test-newest: $(VENV)/.installed-dev  ## the tests with the newest Transformers on PyPI, tested before or not
+	rm -rf build/transformers-newest && $(call beside,transformers-newest,transformers)
+	EMO_ANY_TRANSFORMERS=1 PYTHONPATH="$(CURDIR)/build/transformers-newest" $(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL) $(NOT_OLDEST:%=--ignore=tests/%)
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'

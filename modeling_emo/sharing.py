@@ -80,9 +80,9 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         Example: see `load_adapter`.
         """
-        check_peft()
         if self._package is not None:
             self._package.check_adapter_config(adapter_config, self.config)
+        check_peft()
         return super().add_adapter(adapter_config, *args, **kwargs)
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
@@ -95,22 +95,21 @@ class SharedModel(ExpertServing, PreTrainedModel):
         Raises:
             SubsetError: if the adapter is known to be trained on other experts than the model holds; before
                 anything is loaded. `transformers_emo.training.load_adapter` fits it to a larger model.
-            ImportError: if this Transformers wants a newer PEFT.
 
         Example:
 
         ```python
+        >>> from peft import get_peft_model
         >>> from transformers_emo import EmoForCausalLM
         >>> from transformers_emo.training import lora_config
         >>> path, subset = "model_cards/toy-emo", [[0, 1, 2, 31]] * 4
         >>> model = EmoForCausalLM.from_pretrained(path, expert_subset=subset)
-        >>> model.add_adapter(lora_config(model, r=2, target_modules=["q_proj"]))
-        >>> model.save_pretrained(tmp_path)
+        >>> adapted = get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"]))
+        >>> adapted.save_pretrained(tmp_path)
         >>> _ = EmoForCausalLM.from_pretrained(path, expert_subset=subset).load_adapter(tmp_path)
 
         ```
         """
-        check_peft()
         load = super().load_adapter
         if self._package is not None:
             return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)

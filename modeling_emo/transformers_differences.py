@@ -18,7 +18,8 @@ from packaging.version import parse
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.peft import MIN_PEFT_VERSION
-from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils import ModelOutput
 
 _NAMES = ("past_key_values", "cache")
 CACHE = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
@@ -197,9 +198,9 @@ def refuse_unknown_caches(kwargs: dict[str, Any]) -> None:
 
 
 def check_peft() -> None:
-    """See that the installed PEFT is one that Transformers' own adapters take.
+    """See that the installed PEFT is one with which Transformers' own `model.add_adapter` works.
 
-    PEFT's `get_peft_model` and `PeftModel.from_pretrained` do not ask Transformers, and work with older ones.
+    PEFT's `get_peft_model` does not ask Transformers, and works with older ones; so does `load_adapter`.
 
     Raises:
         ImportError: if it is not.
@@ -221,11 +222,9 @@ def check_peft() -> None:
         return  # Transformers says so itself
     if parse(found) < parse(MIN_PEFT_VERSION):
         raise ImportError(
-            f"Transformers {version('transformers')} wants PEFT {MIN_PEFT_VERSION} for its own adapters "
-            f"(`model.add_adapter`, `model.load_adapter`, `from_pretrained` of an adapter), and this is "
-            f"{found}. If that PEFT is not to be had yet, use `peft.get_peft_model(model, config)` and "
-            "`transformers_emo.training.load_adapter(model, path)`, which work with this one, or an older "
-            "Transformers."
+            f"`model.add_adapter` of Transformers {version('transformers')} wants PEFT {MIN_PEFT_VERSION}, and "
+            f"this is {found}: `pip install 'peft>={MIN_PEFT_VERSION}'`. Where that is not to be had, "
+            "`peft.get_peft_model(model, config)` works with this one."
         )
 
 

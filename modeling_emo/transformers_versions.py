@@ -77,6 +77,7 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         PrivateName("transformers.loss.loss_utils:ForCausalLMLoss", "tells a loss of the user's own"),
         PrivateName("transformers.processing_utils:Unpack", "types"),
         PrivateName("transformers.utils:TransformersKwargs", "types"),
+        PrivateName("transformers.utils:ModelOutput", "tells outputs"),
         PrivateName("transformers.utils:can_return_tuple", "outputs as tuples, where asked for"),
         PrivateName("transformers.utils.generic:is_flash_attention_requested", "masks or lengths", "config"),
         PrivateName("transformers.utils.generic:merge_with_config_defaults", "settings left out of a call"),
@@ -89,9 +90,7 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "position_ids and_mask_function",
         ),
         PrivateName("transformers.masking_utils:packed_sequence_mask_function", "keeps documents apart", "*"),
-        PrivateName(
-            "transformers.modeling_layers:GradientCheckpointingLayer", "the base of a layer", takes="__call__"
-        ),
+        PrivateName("transformers.modeling_layers:GradientCheckpointingLayer", "the base of a layer"),
         PrivateName("transformers.modeling_layers:GenericForSequenceClassification.forward", "a head"),
         PrivateName("transformers.modeling_layers:GenericForTokenClassification.forward", "a head"),
         PrivateName(
@@ -153,7 +152,6 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         ),
         PrivateName("transformers.modeling_rope_utils:RopeParameters", "types of the config"),
         PrivateName("huggingface_hub.dataclasses:strict", "types of the config are checked"),
-        PrivateName("huggingface_hub.errors:StrictDataclassError", "the error of that"),
         PrivateName("transformers.integrations:use_experts_implementation", "experts implementations"),
         PrivateName("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register", "the same", "key value"),
         PrivateName(

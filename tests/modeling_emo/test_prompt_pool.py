@@ -15,6 +15,7 @@ from tolerances import assert_other_numbers, assert_same_numbers
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, QuantizedCache, StaticCache, pipeline
 from transformers_emo import EmoForCausalLM
 from transformers_emo.modeling_emo.prompt_pool import FrozenPools, cached_pools, pool_sizes
+from version_needs import needs_fp8_cache
 
 DICT = NEW | {"return_dict_in_generate": True, "output_logits": True}
 VARIANTS = {
@@ -155,6 +156,7 @@ def test_chunks_bound_what_goes_through_the_experts_at_once(make_model):
 
 
 def test_quantised_cache(make_model):
+    needs_fp8_cache()
     model = make_model(hidden_size=64)
     settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     out = model.generate(**batch(), document_pool=4, **DICT | settings)
