@@ -27,12 +27,13 @@ def find_device() -> tuple[str | None, str]:
     built_for = torch.version.cuda or torch.version.hip
     if built_for is None:
         return None, (
-            f"this machine has a GPU, but PyTorch {torch.__version__} is built for CPUs alone: install the build "
-            "for your GPU (https://pytorch.org/get-started) into this environment, or give another as VENV="
+            f"this machine has a GPU, but PyTorch {torch.__version__} is built for CPUs alone: install "
+            "the build for your GPU (https://pytorch.org/get-started) into this environment, or give "
+            "another as VENV="
         )
     return None, (
-        f"this machine has a GPU, but PyTorch {torch.__version__}, built for {built_for}, cannot use it: is the "
-        "driver as new as that, and CUDA_VISIBLE_DEVICES unset?"
+        f"this machine has a GPU, but PyTorch {torch.__version__}, built for {built_for}, cannot use it: is "
+        "the driver as new as that, and CUDA_VISIBLE_DEVICES unset?"
     )
 
 

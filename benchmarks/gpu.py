@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--quick] [--device cuda] [--layers N]
 
-Claim: none yet, for it has not run on a GPU. It compares the ways to run experts, and shows what pools, masks,
-a compiled step and fewer experts change.
+Claim: none yet, for it has not run on a GPU. It compares the ways to run experts, and shows what pools,
+masks, a compiled step and fewer experts change.
 
 This package has no kernels for GPUs: its default there is Transformers' `grouped_mm`, and `batched_mm` for
 the steps behind a prompt. Random weights of the released model's width (2048 hidden, 1024 an expert, 128

@@ -87,7 +87,7 @@ def load_balancing_loss(
     losses = []
     for logits_TE, layer in zip(router_logits, layer_experts, strict=True):
         always = (layer_experts[0] if same_size else layer).always_active
-        always = [e for e in always if e < layer.num_routed]
+        always = tuple(e for e in always if e < layer.num_routed)
         num_routed = layer.num_routed - len(always)
         top_k = min(layer.top_k - layer.num_shared - len(always), num_routed)
         if top_k <= 0:  # every token takes the same experts: nothing to balance
@@ -264,6 +264,7 @@ def document_pool_losses(
     summed = sum_counts(statistics) if balance_counts is None else balance_counts.join(statistics)
     *counts, counted_tokens = summed.split([*(len(layer.count_R) for layer in statistics), 1])
     counted_tokens = counted_tokens.squeeze(0).clamp(min=1)
+    num_items: torch.Tensor | int
     if num_items_in_batch is None:
         num_items = statistics[0].num_tokens.clamp(min=1)
     elif isinstance(num_items_in_batch, torch.Tensor):
