@@ -131,10 +131,13 @@ def run(code: str, *arguments: str, timeout: float = 300, check: bool = False, *
 @functools.cache
 def _server() -> str:
     """The address of the process to fork from, one for each process that runs tests. It ends with that."""
-    path = os.path.join(tempfile.mkdtemp(), "socket")
-    command = [sys.executable, "-W", "ignore", __file__, path]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    path, pipe = os.path.join(tempfile.mkdtemp(), "socket"), subprocess.PIPE
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([sys.executable, __file__, path], stdin=pipe, stdout=pipe, stderr=errors)
+        assert process.stdout is not None
+        if process.stdout.readline() != b"ready\n":
+            errors.seek(0)
+            raise RuntimeError(f"No process to fork from: {errors.read().decode()}")
     atexit.register(process.communicate)
     return path
 

@@ -43,7 +43,7 @@ def test_pretraining_runs_as_written(elsewhere):
 
 
 def test_subset_is_fine_tuned(elsewhere):
-    emo("examples/recipes/subset_sft.yaml")
+    emo("examples/recipes/subset_sft.yaml", "--set", "training.num_train_epochs=6")
     assert EmoForCausalLM.from_pretrained("out/subset_sft").config.num_experts == 8
 
 

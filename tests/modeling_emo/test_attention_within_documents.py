@@ -27,7 +27,7 @@ class TestAttentionWithinDocuments:
         model = make_model(hidden_size=64)
         model.set_attn_implementation(attention)
         packed = torch.tensor([sum(self.DOCUMENTS, [])])
-        # Flex attention is compiled elsewhere: here it would be so for every shape.
+        # Flex attention is compiled by a slow test: here it would be so for every shape.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             # Positions go on from document to document, but rotary embeddings only know distances.
             logits = model(packed, attention_within_documents=True, use_cache=False).logits[0]

@@ -40,6 +40,7 @@ def make_inputs(tokens: int, index=None, dtype=torch.float32, hidden=HIDDEN):
 
 
 OURS = ("emo", "emo_sorted")
+needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="no compiled kernels")
 
 
 def roundings(dtype: torch.dtype, tokens: int, hidden: int = HIDDEN, width: int = WIDTH) -> int:
@@ -109,6 +110,7 @@ def test_all_tokens_may_take_the_same_experts():
     assert_same(make_experts(), *make_inputs(70, torch.tensor([[5, 0, 3]] * 70)))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     "changes",
     [
@@ -135,6 +137,7 @@ def test_inputs_that_do_not_fit_are_refused(changes):
         experts(*inputs.values())
 
 
+@needs_kernels
 def test_weights_that_are_nowhere_are_refused():
     """Their address is null."""
     experts = make_experts(_experts_implementation="emo").to("meta")
@@ -291,6 +294,7 @@ def route(tokens: int, experts: int, top_k: int, seed: int) -> tuple[torch.Tenso
     return index.contiguous(), torch.rand(tokens, top_k, generator=generator)
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_the_same_bits_for_any_number_of_threads(dtype):
     torch.manual_seed(0)
