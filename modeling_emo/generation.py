@@ -14,7 +14,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from .prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
-from .transformers_differences import CACHE, name_cache_twice, one_cache_name
+from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice, one_cache_name
 
 
 @dataclass
@@ -190,9 +190,13 @@ class EmoGenerationMixin(GenerationMixin):
         request, cache = _request.get(), model_kwargs.get(CACHE)
         chunk_size = generation_config.prefill_chunk_size
         is_chosen = cache is None or cached_pools(cache) is not None
-        if request is None or request.sizes is None or chunk_size is None or is_chosen:
+        whole = request is not None and request.sizes is not None and not is_chosen
+        goes_on = cache is not None and cache.get_seq_length() > 0 and not CUTS_BEHIND_CACHE
+        if chunk_size is None or not (whole or goes_on):
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        request.tokens_at_once, generation_config.prefill_chunk_size = chunk_size, None
+        if request is not None and whole:
+            request.tokens_at_once = chunk_size
+        generation_config.prefill_chunk_size = None
         try:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         finally:

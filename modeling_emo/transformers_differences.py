@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import transformers
 from packaging.version import parse
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -25,6 +26,13 @@ _NAMES = ("past_key_values", "cache")
 CACHE = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
 """The name that this version of Transformers gives a cache."""
 _OTHER = next(name for name in _NAMES if name != CACHE)
+
+
+CUTS_BEHIND_CACHE = parse(transformers.__version__) >= parse("5.21")
+"""Whether this version reads a prompt in chunks (`prefill_chunk_size`) where a cache holds its beginning.
+
+Older ones feed the network the beginning once more, and their text is wrong.
+"""
 
 
 def one_cache_name(kwargs: dict[str, Any], name: str = CACHE) -> dict[str, Any]:
@@ -222,8 +230,8 @@ def check_peft() -> None:
         return  # Transformers says so itself
     if parse(found) < parse(MIN_PEFT_VERSION):
         raise ImportError(
-            f"`model.add_adapter` of Transformers {version('transformers')} wants PEFT {MIN_PEFT_VERSION}, and "
-            f"this is {found}: `pip install 'peft>={MIN_PEFT_VERSION}'`. Where that is not to be had, "
+            f"`model.add_adapter` of Transformers {version('transformers')} wants PEFT {MIN_PEFT_VERSION}, "
+            f"and this is {found}: `pip install 'peft>={MIN_PEFT_VERSION}'`. Where that is not to be had, "
             "`peft.get_peft_model(model, config)` works with this one."
         )
 

@@ -27,6 +27,8 @@ class EmoCommonTest(DecoderCase, CommonTests, unittest.TestCase):
     config_kwargs = {"num_shared_experts": 1}
     all_model_classes = (EmoModel, EmoForCausalLM, EmoForSequenceClassification, EmoForTokenClassification)
     must_pass = olmoe_passes()
+    # It asks for a warning at the name a cache had before 5.24. EMO takes both for good: test_caches.py.
+    test_bc_cache_name_forward = None
 
 
 class EmoMixedLayersCommonTest(EmoCommonTest):
