@@ -142,7 +142,8 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             takes="_no_split_modules _skip_keys_device_placement _supports_flash_attn _supports_sdpa "
             "_supports_flex_attn _supports_attention_backend _can_compile_fullgraph _can_record_outputs "
             "_keys_to_ignore_on_load_unexpected _tied_weights_keys _tp_plan _pp_plan _fsdp_plan "
-            "config_class base_model_prefix supports_gradient_checkpointing tp_size is_remote_code",
+            "config_class base_model_prefix supports_gradient_checkpointing tp_size is_remote_code "
+            "_hf_peft_config_loaded",
         ),
         PrivateName(
             "transformers.configuration_utils:PreTrainedConfig",

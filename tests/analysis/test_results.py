@@ -176,7 +176,7 @@ def test_pictures_are_drawn(tmp_path):
 
 def test_pictures_need_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"transformers-emo\[analysis\]"):
+    with pytest.raises(ImportError, match="`pip install 'matplotlib"):
         plot_retention(made(), tmp_path / "retention.png")
 
 

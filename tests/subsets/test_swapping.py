@@ -9,6 +9,7 @@ import torch
 from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from tolerances import assert_same_numbers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers_emo import CheckpointError, EmoForCausalLM, ExpertSubset, SubsetError
@@ -271,7 +272,7 @@ class TestAllOrNothing:
 def test_experts_that_are_no_plain_tensors_are_refused(make_checkpoint):
     folder = make_checkpoint()
     adapted = load(folder, FIRST)
-    adapted.add_adapter(lora_config(adapted, r=2, target_modules=["q_proj"]))
+    get_peft_model(adapted, lora_config(adapted, r=2, target_modules=["q_proj"]))
     quantised = load(folder, FIRST)
     quantised.config.quantization_config = {"quant_method": "torchao"}
     offloaded = load(folder, FIRST)

@@ -11,6 +11,8 @@ from conftest import TOY
 from transformers import AutoTokenizer, GenerationConfig, pipeline
 from transformers_emo import EmoForCausalLM, EmoForSequenceClassification
 from transformers_emo.subsets.tokenizer_copy import Origin
+from transformers_emo.training import lora_config
+from version_needs import waits_for_peft
 
 KEPT, OTHER = [[0, 1, 2, 31]] * 4, [[3, 4, 5, 31]] * 4
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -131,9 +133,8 @@ def test_only_the_main_process_writes_it(source, tmp_path):
 
 
 def test_an_adapter_alone_has_no_tokenizer(source, tmp_path):
-    pytest.importorskip("peft")
-    from transformers_emo.training import lora_config
-
+    if reason := waits_for_peft():
+        pytest.skip(reason)
     model = EmoForCausalLM.from_pretrained(source, expert_subset=KEPT)
     model.add_adapter(lora_config(model, r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "out")
