@@ -134,7 +134,7 @@ def name_cache_twice(output: Any) -> Any:
     >>> from transformers import DynamicCache
     >>> from transformers.generation import GenerateDecoderOnlyOutput
     >>> from transformers_emo.modeling_emo.transformers_differences import CACHE, name_cache_twice
-    >>> output = name_cache_twice(GenerateDecoderOnlyOutput(**{CACHE: DynamicCache()}))
+    >>> output = name_cache_twice(GenerateDecoderOnlyOutput(None, **{CACHE: DynamicCache()}))
     >>> output.cache is output.past_key_values
     True
 
