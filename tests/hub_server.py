@@ -281,9 +281,10 @@ class HubServer:
         return hmac.new(self._secret, path.encode(), "sha256").hexdigest()
 
     def cdn_url(self, repo: Repo, commit: Commit, path: str) -> str:
-        """Signed address of a large file, on another host than the Hub: clients follow redirects within one."""
+        """Signed address of a large file. It is on another host: within one, clients follow redirects."""
         url_path = f"/cdn/{repo.url_path}/{commit.id}/{quote(path)}"
-        return f"{self._servers[1].url.replace('127.0.0.1', 'localhost')}{url_path}?Signature={self.sign(url_path)}"
+        host = self._servers[1].url.replace("127.0.0.1", "localhost")
+        return f"{host}{url_path}?Signature={self.sign(url_path)}"
 
     def write_changes(self, repo: Repo, branch: str, lines: list[dict]) -> Commit:
         """Apply the lines of a commit request.
