@@ -6,6 +6,7 @@ takes and gives both names on every version, and its own code says `past_key_val
 Shape suffixes: B batch, S sequence, N kept positions, D hidden size.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -123,7 +124,7 @@ def both_cache_names(forward: Callable) -> Callable:
 
 
 def name_cache_twice(output: Any) -> Any:
-    """An output of Transformers' own, with its cache as `output.cache` and as `output.past_key_values`.
+    """An output of Transformers' own, with its cache under both names, as attributes and as keys.
 
     Args:
         output: what a forward or `generate` returned; other things than a `ModelOutput` stay as they are.
@@ -141,12 +142,24 @@ def name_cache_twice(output: Any) -> Any:
     ```
     """
     if isinstance(output, ModelOutput) and hasattr(output, CACHE) and _OTHER not in dir(type(output)):
-        setattr(output, _OTHER, getattr(output, CACHE))
+        output.__class__ = _with_both_names(type(output))
     return output
+
+
+@functools.cache
+def _with_both_names(kind: type) -> type:
+    """The same class of outputs, with both names. What is pickled or copied is an output of Transformers'."""
+
+    def reduce(output: Any) -> tuple:
+        return name_cache_twice, (kind(**output),)
+
+    return type(kind.__name__, (BothCacheNames, kind), {"__module__": kind.__module__, "__reduce__": reduce})
 
 
 class BothCacheNames:
     """Base of an output whose cache is there as `cache` and as `past_key_values`; one of them is its field.
+
+    Both are attributes and keys. Only the field counts among `keys()` and in `to_tuple()`.
 
     Example:
 
@@ -155,11 +168,25 @@ class BothCacheNames:
     >>> from transformers_emo.modeling_emo.modeling_emo import EmoModelOutputWithPast
     >>> from transformers_emo.modeling_emo.transformers_differences import CACHE
     >>> output = EmoModelOutputWithPast(**{CACHE: DynamicCache()})
-    >>> output.cache is output.past_key_values
+    >>> output.cache is output.past_key_values is output["cache"]
     True
 
     ```
     """
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(_field(key))  # type: ignore[misc]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(_field(key))  # type: ignore[misc]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As of every output, by both names."""
+        return super().get(_field(key), default)  # type: ignore[misc]
+
+
+def _field(key: Any) -> Any:
+    return CACHE if isinstance(key, str) and key == _OTHER else key
 
 
 def _get_cache(output: Any) -> Any:

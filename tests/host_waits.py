@@ -6,6 +6,7 @@ Tensors on the `meta` device go through the same code as those of an accelerator
 would give is answered here by a one, so that all waits of a computation are found and not the first alone.
 """
 
+import inspect
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from transformers_emo.modeling_emo.modeling_emo import EmoDecoderLayer
 
 aten = torch.ops.aten
+# Of the layer itself: a decorator's code is that of all that it decorates.
+_LAYER = inspect.unwrap(EmoDecoderLayer.forward).__code__
 # Their results have a size, or are a number, that only the device knows.
 _DATA_DEPENDENT = {
     aten._local_scalar_dense,
@@ -55,8 +58,7 @@ class Waits:
             module = frame.f_globals.get("__name__", "")
             if module.startswith(("transformers.", "transformers_emo.")):
                 frames.append(f"{module.rpartition('.')[2]}.{frame.f_code.co_name}")
-                # The wrappers of our own methods are not what waits.
-                in_layer |= frame.f_code is EmoDecoderLayer.forward.__code__
+                in_layer |= frame.f_code is _LAYER
                 if len(frames) == 1:
                     is_ours = module.startswith("transformers_emo.")
             frame = frame.f_back

@@ -3,6 +3,8 @@
 Run on every supported version of Transformers: a cache that is not read gives wrong text and no error.
 """
 
+import copy
+import pickle
 from contextlib import nullcontext
 from unittest import mock
 
@@ -123,6 +125,27 @@ def test_heads_take_and_give_a_cache_by_both_names(make_model, head, name):
     if head is EmoForSequenceClassification:  # the other gives no cache back
         assert output.cache is output.past_key_values is cache
     assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_outputs_have_both_names_as_keys_too_and_keep_them_when_copied(make_model):
+    model = make_model()
+    head = EmoForSequenceClassification(model.config).eval()
+    with torch.no_grad():
+        outputs = [
+            model(IDS),
+            model.model(IDS),
+            head(IDS, use_cache=True),
+            model.generate(IDS, return_dict_in_generate=True, **NEW),
+            model.generate(IDS, return_dict_in_generate=True, num_beams=2, **NEW),
+        ]
+    for output in outputs:
+        for same in (output, copy.copy(output), pickle.loads(pickle.dumps(output))):
+            cache = same.cache
+            assert isinstance(cache, DynamicCache)
+            for name in NAMES:
+                assert getattr(same, name) is same[name] is same.get(name) is cache and name in same
+            assert isinstance(same, type(output)) and len(same.to_tuple()) == len(output.keys())
+            assert same.get("no such name", 7) == 7 and "no such name" not in same
 
 
 def test_two_different_caches_are_refused(make_model):

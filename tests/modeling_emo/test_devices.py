@@ -57,8 +57,10 @@ def test_a_generated_token_waits_once_and_a_padded_batch_once():
     """Transformers asks whether all sequences are finished, and whether anything is padded."""
     assert sum(SCENARIOS["forward_with_padding"]("meta", "grouped_mm").theirs.values()) == 1
     waits = SCENARIOS["generate"]("meta", "grouped_mm").theirs
-    of_each_token = [number for place, number in waits.items() if number >= 4]
-    assert of_each_token == [4]
+    of_each_token = [place for place, number in waits.items() if number >= 4]
+    if len(of_each_token) > 1:  # Transformers of before looks at the mask of every token, too
+        of_each_token.remove("masking_utils._ignore_causal_mask_sdpa: _local_scalar_dense")
+    assert [waits[place] for place in of_each_token] == [4]
 
 
 @pytest.mark.parametrize("experts", ["deepgemm", "sonicmoe"])
