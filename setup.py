@@ -3,8 +3,8 @@
 They are loaded by ctypes and need no header of Python or PyTorch, so one wheel of a platform serves every
 version of Python. Without a compiler, or where it fails, the wheel is a pure one. Three variables of the
 environment choose: `CXX` the compiler, `CXXFLAGS` and the like what else it is told, and `EMO_BUILD_KERNELS`
-what is compiled: `0` nothing, `all` everything, names of instruction sets those. What it asks for must be
-possible.
+what is compiled: `0` nothing, `all` everything, names of instruction sets those and the portable one. What it
+asks for must be possible.
 """
 
 import os
@@ -48,7 +48,8 @@ def wanted_sets() -> list:
             f"EMO_BUILD_KERNELS: {', '.join(sorted(unknown))} cannot be compiled for {machine()}; expected "
             f"0, all or some of {', '.join(each.name for each in sets)}."
         )
-    return [each for each in sets if each.name in WISH]
+    # The portable one, the last, is what is asked which of them the machine can run.
+    return [each for each in sets if each.name in WISH or each is sets[-1]]
 
 
 def find_compiler() -> list[str]:

@@ -33,7 +33,10 @@ logger = logging.get_logger(__name__)
 
 _CHOICE = "EMO_KERNELS"
 _OFF = ("0", "off", "false", "no")
-_AGAIN = "`make` in a checkout, or `pip install --force-reinstall --no-deps` of the package"
+_AGAIN = (
+    "`pip install -e .` in a checkout, or `pip install --no-cache-dir --force-reinstall --no-deps` of the "
+    "package"
+)
 _NONE = (
     "none were compiled when this package was installed. Install a C++ compiler (Debian: `apt install g++`; "
     f"macOS: `xcode-select --install`), then the package again: {_AGAIN} (`-v` shows how it went)"
@@ -53,6 +56,8 @@ _DTYPES = (torch.bfloat16, torch.float32)
 def _are_readable(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
     """Whether all are contiguous tensors of a dtype, with memory of this process: not of a device, nor fake.
 
+    A view that PyTorch marks as negated has other numbers in memory than it stands for.
+
     It runs for every product of every token.
     """
     for tensor in tensors:  # noqa: SIM110  `all` of a generator takes twice as long
@@ -60,6 +65,7 @@ def _are_readable(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
             tensor.dtype is dtype
             and tensor.is_cpu
             and tensor.is_contiguous()
+            and not tensor.is_neg()
             and (tensor.data_ptr() or not tensor.numel())
         ):
             return False
@@ -71,6 +77,7 @@ def _refusal(what: str, tensors: dict[str, torch.Tensor | None]) -> ValueError:
     found = ", ".join(
         f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         + ("" if tensor.is_contiguous() else ", not contiguous")
+        + (", a negated view" if tensor.is_neg() else "")
         + (", without memory" if tensor.is_cpu and tensor.numel() and not tensor.data_ptr() else "")
         for name, tensor in tensors.items()
         if tensor is not None

@@ -156,6 +156,13 @@ class TestPools:
             order = torch.randperm(len(logits))
             assert pool_mask(logits[order], segments, sizes)[0].tolist() == [True, False]
 
+    def test_the_likelier_of_two_experts_is_chosen_however_close(self):
+        logits_TR = torch.zeros(64, 2)
+        logits_TR[:32, 0] = 1e-5
+        for chosen, logits in ((0, logits_TR), (1, logits_TR.flip(1))):
+            mask_TR = pool_mask(logits, torch.zeros(64, dtype=torch.int64), torch.tensor([1]))
+            assert mask_TR[:, chosen].all() and not mask_TR[:, 1 - chosen].any()
+
     def test_pool_as_large_as_the_layer_restricts_nothing(self):
         mask = pool_mask(torch.randn(6, 5), torch.zeros(6, dtype=torch.long), torch.tensor([5]))
         assert mask.all()

@@ -278,6 +278,20 @@ def test_gates_however_large_do_no_harm(gate):
     )
 
 
+@VARIANT
+def test_products_are_rounded_to_the_nearest_bfloat16(variant):
+    """Of one term each, so that the product in float32 is exact. Truncated, half of them would be others."""
+    kernels = load_kernels(variant)
+    torch.manual_seed(0)
+    x_MD, weight_ND = torch.zeros(8, 64).bfloat16(), torch.randn(512, 64).bfloat16()
+    x_MD[torch.arange(8), torch.arange(8)] = torch.randn(8).bfloat16()
+    exact_MN = torch.stack([x_MD[m, m].float() * weight_ND[:, m].float() for m in range(8)])
+    found_MN = kernels.linear(x_MD, weight_ND, None)
+    assert torch.equal(found_MN, exact_MN.bfloat16())
+    truncated_MN = (exact_MN.view(torch.int32) & -0x10000).view(torch.float32).bfloat16()
+    assert (found_MN != truncated_MN).float().mean() > 0.4
+
+
 def test_not_a_number_stays_one():
     x = torch.full((1, 64), float("nan"))
     index, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
@@ -311,6 +325,7 @@ def _spoilt() -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
     yield "not contiguous", lambda tensor: torch.stack([tensor, tensor], dim=-1)[..., 0]
     yield "float64", lambda tensor: tensor.double()
     yield "int32", lambda tensor: tensor.int()
+    yield "a negated view", torch._neg_view
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
