@@ -206,7 +206,8 @@ class TestLibrariesThatCannotBeUsed:
     @WITH_LIBRARIES
     def test_sources_have_changed_since(self, package, warnings, monkeypatch):
         (package / "routing.h").write_text((package / "routing.h").read_text() + "\n")
-        self.assert_runs_without(warnings, "was not compiled from the sources beside it", "`pip install -e .` in a checkout")
+        remedy = "`pip install -e .` in a checkout"
+        self.assert_runs_without(warnings, "was not compiled from the sources beside it", remedy)
         find_kernels.cache_clear()
         monkeypatch.setenv("EMO_KERNELS", "portable")
         with pytest.raises(KernelsError, match="was not compiled from the sources beside it"):
