@@ -37,6 +37,7 @@ def medians(calls: dict[str, Callable[[], object]], device: str, turns: int) -> 
             for _ in range(3):
                 call()
             able[name] = call
+        # What backends of Transformers raise without their kernel, or on a GPU that they are not made for.
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             print(f"      {name} does not run here: {str(error).splitlines()[0][:100]}")
     times: dict[str, list[float]] = {name: [] for name in able}

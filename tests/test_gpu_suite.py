@@ -37,6 +37,7 @@ def test_its_benchmark_gives_every_ratio_on_a_cpu():
 
 
 def test_without_a_gpu_it_says_so():
+    # Named by the user, it is taken, and there is nothing to say.
     if os.environ.get("EMO_TEST_DEVICE"):
         pytest.skip("a device is named")
     sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -277,6 +277,7 @@ def test_an_adapter_trains_as_on_the_cpu(device):
 
 
 def test_layers_may_lie_on_several_gpus(device):
+    # With one GPU there is nothing to split over; `test_devices.py` splits over two fake devices.
     if not is_cuda(device) or torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     model = EmoForCausalLM.from_pretrained(TOY, device_map="balanced", dtype="float32")

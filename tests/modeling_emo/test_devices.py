@@ -88,6 +88,7 @@ def test_kernels_that_are_downloaded_are_called_as_they_want(scenario, experts, 
     monkeypatch.setattr(module, f"load_{experts}_kernel", lambda: kernel)
     if experts == "deepgemm":
         monkeypatch.setattr(module, "is_sm100", lambda: False)
+        # It is for inference alone: its forward is covered by the other two scenarios.
         if scenario == "training_step":
             pytest.skip("deepgemm's kernel has no gradients")
     waits = SCENARIOS[scenario]("meta", experts)

@@ -217,6 +217,7 @@ class TestLibrariesThatCannotBeUsed:
     def test_one_bears_the_name_of_another(self, package, warnings):
         """It would be run by machines that cannot."""
         running = native_library.runnable_sets()
+        # As on ARM: there is no other library whose name this one could bear.
         if len(running) == 1:
             pytest.skip("one instruction set alone")
         chosen = library_name(running[0])
