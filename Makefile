@@ -2,10 +2,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-ROOMS := analysis configuration conversion modeling_emo subsets tokenization training
+ROOMS := analysis checkpoints configuration conversion modeling_emo subsets tokenization training
 CODE := api $(ROOMS) benchmarks examples tests setup.py
 # What is compiled at installation: it is installed again when they change.
-KERNELS := setup.py modeling_emo/instruction_sets.py $(wildcard modeling_emo/native/*.cpp modeling_emo/native/*.h)
+KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
@@ -44,11 +44,11 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that want a GPU, then ratios of t
 OLDEST := 5.17.0
 OLDEST_HUB := huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
 NOT_OLDEST := analysis benchmarks conversion examples test_examples.py test_hub_server.py test_hub_subsets.py \
-  training/test_distributed.py transformers_suite/test_emo_distributed.py modeling_emo/test_native_library.py \
-  modeling_emo/test_expert_kernels.py
+  training/test_distributed.py transformers_suite/test_emo_distributed.py modeling_emo/kernels/test_native_library.py \
+  modeling_emo/kernels/test_expert_kernels.py
 MIDDLE := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.0 5.23.0
 OF_MIDDLE := modeling_emo/test_caches.py modeling_emo/test_transformers_versions.py modeling_emo/test_modeling_emo.py \
-  modeling_emo/test_prompt_pool.py subsets/test_loading.py subsets/test_swapping.py
+  modeling_emo/test_prompt_pool.py subsets/loading/test_from_pretrained.py subsets/loading/test_swapping.py
 # $(call beside,FOLDER,PACKAGES): install packages into a folder under build/, once.
 beside = test -d build/$(1) || ( $(BIN)/python -m pip install --quiet --no-deps --target build/$(1).partial $(2) && \
   mv build/$(1).partial build/$(1) )
@@ -61,10 +61,10 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 # headers (Debian: libpython3.14-dev).
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 OTHER = build/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-torch$(TORCH)
-SMOKE := api/test_cli.py api/test_import_hook.py api/test_lazy_names.py configuration conversion/test_pickled_metadata.py \
-  conversion/test_to_olmo_core.py modeling_emo/test_expert_kernels.py modeling_emo/test_goldens.py \
-  modeling_emo/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/test_private_torch.py \
-  modeling_emo/test_prompt_pool.py modeling_emo/test_quantised_experts.py subsets/test_loading.py \
+SMOKE := api/test_cli.py api/test_import_hook.py api/test_lazy_names.py configuration conversion/olmo_core/test_pickled_metadata.py \
+  conversion/test_to_olmo_core.py modeling_emo/kernels/test_expert_kernels.py modeling_emo/test_goldens.py \
+  modeling_emo/kernels/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/kernels/test_private_torch.py \
+  modeling_emo/test_prompt_pool.py modeling_emo/kernels/test_quantised_experts.py subsets/loading/test_from_pretrained.py \
   training/test_fine_tuning.py training/test_trainer.py test_docstrings.py
 test-python:  ## a selection of tests on another Python or PyTorch: PYTHON=python3.14 TORCH=2.15.0
 	$(PYTHON) -m venv $(OTHER)
@@ -87,9 +87,9 @@ test-arm: $(VENV)/.installed-dev  ## kernels compiled for ARM (aarch64), emulate
 	rm -rf $(ARM_BUILD)
 	CXX=$(ARM)-g++ _PYTHON_HOST_PLATFORM=linux-aarch64 EMO_BUILD_KERNELS=all $(BIN)/python setup.py --quiet \
 	  build_ext --build-lib $(ARM_BUILD) --build-temp $(ARM_BUILD)/objects
-	$(ARM)-g++ -O2 -std=c++17 -fopenmp tests/modeling_emo/native_driver.cpp -o $(ARM_BUILD)/driver -ldl
+	$(ARM)-g++ -O2 -std=c++17 -fopenmp tests/modeling_emo/kernels/native_driver.cpp -o $(ARM_BUILD)/driver -ldl
 	qemu-aarch64 -L /usr/$(ARM) $(ARM_BUILD)/driver \
-	  $(ARM_BUILD)/transformers_emo/modeling_emo/native/emo_kernels_portable.so
+	  $(ARM_BUILD)/transformers_emo/modeling_emo/kernels/native/emo_kernels_portable.so
 
 test-middle: $(VENV)/.installed-dev  ## network, loading and generation with each Transformers between the oldest and the newest
 	set -e; for version in $(MIDDLE); do \
@@ -154,5 +154,5 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 	$(BIN)/python $(TINY)/publish.py cards
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(TOOLS) build dist *.egg-info modeling_emo/native/*.so \
+	rm -rf $(VENV) $(TOOLS) build dist *.egg-info modeling_emo/kernels/native/*.so \
 	  .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -23,9 +23,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-NATIVE = Path("modeling_emo", "native")
-PACKAGE = "transformers_emo.modeling_emo.native"
-RULES = runpy.run_path(str(Path("modeling_emo", "instruction_sets.py")))
+NATIVE = Path("modeling_emo", "kernels", "native")
+PACKAGE = "transformers_emo.modeling_emo.kernels.native"
+RULES = runpy.run_path(str(Path("modeling_emo", "kernels", "instruction_sets.py")))
 WISH = os.environ.get("EMO_BUILD_KERNELS", "").replace(",", " ").split()
 
 

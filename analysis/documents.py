@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..subsets.model_folder import existing_folder
+from ..checkpoints.output_folder import existing_folder
 
 _SPLITS = ("calibration", "test")
 

@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoints.hub.names import pinned
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import ExpertSubset, select_experts
-from ..subsets.hub_files import pinned
 from .documents import Domain, draw, encode_documents
 from .evaluation import DocumentLosses, document_losses
 from .measurements import FULL, Journal, Measurement, Retention, experts_at

@@ -1,3 +1,4 @@
+from .checkpoints import CheckpointError
 from .configuration import EmoConfig
 from .modeling_emo import (
     EmoForCausalLM,
@@ -7,7 +8,6 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .subsets import (
-    CheckpointError,
     ExpertSubset,
     SubsetError,
     SubsetOverlap,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -40,9 +40,9 @@ def lazy_names(spec: ModuleSpec | None) -> tuple[Callable[[str], Any], Callable[
     assert spec is not None and spec.origin is not None
     stub = Path(spec.origin).with_suffix(".pyi")
     module_of = {
-        alias.name: f"{spec.parent}.{node.module}"
+        alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
         for node in ast.parse(stub.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom) and node.level == 1
+        if isinstance(node, ast.ImportFrom) and node.level
         for alias in node.names
     }
     modules = set(module_of.values())

@@ -84,7 +84,7 @@ def _register_tokenizer(tokenization_auto: ModuleType) -> None:
 
 
 def _register_experts(moe: ModuleType) -> None:
-    from .modeling_emo.expert_kernels import emo_experts_forward, sorted_experts_forward
+    from .modeling_emo.kernels.expert_kernels import emo_experts_forward, sorted_experts_forward
 
     check_names("auto experts")
     moe.ALL_EXPERTS_FUNCTIONS.register("emo", emo_experts_forward)
@@ -92,8 +92,8 @@ def _register_experts(moe: ModuleType) -> None:
 
 
 def _complete_network(network: ModuleType) -> None:
-    from .modeling_emo import layer_kernels
-    from .subsets import model_hooks
+    from .modeling_emo.kernels import layer_kernels
+    from .subsets.loading import model_hooks
 
     network.EmoPreTrainedModel._package = model_hooks
     network._CompiledLayers.module = layer_kernels

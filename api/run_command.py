@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .select_command import excluded_experts
 
 if TYPE_CHECKING:
-    from .subsets.run_choice import RunChoice
+    from .subsets.loading.run_choice import RunChoice
 
 _STARTUP = Path(__file__).parent / "startup"
 # A repository of the Hub: which of several models will be loaded cannot be said beforehand.
@@ -119,7 +119,7 @@ def _choice(parsed: argparse.Namespace) -> RunChoice | None:
     import secrets
     import tempfile
 
-    from .subsets.run_choice import RunChoice
+    from .subsets.loading.run_choice import RunChoice
 
     exclude = excluded_experts(parsed.exclude or [])
     by_layer = {str(layer): ids for layer, ids in exclude.items()} if isinstance(exclude, dict) else None
@@ -192,7 +192,7 @@ def _check_model(choice: RunChoice, folder: str) -> None:
     from .modeling_emo.prompt_pool import pool_sizes
     from .subsets.exclusion import named_exclusion, remaining_subset
     from .subsets.library import library_of
-    from .subsets.model_experts import subset_config
+    from .subsets.reduced_config import subset_config
 
     config = EmoConfig.from_pretrained(folder)
     if choice.expert_subset is not None or choice.exclude_experts is not None:
@@ -205,7 +205,7 @@ def _check_model(choice: RunChoice, folder: str) -> None:
 
 def _environment(choice: RunChoice | None) -> dict[str, str]:
     """This process's environment, with what makes Python processes join in."""
-    from .subsets.run_choice import VARIABLE
+    from .subsets.loading.run_choice import VARIABLE
 
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     before = environment.get("PYTHONPATH")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .import_hook import AfterImport
 from .lazy_names import import_name
-from .subsets.run_choice import RunChoice
+from .subsets.loading.run_choice import RunChoice
 
 _PACKAGE = __package__
 # Tools look for a model's classes in `transformers` by the names in its config (`transformers serve`, TRL).
@@ -59,7 +59,7 @@ def tell_if_unused(choice: RunChoice) -> None:
 
     ```python
     >>> from transformers_emo.run_process import tell_if_unused
-    >>> from transformers_emo.subsets.run_choice import RunChoice
+    >>> from transformers_emo.subsets.loading.run_choice import RunChoice
     >>> mark = tmp_path / "mark"
     >>> mark.touch()
     >>> tell_if_unused(RunChoice(expert_subset="python", mark=str(mark)))

@@ -124,7 +124,7 @@ def add_select(commands: Any) -> None:
 
 def _select(parsed: argparse.Namespace) -> None:
     from .subsets import select_experts
-    from .subsets.model_experts import size_range
+    from .subsets.numbering import size_range
 
     paths = _paths(parsed)
     _check(parsed)
@@ -209,13 +209,13 @@ def _option(name: str) -> str:
 
 
 def _hidden_memory(size: str | None) -> int | None:
-    from .subsets.safetensors_files import size_in_bytes
+    from .checkpoints.safetensors_writing import size_in_bytes
 
     return None if size is None else size_in_bytes(size, name="--hidden-memory")
 
 
 def _tokenizer(parsed: argparse.Namespace) -> Any:
-    from .subsets.calibration import tokenizer_of
+    from .subsets.choosing.calibration import tokenizer_of
 
     if parsed.tokenizer is None:
         return None

@@ -13,8 +13,8 @@ import random
 from pathlib import Path
 
 from transformers_emo import EmoConfig, select_experts
+from transformers_emo.checkpoints import Checkpoint
 from transformers_emo.conversion.expert_shards import BACKBONE, plan_expert_files
-from transformers_emo.subsets import Checkpoint
 
 TOY = Path(__file__).parents[1] / "model_cards" / "toy-emo"
 

@@ -30,9 +30,9 @@ from native_build import native_kernels, running
 from processes import peak_megabytes
 from torch import nn
 from transformers_emo import EmoConfig
+from transformers_emo.checkpoints.large_pages import empty
+from transformers_emo.modeling_emo.kernels.native_library import Kernels
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
-from transformers_emo.modeling_emo.native_library import Kernels
-from transformers_emo.subsets.fresh_memory import empty
 
 TOP_K, HIDDEN, WIDTH = 8, 2048, 1024
 FORWARD, TRAINING = (1, 8, 64, 512, 2048, 8192), (256, 1024, 4096)

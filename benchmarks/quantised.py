@@ -41,7 +41,7 @@ def load(folder: Path, subset, way: str):
     dtype, bits, implementation = WAYS[way]
     kwargs = {}
     if bits is not None:
-        from transformers_emo.modeling_emo.quantised_experts import quantised_experts
+        from transformers_emo.modeling_emo.kernels.quantised_experts import quantised_experts
 
         kwargs["quantization_config"] = quantised_experts(bits)
     return EmoForCausalLM.from_pretrained(

@@ -21,7 +21,7 @@ from processes import peak_megabytes
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.subsets.checkpoint import LocalFiles
+from transformers_emo.checkpoints.local_files import LocalFiles
 
 
 class FirstToken(BaseStreamer):

@@ -1,7 +1,7 @@
-from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
 from .expert_shards import shard_experts
-from .olmo_core import convert_olmo_core
-from .pickled_metadata import UnsafePickleError, read_metadata
+from .from_olmo_core import convert_olmo_core
+from .olmo_core.distributed_checkpoint import DistributedCheckpoint, StoredTensor
+from .olmo_core.pickled_metadata import UnsafePickleError, read_metadata
 from .to_olmo_core import convert_to_olmo_core
 from .upgrade import upgrade_checkpoint
 

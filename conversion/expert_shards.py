@@ -20,14 +20,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..checkpoints import Checkpoint, CheckpointError, TensorSpan
+from ..checkpoints.output_folder import check_new, new_folder
+from ..checkpoints.safetensors_writing import header_of, write_json
+from ..checkpoints.side_files import identity_of
 from ..configuration import EmoConfig
-from ..subsets import Checkpoint, CheckpointError, TensorSpan
-from ..subsets.completeness import check_whole
-from ..subsets.loading import EXPERT_TENSOR, lazy_parameters
-from ..subsets.model_folder import check_new, new_folder
-from ..subsets.safetensors_files import header_of, write_json
-from ..subsets.source_files import identity_of
-from .olmo_core import PROVENANCE
+from ..subsets.loading.wanted_tensors import EXPERT_TENSOR, lazy_parameters
+from ..subsets.loading.weights_check import check_whole
+from .from_olmo_core import PROVENANCE
 from .source_folder import source_folder
 
 BACKBONE = "model-backbone.safetensors"

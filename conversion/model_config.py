@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from ..checkpoints import CheckpointError
 from ..configuration import EmoConfig
-from ..subsets import CheckpointError
 
 TRAINING_SETTINGS = (
     "document_pool_min",

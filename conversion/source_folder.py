@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import extract_commit_hash
 
-from ..subsets.hub_files import folder_or_repo, is_hub_repo
+from ..checkpoints.hub.names import folder_or_repo, is_hub_repo
 
 
 def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hub_kwargs: Any) -> Path:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..checkpoints import Checkpoint, CheckpointError
+from ..checkpoints.output_folder import check_new, new_folder
+from ..checkpoints.safetensors_writing import write_json
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
-from ..subsets import Checkpoint, CheckpointError
-from ..subsets.model_folder import check_new, new_folder
-from ..subsets.safetensors_files import write_json
-from .distributed_checkpoint import DistributedCheckpoint
-from .distributed_writer import row_ranges, write_distributed_checkpoint
+from .from_olmo_core import PROVENANCE
 from .model_config import TRAINING_SETTINGS, emo_config, read_model_config
-from .olmo_core import PROVENANCE
-from .olmo_core_config import read_config
-from .olmo_core_config_writer import training_config
-from .olmo_core_layout import EMBEDDINGS, HEAD, TensorPart, training_layout
+from .olmo_core.config_reader import read_config
+from .olmo_core.config_writer import training_config
+from .olmo_core.distributed_checkpoint import DistributedCheckpoint
+from .olmo_core.distributed_writer import row_ranges, write_distributed_checkpoint
+from .olmo_core.layout import EMBEDDINGS, HEAD, TensorPart, training_layout
 
 logger = logging.getLogger(__name__)
 

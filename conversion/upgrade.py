@@ -18,15 +18,15 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..checkpoints import Checkpoint, CheckpointError
+from ..checkpoints.output_folder import check_new, new_folder
+from ..checkpoints.safetensors_writing import write_json
+from ..checkpoints.tensor_writer import rename_tensors
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
-from ..subsets import Checkpoint, CheckpointError
-from ..subsets.model_folder import check_new, new_folder
-from ..subsets.safetensors_files import write_json
+from .from_olmo_core import PROVENANCE, generation_config
 from .model_config import emo_config, read_model_config
-from .olmo_core import PROVENANCE, generation_config
-from .olmo_core_layout import training_layout
+from .olmo_core.layout import training_layout
 from .other_families import emo_name, emo_settings
-from .safetensors_writer import rename_tensors
 from .source_folder import name_and_commit, source_folder
 
 # Beside these and what is written anew everything is kept.

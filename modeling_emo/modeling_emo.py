@@ -58,9 +58,9 @@ from .losses import (
     lm_z_loss,
     load_balancing_loss,
 )
+from .pretrained import SharedModel
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools, row_pools
 from .segments import flatten_segments, ids_on, lengths_from_segments, segments_from_positions
-from .sharing import SharedModel
 from .transformers_differences import (
     CACHE,
     BothCacheNames,

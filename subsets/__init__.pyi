@@ -1,5 +1,5 @@
 from .authors_metadata import pruning_metadata, save_pruning_metadata
-from .checkpoint import Checkpoint, LazyTensor, wanted_ranges
+from .choosing.selection import select_experts
 from .composition import (
     SubsetOverlap,
     difference,
@@ -9,23 +9,19 @@ from .composition import (
     subset_overlap,
     union,
 )
-from .expert_subset import ExpertSubset, SubsetError
-from .extraction import extract_subset
-from .hub_push import push_folder
+from .expert_subset import ExpertSubset
 from .library import find_subset, library_names
-from .model_experts import local_experts, present_experts, root_experts, subset_config
-from .safetensors_header import CheckpointError, TensorSpan
-from .selection import select_experts
-from .writing_back import WriteBack, write_back
+from .numbering import present_experts, root_experts
+from .publishing.push_folder import push_folder
+from .reduced_config import local_experts, subset_config
+from .rewriting.extract import extract_subset
+from .rewriting.write_back import WriteBack, write_back
+from .validation import SubsetError
 
 __all__ = [
-    "Checkpoint",
-    "CheckpointError",
     "ExpertSubset",
-    "LazyTensor",
     "SubsetError",
     "SubsetOverlap",
-    "TensorSpan",
     "WriteBack",
     "difference",
     "extract_subset",
@@ -44,6 +40,5 @@ __all__ = [
     "subset_config",
     "subset_overlap",
     "union",
-    "wanted_ranges",
     "write_back",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..configuration import EmoConfig
 from .expert_subset import AUTHORS_METHODS, ExpertSubset
-from .model_experts import local_experts
+from .reduced_config import local_experts
 
 _METHODS = {ours: theirs for theirs, ours in AUTHORS_METHODS.items()}
 

@@ -12,15 +12,11 @@ from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
-from transformers.utils import logging
-
-from .expert_subset import ExpertSubset, SubsetError
-from .fingerprint import are_apart
+from . import set_operations
+from .expert_subset import ExpertSubset
 from .ranking import jaccard
-
-logger = logging.get_logger(__name__)
-
-_Scores = list[list[float | None] | None]
+from .set_operations import always_kept, check_comparable, combined
+from .validation import SubsetError
 
 
 @dataclass(frozen=True)
@@ -66,12 +62,7 @@ def union(*subsets: ExpertSubset) -> ExpertSubset:
 
     ```
     """
-    _check_comparable(subsets)
-    experts = [
-        None if layer[0] is None else sorted({e for ids in layer for e in ids})
-        for layer in zip(*(subset.experts for subset in subsets), strict=True)
-    ]
-    return _combined(subsets, experts, "union")
+    return ExpertSubset(**set_operations.union(subsets))
 
 
 def intersection(*subsets: ExpertSubset) -> ExpertSubset:
@@ -94,12 +85,7 @@ def intersection(*subsets: ExpertSubset) -> ExpertSubset:
 
     ```
     """
-    _check_comparable(subsets)
-    experts = [
-        None if layer[0] is None else sorted(set(layer[0]).intersection(*layer[1:]))
-        for layer in zip(*(subset.experts for subset in subsets), strict=True)
-    ]
-    return _combined(subsets, experts, "intersection")
+    return ExpertSubset(**set_operations.intersection(subsets))
 
 
 def difference(first: ExpertSubset, second: ExpertSubset) -> ExpertSubset:
@@ -126,21 +112,7 @@ def difference(first: ExpertSubset, second: ExpertSubset) -> ExpertSubset:
 
     ```
     """
-    subsets = (first, second)
-    _check_comparable(subsets)
-    always = _always_kept(subsets)
-    if always is None:
-        if not first.drop_shared:
-            raise SubsetError(
-                "The subset does not know which experts are shared, and these must stay: call "
-                "`subset.for_model(config)` first."
-            )
-        always = [None] * len(first.experts)
-    experts = [
-        None if mine is None else [e for e in mine if e not in set(theirs or ()) or e in (stay or ())]
-        for mine, theirs, stay in zip(first.experts, second.experts, always, strict=True)
-    ]
-    return _combined(subsets, experts, "difference", scored=[first])
+    return ExpertSubset(**set_operations.difference(first, second))
 
 
 def mix(
@@ -176,7 +148,7 @@ def mix(
     ```
     """
     subsets = list(subsets)
-    _check_comparable(subsets)
+    check_comparable(subsets)
     weights = [1.0] * len(subsets) if weights is None else list(weights)
     good = all(isinstance(weight, Real) and math.isfinite(weight) and weight >= 0 for weight in weights)
     if len(weights) != len(subsets) or not good or not sum(weights):
@@ -184,13 +156,13 @@ def mix(
             f"The weights are {weights}, expected {len(subsets)} finite numbers from 0, not all of them 0."
         )
     lacking = [number for number, subset in enumerate(subsets) if subset.scores is None]
-    always = _always_kept(subsets)
+    always = always_kept(subsets)
     if lacking or always is None:
         raise SubsetError(
             f"Subset {lacking[0] if lacking else 0} has no scores to mix: choose it with `select_experts`."
         )
-    mixed = _combined(subsets, subsets[0].experts, "mix", weights=weights)
-    return mixed.top(num_experts)
+    mixed = combined(subsets, subsets[0].experts, "mix", weights=weights)
+    return ExpertSubset(**mixed).top(num_experts)
 
 
 def read_subsets(folder: str | os.PathLike) -> dict[str, ExpertSubset]:
@@ -243,8 +215,8 @@ def subset_overlap(subsets: str | os.PathLike | Mapping[str, ExpertSubset]) -> S
     named = subsets if isinstance(subsets, Mapping) else read_subsets(subsets)
     if len(named) < 2:
         raise SubsetError(f"Subsets are compared with each other: expected at least 2, got {list(named)}.")
-    _check_comparable(list(named.values()))
-    always = _always_kept(list(named.values())) or [None] * len(next(iter(named.values())).experts)
+    check_comparable(list(named.values()))
+    always = always_kept(list(named.values())) or [None] * len(next(iter(named.values())).experts)
     chosen = [
         [
             None if ids is None else [e for e in ids if e not in (stay or ())]
@@ -253,122 +225,3 @@ def subset_overlap(subsets: str | os.PathLike | Mapping[str, ExpertSubset]) -> S
         for subset in named.values()
     ]
     return SubsetOverlap(list(named), [[jaccard(a, b) for b in chosen] for a in chosen])
-
-
-def _check_comparable(subsets: Sequence[ExpertSubset]) -> None:
-    """See that ids mean the same in all of the subsets, as far as they tell."""
-    if not subsets:
-        raise SubsetError("Got no subset: give at least one.")
-    first = subsets[0]
-    for subset in subsets:
-        if subset.local_ids:
-            raise SubsetError(
-                "The ids of a subset are in the numbering of a model that was pruned, as in "
-                "`pruning_metadata.json`: call `subset.for_model(config)` with that model's config first."
-            )
-        if len(subset.experts) != len(first.experts):
-            raise SubsetError(
-                f"The subsets have {len(first.experts)} and {len(subset.experts)} layers: they were made for "
-                "different models."
-            )
-        for index, (ids, others) in enumerate(zip(first.experts, subset.experts, strict=True)):
-            if (ids is None) != (others is None):
-                raise SubsetError(
-                    f"Layer {index} is dense (None) in one subset and not in another: they were made for "
-                    "different models."
-                )
-    sizes = [s.root_experts_per_layer for s in subsets if s.root_experts_per_layer is not None]
-    if any(list(size) != list(sizes[0]) for size in sizes):
-        raise SubsetError(f"The subsets were made for models of different sizes: {sizes}.")
-    known = [(subset.fingerprint, subset.source) for subset in subsets]
-    reasons = (are_apart(known[0], other) for other in known[1:])
-    if reason := next(filter(None, reasons), None):
-        logger.warning(
-            f"The subsets look as if chosen on different models ({sorted({str(s) for _, s in known})}): "
-            f"{reason}. Ids mean nothing in another model: make sure that it is one, or subsets of one."
-        )
-
-
-def _combined(
-    subsets: Sequence[ExpertSubset],
-    experts: list[list[int] | None],
-    method: str,
-    *,
-    scored: Sequence[ExpertSubset] | None = None,
-    weights: Sequence[float] | None = None,
-) -> ExpertSubset:
-    """The result of an operation: `experts`, what is common to the subsets, and scores from those `scored`.
-
-    Without `weights` only the experts of the result have scores.
-    """
-    scored = subsets if scored is None else scored
-    always = _always_kept(subsets)
-    scores: _Scores | None = None
-    if always is not None and all(subset.scores is not None for subset in scored):
-        scores = _mean_scores(scored, weights or [1.0] * len(scored), always)
-        if weights is None:
-            scores = [
-                None if layer is None else [s if e in (ids or ()) else None for e, s in enumerate(layer)]
-                for layer, ids in zip(scores, experts, strict=True)
-            ]
-    return ExpertSubset(
-        experts,
-        scores=scores,
-        always_kept=always,
-        root_experts_per_layer=_first(s.root_experts_per_layer for s in subsets),
-        method=method,
-        num_tokens=_total([s.num_tokens for s in subsets]),
-        num_texts=_total([s.num_texts for s in subsets]),
-        source=_common([s.source for s in subsets]),
-        revision=_common([s.revision for s in subsets]),
-        fingerprint=_first(s.fingerprint for s in subsets),
-        drop_shared=any(s.drop_shared for s in subsets),
-    )
-
-
-def _mean_scores(
-    subsets: Sequence[ExpertSubset], weights: Sequence[float], always: Sequence[list[int] | None]
-) -> _Scores:
-    total = sum(weights)
-    means: _Scores = []
-    for index, stay in enumerate(always):
-        layers = [subset.scores[index] for subset in subsets if subset.scores is not None]
-        if any(layer is None for layer in layers):
-            means.append(None)
-            continue
-        mean: list[float | None] = [None] * max(len(layer) for layer in layers if layer is not None)
-        for layer, weight in zip(layers, weights, strict=True):
-            scores = enumerate(layer or ())
-            competing = {e: score for e, score in scores if score is not None and e not in (stay or ())}
-            mass = math.fsum(competing.values()) or 1.0
-            for e, score in competing.items():
-                mean[e] = (mean[e] or 0.0) + weight / total * (score / mass)
-        for e in stay or ():
-            mean[e] = 1.0  # no share is larger
-        means.append(mean)
-    return means
-
-
-def _always_kept(subsets: Sequence[ExpertSubset]) -> list[list[int] | None] | None:
-    """What the subsets that know it say, which for one model is the same."""
-    known = [s.always_kept for s in subsets if s.always_kept is not None and not s.drop_shared]
-    if not known:
-        return _first(s.always_kept for s in subsets)
-    if any(other != known[0] for other in known):
-        raise SubsetError(
-            "The subsets differ in which experts are shared or always active: they were made for different "
-            "models."
-        )
-    return known[0]
-
-
-def _first(values):
-    return next((value for value in values if value is not None), None)
-
-
-def _common(values: Sequence[str | None]) -> str | None:
-    return values[0] if len(set(values)) == 1 else None
-
-
-def _total(values: Sequence[int | None]) -> int | None:
-    return None if None in values else sum(value for value in values if value is not None)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration import EmoConfig, LayerExperts
-from .expert_subset import ExpertSubset, SubsetError, present_experts, root_experts
+from .expert_subset import ExpertSubset
 from .library import Fetch
+from .numbering import present_experts, root_experts
+from .validation import SubsetError
 
 
 def remaining_subset(

@@ -10,25 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration import EmoConfig
+from . import set_operations
 from .library import Fetch, subset_file
-from .model_experts import (
-    local_experts,
-    present_experts,
-    protected_experts,
-    root_experts,
-    subset_config,
-)
+from .numbering import present_experts, protected_experts, root_experts
+from .push_subset import push_subset
 from .ranking import best_experts, sizes_by_mass
-from .subset_checks import SubsetError, as_layers, check_scores, checked_ids, is_id
-
-__all__ = [
-    "ExpertSubset",
-    "SubsetError",
-    "local_experts",
-    "present_experts",
-    "root_experts",
-    "subset_config",
-]
+from .validation import SubsetError, as_layers, check_scores, checked_ids, is_id
 
 _FORMAT = "emo-expert-subset"
 _VERSION = 1
@@ -293,9 +280,7 @@ class ExpertSubset:
 
         ```
         """
-        from .hub_push import push_subset  # which knows this class
-
-        return push_subset(self, repo_id, name, **kwargs)
+        return push_subset(self.to_dict(), repo_id, name, **kwargs)
 
     def for_model(self, config: EmoConfig) -> ExpertSubset:
         """The same subset in root numbering, once it is known to fit a model; it then knows which experts are
@@ -397,22 +382,20 @@ class ExpertSubset:
         ]
         return replace(self, experts=experts)
 
-    # The operations are built on this class: hence the imports inside.
-
     def __or__(self, other: ExpertSubset) -> ExpertSubset:
-        from .composition import union
-
-        return union(self, other) if isinstance(other, ExpertSubset) else NotImplemented
+        if not isinstance(other, ExpertSubset):
+            return NotImplemented
+        return ExpertSubset(**set_operations.union([self, other]))
 
     def __and__(self, other: ExpertSubset) -> ExpertSubset:
-        from .composition import intersection
-
-        return intersection(self, other) if isinstance(other, ExpertSubset) else NotImplemented
+        if not isinstance(other, ExpertSubset):
+            return NotImplemented
+        return ExpertSubset(**set_operations.intersection([self, other]))
 
     def __sub__(self, other: ExpertSubset) -> ExpertSubset:
-        from .composition import difference
-
-        return difference(self, other) if isinstance(other, ExpertSubset) else NotImplemented
+        if not isinstance(other, ExpertSubset):
+            return NotImplemented
+        return ExpertSubset(**set_operations.difference(self, other))
 
     def _fit_layer(self, index, ids, layer, present, protected, root_size) -> list[int] | None:
         """The root ids of one layer, checked against `present`, the root ids that the model holds there, and

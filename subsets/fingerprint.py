@@ -21,17 +21,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils import logging
 
-from .checkpoint import Checkpoint, LazyTensor
-from .hub_files import is_repo_name
-from .safetensors_header import CheckpointError
-
-if TYPE_CHECKING:
-    from .expert_subset import ExpertSubset
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.hub.names import is_repo_name
+from ..checkpoints.lazy_tensor import LazyTensor
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +39,13 @@ _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LEAST_AGREEMENT = 0.75
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ATTENTION = re.compile(r"(?:.*\.)?(layers\.\d+\.self_attn\.[qkvo]_proj)\.weight")
+
+
+class Fingerprinted(Protocol):
+    """A subset, as far as it tells what it was chosen on; see `ExpertSubset`."""
+
+    fingerprint: str | None
+    source: str | None
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor | LazyTensor], num_layers: int) -> str | None:
@@ -125,7 +130,7 @@ def attention_of(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     Example:
 
     ```python
-    >>> from transformers_emo.subsets import Checkpoint
+    >>> from transformers_emo.checkpoints import Checkpoint
     >>> from transformers_emo.subsets.fingerprint import attention_of
     >>> len(attention_of(Checkpoint.from_folder("model_cards/toy-emo")))  # four matrices in four layers
     16
@@ -228,7 +233,7 @@ def _hub_name(source: str | os.PathLike | None) -> str | None:
 
 
 def warn_if_chosen_elsewhere(
-    subset: ExpertSubset | None,
+    subset: Fingerprinted | None,
     model: str | os.PathLike,
     tensors: Mapping[str, torch.Tensor | LazyTensor],
     num_layers: int,

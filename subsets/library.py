@@ -12,12 +12,14 @@ from typing import Any
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..checkpoints.hub.names import can_be_repo
+from ..checkpoints.output_folder import optional_file
 from ..configuration import EmoConfig
-from .hub_files import can_be_repo
-from .model_folder import optional_file
-from .subset_checks import SubsetError
+from .validation import SubsetError
 
 LIBRARY = "subsets"
+LIBRARY_FILES = f"{LIBRARY}/*.json"
+RECORD = "expert_subset.json"  # beside an adapter: the experts that it was trained on
 _LONGEST_SHOWN = 200  # characters of what was given for a name
 # From the path of a file in a repository to its path on this machine, `None` if the repository has none.
 Fetch = Callable[[str], str | os.PathLike | None]

@@ -65,7 +65,7 @@ LONGEST = (
     "test_distributed.py",
     "test_examples.py",
     "test_hub_round_trip.py",
-    "test_hub_push.py",
+    "subsets/publishing/test_push_folder.py",
     "test_ablations.py",
     "test_emo_common.py",
     "test_native_library.py",

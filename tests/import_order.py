@@ -19,13 +19,13 @@ LIGHT = [
     f"import transformers_emo\n{CAUSAL}",
     "from transformers_emo import EmoConfig, EmoTokenizer, ExpertSubset, mix\nimport transformers",
     "from transformers_emo.tokenization.tokenization_emo import EmoTokenizer",
-    "from transformers_emo.modeling_emo.expert_kernels import emo_experts_forward",
+    "from transformers_emo.modeling_emo.kernels.expert_kernels import emo_experts_forward",
 ]
 ORDERS = [
     "import transformers.integrations.moe, transformers_emo",
     "from transformers import Trainer, pipeline\nimport transformers_emo",
     "from transformers_emo import EmoForCausalLM",
-    "import transformers_emo.subsets.model_hooks\nfrom transformers_emo import select_experts",
+    "import transformers_emo.subsets.loading.model_hooks\nfrom transformers_emo import select_experts",
 ]
 # No module of the package by its full name: Python 3.11 locks up where one thread imports a package, which
 # imports its module, and another that module, which first imports its package.

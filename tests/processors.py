@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers_emo.modeling_emo.instruction_sets import instruction_sets
-from transformers_emo.modeling_emo.native_library import runnable_sets
+from transformers_emo.modeling_emo.kernels.instruction_sets import instruction_sets
+from transformers_emo.modeling_emo.kernels.native_library import runnable_sets
 
 TESTS = Path(__file__).parent / "modeling_emo"
 

@@ -180,7 +180,7 @@ def test_a_branch_that_moves_while_a_subset_is_loaded_gives_one_commit(loader, h
     code = f"""
 import os, time
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.subsets import loading
+from transformers_emo.subsets.loading import from_pretrained as loading
 resolve = loading.library_of
 
 def then_it_moves(*args, **kwargs):

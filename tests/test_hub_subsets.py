@@ -11,9 +11,9 @@ import pytest
 from conftest import tiny_model
 from hub_server import HubServer
 from transformers_emo import EmoConfig, EmoForCausalLM, select_experts
+from transformers_emo.checkpoints import Checkpoint, wanted_ranges
 from transformers_emo.conversion import shard_experts
-from transformers_emo.subsets import Checkpoint, wanted_ranges
-from transformers_emo.subsets.loading import lazy_parameters
+from transformers_emo.subsets.loading.wanted_tensors import lazy_parameters
 
 LAYERS, EXPERTS = 11, 128
 FIRST = [[(7 * layer + 8 * i) % 127 for i in range(15)] + [127] for layer in range(LAYERS)]

@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers_emo.modeling_emo.instruction_sets import instruction_sets, library_name
-from transformers_emo.modeling_emo.native_library import Kernels
+from transformers_emo.modeling_emo.kernels.instruction_sets import instruction_sets, library_name
+from transformers_emo.modeling_emo.kernels.native_library import Kernels
 
 ROOT = Path(__file__).parents[1]
 GCC = shutil.which("g++")
@@ -128,5 +128,8 @@ def test_a_source_distribution_can_be_compiled(checkout, tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True, capture_output=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    sources = {f"modeling_emo/native/{file.name}" for file in (ROOT / "modeling_emo/native").glob("*.[ch]*")}
-    assert {"setup.py", "pyproject.toml", "modeling_emo/instruction_sets.py"} | sources <= names
+    sources = {
+        f"modeling_emo/kernels/native/{file.name}"
+        for file in (ROOT / "modeling_emo/kernels/native").glob("*.[ch]*")
+    }
+    assert {"setup.py", "pyproject.toml", "modeling_emo/kernels/instruction_sets.py"} | sources <= names

@@ -22,7 +22,9 @@ from ..configuration import EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
 from ..optional_packages import import_optional
 from ..subsets import ExpertSubset, SubsetError, present_experts
-from ..subsets.adapter_record import EXPERT_TENSOR, RECORD, check_record, held_experts, read_record
+from ..subsets.library import RECORD
+from ..subsets.loading.adapter_record import EXPERT_TENSOR, check_record, read_record
+from ..subsets.reduced_config import held_experts
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..modeling_emo import EmoPreTrainedModel
-from ..modeling_emo.private_torch import private_torch
+from ..modeling_emo.kernels.private_torch import private_torch
 
 _WeakTensorKeyDictionary = private_torch("torch.utils.weak.WeakTensorKeyDictionary")
 

@@ -10,8 +10,8 @@ with private_names("peft"):
     from peft import LoraConfig
 
 from ..subsets import ExpertSubset
-from ..subsets.adapter_record import RECORD
-from ..subsets.hub_push import complete_adapter_card
+from ..subsets.library import RECORD
+from ..subsets.publishing.cards import complete_adapter_card
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
 from ..modeling_emo.transformers_versions import check_names, private_names
-from ..subsets.adapter_record import check_adapter_config
+from ..subsets.loading.adapter_record import check_adapter_config
 from .fine_tuning import KeepFrozenRows
 
 check_names("trainer")

@@ -9,7 +9,7 @@ import pytest
 from transformers.utils import logging
 from transformers_emo import CheckpointError, EmoConfig
 from transformers_emo.conversion import convert_to_olmo_core, read_metadata, upgrade_checkpoint
-from transformers_emo.conversion.olmo_core_config import read_config
+from transformers_emo.conversion.olmo_core.config_reader import read_config
 
 ROUNDS = [100, pytest.param(2000, marks=pytest.mark.slow)]
 ODD = (

@@ -19,7 +19,7 @@ from transformers_emo.conversion import (
     read_metadata,
     to_olmo_core,
 )
-from transformers_emo.conversion.olmo_core_config import read_config
+from transformers_emo.conversion.olmo_core.config_reader import read_config
 
 EXPECTED = GOLDENS / "D_train_step" / "expected_hf"
 POOLS = {"document_pool_min": 3, "document_pool_max": 11}

@@ -22,7 +22,7 @@ from transformers_emo import EmoForCausalLM
 from transformers_emo.modeling_emo import draw_pool_sizes, lengths_from_segments
 
 TESTS = Path(__file__).parents[1]
-MASK = "serving.use_experts: a tensor of Python numbers"
+MASK = "expert_switching.use_experts: a tensor of Python numbers"
 CHECK = "prompt_pool.check_masks: a copy between host and device"
 # What this package's code waits for, outside the layers; all else waits for nothing.
 OURS = {

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers_emo import EmoForCausalLM, ExpertSubset, SubsetError, extract_subset, select_experts
-from transformers_emo.subsets import Checkpoint, union
-from transformers_emo.subsets.checkpoint import LocalFiles
+from transformers_emo.checkpoints import Checkpoint
+from transformers_emo.checkpoints.local_files import LocalFiles
+from transformers_emo.subsets import union
 from transformers_emo.subsets.fingerprint import (
     agreement,
     attention_of,

@@ -1,0 +1,1 @@
+"""A repository of the Hub as a source of bytes."""

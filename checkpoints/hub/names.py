@@ -1,0 +1,143 @@
+"""What a path names: a folder, or a repository of the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from transformers.utils import cached_file
+
+from ...modeling_emo.transformers_versions import private_names
+from ..errors import CheckpointError
+
+with private_names("hub"):
+    from huggingface_hub.utils import validate_repo_id
+    from transformers.utils.hub import extract_commit_hash
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def is_hub_repo(path: str | os.PathLike) -> bool:
+    """Whether a path given to `from_pretrained` is a repository and no folder or file.
+
+    Args:
+        path (`str` or `os.PathLike`): the path.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import is_hub_repo
+    >>> is_hub_repo("allenai/Emo_1b14b_1T"), is_hub_repo("model_cards/toy-emo")
+    (True, False)
+
+    ```
+    """
+    return not os.path.exists(path)
+
+
+def is_repo_name(name: str) -> bool:
+    """Whether a name is that of a Hub repository with its owner, and of nothing on this machine.
+
+    Args:
+        name (`str`): where a model is said to be from; may be empty.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import is_repo_name
+    >>> is_repo_name("allenai/Emo_1b14b_1T"), is_repo_name("model_cards/toy-emo"), is_repo_name("emo")
+    (True, False, False)
+
+    ```
+    """
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and is_hub_repo(name)
+
+
+def can_be_repo(name: str | os.PathLike) -> bool:
+    """Whether the Hub could have a repository of this name.
+
+    Args:
+        name (`str` or `os.PathLike`): a name, or a path.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import can_be_repo
+    >>> can_be_repo("allenai/Emo_1b14b_1T"), can_be_repo("./Emo_1b14b_1T")
+    (True, False)
+
+    ```
+    """
+    try:
+        validate_repo_id(os.fspath(name))
+    except HFValidationError:
+        return False
+    return True
+
+
+@contextmanager
+def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
+    """Have an error say both of what a path can be, where it is neither a folder here nor on the Hub.
+
+    Args:
+        path (`str` or `os.PathLike`): folder or Hub repository, about to be read.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and no repository can have such a name.
+        OSError: if there is no such folder, and the repository cannot be read.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import folder_or_repo
+    >>> try:
+    ...     with folder_or_repo("./my/model"):
+    ...         pass
+    ... except FileNotFoundError as error:
+    ...     print(str(error).startswith("There is no folder './my/model' (seen from "))
+    True
+
+    ```
+    """
+    missing = f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()})"
+    if not os.path.exists(path) and not can_be_repo(path):
+        raise FileNotFoundError(f"{missing}, and a Hub repository cannot have this name.")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not is_hub_repo(path) or isinstance(error, CheckpointError):
+            raise
+        raise OSError(f"{missing}, and as a Hub repository it cannot be read: {error}") from error
+
+
+def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where to download from, for several steps that must see one commit, even if the repository changes.
+
+    Args:
+        path (`str` or `os.PathLike`): folder or Hub repository of a model.
+        hub_kwargs (`dict[str, Any]`): `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Returns:
+        `dict[str, Any]`: the same, for a repository with the newest commit of its revision.
+
+    Raises:
+        OSError: if there is neither such a folder nor such a repository, or it may not be read.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import pinned
+    >>> pinned("model_cards/toy-emo", {"token": None})
+    {'token': None}
+
+    ```
+    """
+    if not is_hub_repo(path):
+        return hub_kwargs
+    with folder_or_repo(path):
+        commit = extract_commit_hash(cached_file(path, "config.json", **hub_kwargs), None)
+    return hub_kwargs if commit is None else hub_kwargs | {"revision": commit}

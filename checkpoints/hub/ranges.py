@@ -1,0 +1,249 @@
+"""Fetching byte ranges of files of the Hub: in parallel, retried, to be gone on with after an interruption.
+
+Addresses, tokens, mirrors, proxies, offline mode and redirects are huggingface_hub's business: its session,
+headers and metadata are used. A large file is served from a signed address elsewhere, which is asked for once
+and again when it has expired; the user's token is not sent there. That address takes ranges for files in Xet
+storage too.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_url
+
+from ...modeling_emo.transformers_versions import private_names
+
+with private_names("hub"):
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx, tqdm
+
+from ..byte_ranges import Range, split_ranges, total_length
+from ..errors import CheckpointError
+from .part_cache import PartialFile
+
+WORKERS = 8  # requests at a time, as many as huggingface_hub downloads files
+_PIECE = 16 << 20  # bytes of one request at most: what is shared out among the workers
+_RECORD = 4 << 20  # bytes after which progress is recorded within a request
+_RETRIES = 5  # without any progress
+_EXPIRED = (401, 403, 404, 410)  # what storage answers for a signed address that holds no longer
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
+class RangesIgnoredError(CheckpointError):
+    """The server answers a request for a range with the whole file.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import CheckpointError
+    >>> from transformers_emo.checkpoints.hub.ranges import RangesIgnoredError
+    >>> issubclass(RangesIgnoredError, CheckpointError)
+    True
+
+    ```
+    """
+
+
+class RemoteFile:
+    """A file of one commit of a repository.
+
+    Args:
+        repo_id (`str`): the repository.
+        file (`str`): the file's name in it.
+        commit (`str`): the commit.
+        token (`str` or `bool`, *optional*): as everywhere in huggingface_hub.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.ranges import RemoteFile
+    >>> RemoteFile("user/model", "model.safetensors", "main").url.split("/")[-3:]
+    ['resolve', 'main', 'model.safetensors']
+
+    ```
+    """
+
+    def __init__(self, repo_id: str, file: str, commit: str, token: str | bool | None = None):
+        self.repo_id, self.file, self.token = repo_id, file, token
+        self.url = hf_hub_url(repo_id, file, revision=commit)
+        self._lock = threading.Lock()
+        self._metadata: HfFileMetadata | None = None
+
+    def metadata(self, outdated: HfFileMetadata | None = None) -> HfFileMetadata:
+        """Size, etag and address, asked for once, and again if they are the `outdated` ones."""
+        with self._lock:
+            if self._metadata is None or self._metadata is outdated:
+                self._metadata = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
+            return self._metadata
+
+    def stream(self, start: int, end: int, part: PartialFile) -> Iterator[bytes]:
+        """The bytes from `start` to `end`, to be put into `part`; fewer if the connection breaks.
+
+        Raises:
+            RangesIgnoredError: if the server sends the whole file instead.
+            CheckpointError: if it refuses, sends other bytes, or has another file than `part` is of.
+        """
+        metadata = self.metadata()
+        for last in (False, True):
+            if not part.is_of(metadata.etag, metadata.size):
+                raise CheckpointError(
+                    f"The server of {self.repo_id} has another {self.file} than the one of which "
+                    f"{part.folder} keeps parts (now {metadata.size} bytes, etag {metadata.etag}): nothing "
+                    f"of it was taken. `emo cache clear {self.repo_id}` throws the old parts away."
+                )
+            location = urljoin(self.url, metadata.location)
+            headers = build_hf_headers(token=self.token, library_name="transformers-emo")
+            if not _takes_token(location, self.url):
+                headers.pop("authorization", None)
+            headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+            with http_stream_backoff(
+                "GET",
+                location,
+                headers=headers,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                retry_on_exceptions=(),  # those come while the body is read too: see `_fetch_piece`
+            ) as response:
+                if response.status_code in _EXPIRED and not last:
+                    metadata = self.metadata(outdated=metadata)
+                    continue
+                if response.status_code == 416:
+                    raise CheckpointError(f"{self.file} of {self.repo_id} is shorter than expected.")
+                hf_raise_for_status(response)
+                self._check(response, start, metadata.size)
+                # As it comes: with a chunk size, what waits to fill one is lost where the connection breaks.
+                yield from response.iter_raw()
+                return
+
+    def _check(self, response: Any, start: int, size: int | None) -> None:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if response.status_code != 206 or encoding != "identity":
+            raise RangesIgnoredError(f"The server of {self.repo_id} sends {self.file} as a whole only.")
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None or int(match[1]) != start or match[3] not in ("*", str(size)):
+            raise CheckpointError(
+                f"The server of {self.repo_id} sent {response.headers.get('Content-Range')!r} of "
+                f"{self.file}, expected bytes from {start} of {size}."
+            )
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Ranges to be fetched from a file, and where to."""
+
+    remote: RemoteFile
+    part: PartialFile
+    ranges: list[Range]
+
+
+def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
+    """Fetch ranges of files, several at a time, to the places where they stay.
+
+    Every few megabytes are recorded as they come, so that a call after a failure or a kill fetches the rest.
+
+    Args:
+        fetches (`list[Fetch]`): what to fetch; what is there already is left out.
+        progress (`str`, *optional*): show a progress bar in bytes under this name.
+
+    Raises:
+        RangesIgnoredError: if a server sends whole files only.
+        CheckpointError: if bytes cannot be had, after retries; what has come stays.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.ranges import fetch_ranges
+    >>> fetch_ranges([])
+
+    ```
+    """
+    missing = [Fetch(fetch.remote, fetch.part, fetch.part.missing(fetch.ranges)) for fetch in fetches]
+    wanted = sum(total_length(fetch.ranges) for fetch in fetches)
+    left = sum(total_length(fetch.ranges) for fetch in missing)
+    if left == 0:
+        return
+    stop = threading.Event()
+    with (
+        tqdm(
+            desc=progress,
+            total=wanted,
+            initial=wanted - left,
+            unit="B",
+            unit_scale=True,
+            disable=True if progress is None else None,
+            name="transformers_emo.fetch_ranges",
+        ) as bar,
+        ThreadPoolExecutor(WORKERS, "emo-ranges") as workers,
+    ):
+        pieces = [
+            workers.submit(_fetch_piece, fetch, start, end, bar, stop)
+            for fetch in missing
+            for start, end in split_ranges(fetch.ranges, _PIECE)
+        ]
+        try:
+            done, _ = wait(pieces, return_when=FIRST_EXCEPTION)
+        finally:  # also when interrupted: the others give up at their next bytes
+            stop.set()
+            for piece in pieces:
+                piece.cancel()
+        for piece in done:
+            piece.result()
+
+
+def _fetch_piece(fetch: Fetch, start: int, end: int, bar: tqdm, stop: threading.Event) -> None:
+    """Fetch one range, going on where a connection broke."""
+    position = recorded = start
+    failures = 0
+    while position < end and not stop.is_set():
+        before, reason = position, None
+        try:
+            for data in fetch.remote.stream(position, end, fetch.part):
+                data = data[: end - position]
+                fetch.part.write(position, data)
+                position += len(data)
+                bar.update(len(data))
+                if position - recorded >= _RECORD:
+                    fetch.part.record(recorded, position)
+                    recorded = position
+                if position == end or stop.is_set():
+                    break
+        except httpx.TransportError as error:
+            reason = error
+        except httpx.HTTPError as error:  # an answer that retrying does not change
+            raise CheckpointError(_failure(fetch, position, end, error)) from error
+        finally:
+            if position > recorded:
+                fetch.part.record(recorded, position)
+                recorded = position
+        if position > before:
+            failures = 0
+        elif not stop.is_set():
+            failures += 1
+            if failures > _RETRIES:
+                raise CheckpointError(_failure(fetch, position, end, reason)) from reason
+        if position < end and failures:
+            stop.wait(min(0.5 * 2**failures, 8))
+
+
+def _failure(fetch: Fetch, position: int, end: int, reason: Exception | None) -> str:
+    return (
+        f"Bytes {position} to {end} of {fetch.remote.file} of {fetch.remote.repo_id} could not be fetched "
+        f"({reason or 'the connection closes without an answer'}). What has come is kept: the same call goes "
+        "on."
+    )
+
+
+def _takes_token(location: str, url: str) -> bool:
+    """Whether a file's address is the Hub's own, and no storage elsewhere."""
+    trusted = (url, constants.ENDPOINT, "https://huggingface.co")
+    return _origin(location) in map(_origin, trusted)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port

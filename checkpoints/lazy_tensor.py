@@ -1,0 +1,202 @@
+"""A tensor that is read when it is indexed."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from types import EllipsisType
+
+import torch
+
+from .byte_ranges import merge_ranges
+from .large_pages import empty
+from .local_files import LocalFiles
+from .mapped_files import map_spans
+from .safetensors_header import DTYPE_NAMES, Source, TensorSpan
+
+_STAGED = 64 << 20  # bytes for a device that are in the host's memory at a time
+
+
+class LazyTensor:
+    """A tensor that is read when indexed, as Transformers' loader does with slices of safetensors files.
+
+    Its bytes are the concatenation of `pieces`, which may lie in several files. A slice of the first
+    dimension reads only its own rows.
+
+    Args:
+        source (`Source`): gives the bytes.
+        pieces (`Sequence[TensorSpan]`): consecutive parts, all of `dtype`; only their file and range are
+            used.
+        dtype (`torch.dtype`): the dtype on disk.
+        shape (`Sequence[int]`): the shape of the whole.
+        cast_to (`torch.dtype`, *optional*): convert piece by piece while reading, so that the tensor is never
+            held in both dtypes.
+
+    Attributes:
+        mapped (`bool`): may be set to have tensors be pages of their files where that is possible
+            (`mapped_files.py`); others who overwrite such a file in place then change the tensor.
+        device (`torch.device`, *optional*): may be set to have the tensor made there, filled part by part, so
+            that the host never holds it whole.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints import Checkpoint
+    >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+    >>> checkpoint.lazy(["model.norm.weight"])[...].shape
+    torch.Size([128])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        pieces: Sequence[TensorSpan],
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        cast_to: torch.dtype | None = None,
+    ):
+        self.source = source
+        self.pieces = list(pieces)
+        self.dtype = dtype
+        self.shape = tuple(shape)
+        self.cast_to = cast_to
+        self.mapped = False
+        self.device: torch.device | None = None
+
+    def get_shape(self) -> list[int]:
+        """`list[int]`: the shape, by the name safetensors gives it."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """`str`: the dtype on disk, by the name safetensors gives it, such as `"BF16"`."""
+        return DTYPE_NAMES[self.dtype]
+
+    def __getitem__(self, index: EllipsisType | slice | tuple) -> torch.Tensor:
+        parts = index if isinstance(index, tuple) else (index,)
+        if parts and isinstance(parts[0], slice) and parts[0].step in (None, 1) and self.shape:
+            start, stop, _ = parts[0].indices(self.shape[0])
+            return self._read_rows(start, max(start, stop))[(slice(None), *parts[1:])]
+        return self._read_rows(0, self.shape[0] if self.shape else 1)[index]
+
+    def take(self, rows: Sequence[int]) -> LazyTensor:
+        """Some rows of the first dimension, as a lazy tensor of their own; neighbours are read together.
+
+        Args:
+            rows (`Sequence[int]`): row numbers.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo.checkpoints import Checkpoint
+        >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+        >>> checkpoint.lazy(["model.embed_tokens.weight"]).take([7, 8, 300])[...].shape
+        torch.Size([3, 128])
+
+        ```
+        """
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        offsets = [0, *accumulate(piece.end - piece.start for piece in self.pieces)]
+        parts: list[TensorSpan] = []
+        for row in rows:
+            begin, end = row * row_bytes, (row + 1) * row_bytes
+            number = bisect_right(offsets, begin) - 1
+            while begin < end:
+                piece, stop = self.pieces[number], min(end, offsets[number + 1])
+                first, last = piece.start + begin - offsets[number], piece.start + stop - offsets[number]
+                if parts and parts[-1].file == piece.file and parts[-1].end == first:
+                    first = parts.pop().start
+                parts.append(TensorSpan(piece.file, first, last, self.dtype, ()))
+                begin, number = stop, number + 1
+        return LazyTensor(self.source, parts, self.dtype, (len(rows), *self.shape[1:]), self.cast_to)
+
+    def _read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the first dimension (a scalar has one row)."""
+        row_shape = self.shape[1:]
+        row_numel = math.prod(row_shape)
+        row_bytes = row_numel * self.dtype.itemsize
+        spans = list(self._spans(start * row_bytes, stop * row_bytes))
+        rows = None if self.device is None else self._read_to_device(spans, (stop - start) * row_numel)
+        if (
+            rows is None
+            and self.mapped
+            and spans
+            and self.cast_to in (None, self.dtype)
+            and isinstance(self.source, LocalFiles)
+        ):
+            rows = map_spans(self.source, spans)
+        if rows is None:
+            rows = empty((stop - start) * row_numel, self.cast_to or self.dtype)
+            begin = 0
+            for span in spans:
+                end = begin + (span.end - span.start) // self.dtype.itemsize
+                self._fill(rows[begin:end], span.file, span.start)
+                begin = end
+        return rows.reshape(stop - start, *row_shape) if self.shape else rows.reshape(())
+
+    def _read_to_device(self, spans: list[TensorSpan], numel: int) -> torch.Tensor:
+        rows = torch.empty(numel, dtype=self.cast_to or self.dtype, device=self.device)
+        itemsize = self.dtype.itemsize
+        staged = empty(min(numel, max(_STAGED // itemsize, 1)), self.dtype)
+        begin = 0
+        for span in spans:
+            for first in range(span.start, span.end, staged.nbytes):
+                count = min(span.end - first, staged.nbytes) // itemsize
+                self.source.read_into(span.file, first, _bytes_of(staged[:count]))
+                rows[begin : begin + count].copy_(staged[:count])  # it waits: what is staged is used again
+                begin += count
+        return rows
+
+    def _spans(self, first: int, last: int) -> Iterator[TensorSpan]:
+        """The parts of the pieces that bytes `first` to `last` of the whole tensor are in."""
+        offset = 0  # of the piece in the whole tensor
+        for piece in self.pieces:
+            length = piece.end - piece.start
+            begin, end = max(first - offset, 0), min(last - offset, length)
+            if begin < end:
+                yield TensorSpan(piece.file, piece.start + begin, piece.start + end, self.dtype, ())
+            offset += length
+
+    def _fill(self, part: torch.Tensor, file: str, start: int) -> None:
+        if part.dtype == self.dtype:
+            self.source.read_into(file, start, _bytes_of(part))
+            return
+        raw = torch.empty(part.shape, dtype=self.dtype, device="cpu")
+        self.source.read_into(file, start, _bytes_of(raw))
+        part.copy_(raw)
+
+
+def wanted_ranges(tensors: Iterable[LazyTensor], *, gap: int = 0) -> dict[str, list[tuple[int, int]]]:
+    """The byte ranges of each file that these tensors need, sorted and merged.
+
+    Args:
+        tensors (`Iterable[LazyTensor]`): what will be read.
+        gap (`int`, defaults to 0): merge ranges that are at most so many bytes apart.
+
+    Returns:
+        `dict[str, list[tuple[int, int]]]`: for each file its ranges `(start, end)`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints import Checkpoint, wanted_ranges
+    >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+    >>> ranges = wanted_ranges([checkpoint.lazy([name]) for name in checkpoint.tensors])
+    >>> len(ranges["model.safetensors"])  # all tensors: everything behind the header, in one piece
+    1
+
+    ```
+    """
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        for piece in tensor.pieces:
+            spans.setdefault(piece.file, []).append((piece.start, piece.end))
+    return {file: merge_ranges(ranges, gap=gap) for file, ranges in spans.items()}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, to be written to."""
+    return memoryview(tensor.view(torch.uint8).numpy().data) if tensor.numel() else memoryview(bytearray())

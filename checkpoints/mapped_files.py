@@ -1,0 +1,194 @@
+"""Tensors that are their files: pieces of files laid side by side in memory, without a copy.
+
+New memory comes page by page, each cleared first and then written to; that takes longer than reading a file
+which the system has in memory already. Here the system's own pages of the file become the tensor's. Pieces of
+files begin anywhere in a page, but matrices are whole pages long, so that those of one file share where in a
+page they begin: one stacked parameter starts there too, its experts' pages are mapped one expert after the
+other, and only the page in which two experts meet is read and made of both.
+
+What is written to is copied first, page by page (`MAP_PRIVATE`): files never change, and training works. What
+is not written to needs no memory of its own: processes share it, and the system may drop and read it again.
+Who shortens such a file in place ends the process that uses it (`SIGBUS`); a file that is replaced lives on.
+The price: a file's pages lie scattered over the memory, which was read at three quarters of its speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .errors import CheckpointError
+from .large_pages import c_library
+from .safetensors_header import TensorSpan
+
+PAGE = mmap.PAGESIZE
+LEAST_BYTES = 512 << 10  # shorter pieces are read: two mappings each are not worth it
+_READ_AHEAD = 128 << 10  # Linux may read less of what it is told will be needed, but not less than this
+# Not among the constants of Python's `mmap`.
+_MAP_FIXED, _MAP_FAILED = 0x10, ctypes.c_void_p(-1).value
+_MADV_POPULATE_READ = 22  # since Linux 5.14
+
+_mappings = 0
+_lock = threading.RLock()  # a finalizer may run while its own thread holds it
+
+
+class _Folder(Protocol):
+    """`LocalFiles`, as far as it is needed here."""
+
+    folder: Path
+
+    def opened(self, file: str) -> AbstractContextManager[int]: ...
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None: ...
+
+
+def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | None:
+    """The bytes of parts of files, one after the other, mostly as pages of these files.
+
+    All of it has been read when this returns.
+
+    Args:
+        files (`LocalFiles`): the folder of the files.
+        spans (`Sequence[TensorSpan]`): the parts, of one dtype.
+
+    Returns:
+        `torch.Tensor` or `None`: of that dtype, with one dimension; `None` if reading is the better way: the
+        parts are short, or begin in different places of a page, or cannot be mapped here.
+
+    Raises:
+        CheckpointError: if a file cannot be opened or ends early.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.checkpoint import Checkpoint
+    >>> from transformers_emo.checkpoints.local_files import LocalFiles
+    >>> from transformers_emo.checkpoints.mapped_files import map_spans
+    >>> files = LocalFiles("model_cards/toy-emo")
+    >>> checkpoint = Checkpoint.from_files(files.folder, ["model.safetensors"], files)
+    >>> map_spans(files, [checkpoint.tensors["model.norm.weight"]]) is None  # 512 bytes
+    True
+
+    ```
+    """
+    if not sys.platform.startswith("linux") or sys.maxsize < 2**32:
+        return None
+    runs = _merged(spans)
+    shift = _place_in_page(runs)
+    if shift is None or shift % spans[0].dtype.itemsize or not _reserve(2 * len(runs)):
+        return None
+    total = sum(run.end - run.start for run in runs)
+    try:
+        block = mmap.mmap(-1, shift + total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no room for all of it at once: PyTorch's own error says so
+        _release(2 * len(runs))
+        return None
+    memory = (ctypes.c_char * len(block)).from_buffer(block)
+    # The tensor holds `memory`, and that the block, whose end is that of everything mapped into it.
+    weakref.finalize(memory, _release, 2 * len(runs)).atexit = False
+    view, place = memoryview(block), shift
+    awaited = []
+    for run in runs:
+        end = place + run.end - run.start
+        first, last = -(-place // PAGE) * PAGE, end // PAGE * PAGE
+        if (run.start - place) % PAGE or last - first < LEAST_BYTES:
+            files.read_into(run.file, run.start, view[place:end])
+        else:
+            offset = run.start + first - place
+            with files.opened(run.file) as descriptor:
+                if not _map(descriptor, offset, ctypes.addressof(memory) + first, last - first):
+                    return None
+            awaited.append((files.folder / run.file, offset, ctypes.addressof(memory) + first, last - first))
+            files.read_into(run.file, run.start, view[place:first])
+            files.read_into(run.file, offset + last - first, view[last:end])
+        place = end
+    for mapping in awaited:
+        _fetch(*mapping)
+    return torch.frombuffer(
+        memory, dtype=spans[0].dtype, offset=shift, count=total // spans[0].dtype.itemsize
+    )
+
+
+def _merged(spans: Sequence[TensorSpan]) -> list[TensorSpan]:
+    """Parts that lie side by side in a file as one."""
+    runs: list[TensorSpan] = []
+    for span in spans:
+        start = span.start
+        if runs and runs[-1].file == span.file and runs[-1].end == start:
+            start = runs.pop().start
+        runs.append(TensorSpan(span.file, start, span.end, span.dtype, ()))
+    return runs
+
+
+def _place_in_page(runs: Sequence[TensorSpan]) -> int | None:
+    """Where in a page the whole has to begin, that most of it can be mapped."""
+    bytes_at: Counter[int] = Counter()
+    place = 0
+    for run in runs:
+        if run.end - run.start >= LEAST_BYTES:
+            bytes_at[(run.start - place) % PAGE] += run.end - run.start
+        place += run.end - run.start
+    shift, mapped = max(bytes_at.items(), key=lambda item: item[1], default=(None, 0))
+    return shift if 2 * mapped > place else None
+
+
+def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
+    """Put pages of a file at an address and have them read in the background; `False` if it cannot be."""
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+    if c_library().mmap(address, length, protection, flags, descriptor, offset) == _MAP_FAILED:
+        return False
+    for start in range(offset, offset + length, _READ_AHEAD):  # exactly these, which no page fault would do
+        size = min(_READ_AHEAD, offset + length - start)
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+    return True
+
+
+def _fetch(path: Path, offset: int, address: int, length: int) -> None:
+    """Wait until mapped pages are there. Using one that cannot be had would end the process."""
+    if not c_library().madvise(address, length, _MADV_POPULATE_READ):
+        return
+    problem = ctypes.get_errno()
+    if problem != errno.EINVAL:  # the file is shorter by now, or the disk fails: the system says no more
+        raise CheckpointError(
+            f"Reading {path} failed between bytes {offset} and {offset + length}, expected them all: "
+            "was it cut short meanwhile? Load it again when it is whole."
+        )
+    if path.stat().st_size < offset + length:
+        raise CheckpointError(
+            f"{path} ends before byte {offset + length}: it was cut short meanwhile. Load it again "
+            "when it is whole."
+        )
+    memoryview((ctypes.c_char * length).from_address(address)).cast("B")[::PAGE].tobytes()
+
+
+def _reserve(count: int) -> bool:
+    """Whether the process may have so many mappings more: half of its own are for others."""
+    global _mappings
+    try:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
+    except (OSError, ValueError):
+        most = 30_000
+    with _lock:
+        if _mappings + count > most:
+            return False
+        _mappings += count
+        return True
+
+
+def _release(count: int) -> None:
+    global _mappings
+    with _lock:
+        _mappings -= count

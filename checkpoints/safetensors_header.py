@@ -1,0 +1,184 @@
+"""What a safetensors file says of itself: dtypes, headers, and the index of several files.
+
+All of it is input from strangers: whatever is wrong with it becomes a `CheckpointError`.
+
+The format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .errors import CheckpointError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class TensorSpan:
+    """Where a tensor lies: bytes `start` to `end` of `file`, of this dtype and shape."""
+
+    file: str
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Source(Protocol):
+    """Gives the bytes of a checkpoint's files."""
+
+    def size(self, file: str) -> int:
+        """Size of `file` in bytes. Raises `CheckpointError` if there is no such file."""
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `file` from `start`, or raise `CheckpointError`."""
+
+    def close(self) -> None:
+        """Let go of open files."""
+
+
+def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
+    """The tensors of one safetensors file, which its header must describe to the last byte.
+
+    Args:
+        source (`Source`): gives the file's size and its first bytes.
+        file (`str`): the file's name.
+
+    Raises:
+        CheckpointError: if the header is damaged, or the file is longer or shorter than it says.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.local_files import LocalFiles
+    >>> from transformers_emo.checkpoints.safetensors_header import read_header
+    >>> read_header(LocalFiles("model_cards/toy-emo"), "model.safetensors")["model.norm.weight"].shape
+    (128,)
+
+    ```
+    """
+    size = source.size(file)
+    if size < 8:
+        raise CheckpointError(
+            f"{file} is {size} bytes long, too short for a safetensors file: download it again."
+        )
+    prefix = bytearray(8)
+    source.read_into(file, 0, memoryview(prefix))
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{file} is damaged or no safetensors file: its header would be {length} bytes long, and the "
+            f"file has {size}."
+        )
+    raw = bytearray(length)
+    source.read_into(file, 8, memoryview(raw))
+    try:
+        header = json.loads(raw.decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError(f"expected an object, got a {type(header).__name__}")
+        header.pop("__metadata__", None)
+        spans = {name: _span(file, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header ({type(error).__name__}: {error})."
+        ) from error
+    position = 8 + length
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
+        if span.start != position:
+            raise CheckpointError(
+                f"{file} has a damaged header: {name} should begin at byte {position}, not {span.start}."
+            )
+        position = span.end
+    if position != size:
+        raise CheckpointError(
+            f"{file} is {size} bytes long, expected {position}: it is cut short or damaged, download it "
+            "again."
+        )
+    return spans
+
+
+def _span(file: str, entry: dict, data_start: int) -> TensorSpan:
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise ValueError(f"dtype {entry['dtype']!r} is not one of {', '.join(DTYPES)}")
+    shape = tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)):
+        raise ValueError(f"shape {shape} and offsets {(start, end)} must be integers from 0 to 2^63")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"offsets {(start, end)} do not fit shape {shape} of {dtype}")
+    return TensorSpan(file, data_start + start, data_start + end, dtype, shape)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index: tensor names and the files they are in, all in the index's own folder.
+
+    Args:
+        path (`Path`): the index, `model.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: if it is damaged, or names a file outside its folder or one that is not safetensors.
+
+    Example:
+
+    ```python
+    >>> import json
+    >>> from transformers_emo.checkpoints.safetensors_header import read_index
+    >>> index = tmp_path / "model.safetensors.index.json"
+    >>> _ = index.write_text(json.dumps({"weight_map": {"norm.weight": "a.safetensors"}}))
+    >>> read_index(index)
+    {'norm.weight': 'a.safetensors'}
+
+    ```
+    """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        pairs = weight_map.items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"The index {path} is damaged ({type(error).__name__}: {error}): download it again."
+        ) from error
+    folder = Path(os.path.abspath(path.parent))  # not resolved: the shards themselves may be links
+    for name, file in pairs:
+        if not isinstance(file, str) or not file or "\0" in file:
+            raise CheckpointError(
+                f"The index {path} names no file for {name}: expected a file name, got {file!r}."
+            )
+        inside = os.path.normpath(folder / file)
+        if os.path.isabs(file) or os.path.commonpath([folder, inside]) != str(folder):
+            raise CheckpointError(f"The index {path} names {file!r}, a file outside its folder: refused.")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"The index {path} names {file!r}, which is not a safetensors file: convert the weights to "
+                "safetensors."
+            )
+    return weight_map

@@ -1,0 +1,130 @@
+"""The files beside the weights of a model, and how a model is recognised."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, is_offline_mode
+from transformers.utils import cached_file
+
+from .checkpoint import Checkpoint
+from .local_files import LocalFiles
+from .output_folder import GENERATION_CONFIG, TOKENIZER_FILES, optional_file
+
+SIDE_FILES = (
+    "config.json",
+    GENERATION_CONFIG,
+    *TOKENIZER_FILES,
+    "README.md",
+    "LICENSE*",
+)
+
+
+def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: Any) -> dict[str, Any]:
+    """What a model is recognised by: where any of it differs, it is another model, or has been changed.
+
+    Args:
+        model (`str` or `os.PathLike`): its folder or Hub repository.
+        checkpoint (`Checkpoint`): its weights.
+        hub_kwargs: `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `dict[str, Any]`: the folder's path, or the repository and the commit; the hash of `config.json`, of
+        where every tensor lies, and of each file of weights the size and, in a folder, the time of change.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints import Checkpoint
+    >>> from transformers_emo.checkpoints.side_files import identity_of
+    >>> toy = "model_cards/toy-emo"
+    >>> sorted(identity_of(toy, Checkpoint.from_folder(toy)))
+    ['config', 'files', 'headers', 'source']
+
+    ```
+    """
+    source = checkpoint.source
+    files = sorted({span.file for span in checkpoint.tensors.values()})
+    config = Path(optional_file(model, "config.json", **hub_kwargs) or os.devnull).read_bytes()
+    headers = repr(sorted((name, repr(span)) for name, span in checkpoint.tensors.items()))
+    times: dict[str, int | None] = dict.fromkeys(files)
+    if isinstance(source, LocalFiles):
+        times |= {file: os.stat(source.folder / file).st_mtime_ns for file in files}
+        where = [str(source.folder.resolve())]
+    else:
+        where = [os.fspath(model), str(getattr(source, "commit", None)), hub_kwargs.get("subfolder") or ""]
+    return {
+        "source": where,
+        "config": hashlib.sha256(config).hexdigest(),
+        "headers": hashlib.sha256(headers.encode()).hexdigest(),
+        "files": {file: [source.size(file), times[file]] for file in files},
+    }
+
+
+def side_files(
+    model: str | os.PathLike, patterns: Sequence[str] = SIDE_FILES, **hub_kwargs: Any
+) -> list[str]:
+    """The files beside the weights that belong to a model: config, generation config, tokenizer, model card
+    and licence. Code is left out.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        patterns (`Sequence[str]`, *optional*): only such files, as names or patterns like `"LICENSE*"`.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `list[str]`: paths in the folder, or in the repository's `subfolder`, sorted; for `copy_companions`.
+        Offline, of a repository, those in the cache.
+
+    Raises:
+        OSError: if the repository cannot be reached.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.side_files import side_files
+    >>> side_files("model_cards/toy-emo")
+    ['README.md', 'config.json', 'tokenizer.json', 'tokenizer_config.json']
+    >>> side_files("model_cards/toy-emo", ["tokenizer*"])
+    ['tokenizer.json', 'tokenizer_config.json']
+
+    ```
+    """
+    subfolder = hub_kwargs.get("subfolder") or ""
+    folder: Path | None = None
+    if os.path.isdir(model):
+        folder = Path(model, subfolder)
+    elif hub_kwargs.get("local_files_only") or is_offline_mode():
+        folder = Path(str(cached_file(model, "config.json", **hub_kwargs))).parent
+    if folder is not None:
+        found = (path for pattern in patterns for path in folder.glob(pattern))
+        return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+    revision, token = hub_kwargs.get("revision"), hub_kwargs.get("token")
+    names = HfApi(token=token).list_repo_files(os.fspath(model), revision=revision)
+    start = f"{subfolder.strip('/')}/" if subfolder else ""
+    return matching((name.removeprefix(start) for name in names if name.startswith(start)), patterns)
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Those paths of a repository that one of some patterns describes from their beginning, sorted.
+
+    Args:
+        names (`Iterable[str]`): the paths, with forward slashes.
+        patterns (`Sequence[str]`): as for `side_files`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.side_files import matching
+    >>> matching(["subsets/math.json", "LICENSE.txt", "old/LICENSE"], ["LICENSE*", "subsets/*.json"])
+    ['LICENSE.txt', 'subsets/math.json']
+
+    ```
+    """
+    return sorted(
+        name for name in names if any(PurePosixPath("/", name).match(f"/{pattern}") for pattern in patterns)
+    )

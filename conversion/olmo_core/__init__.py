@@ -1,0 +1,1 @@
+"""The training checkpoint's own format, read and written."""

@@ -1,0 +1,1 @@
+"""Compiled code for the network, and what calls it."""

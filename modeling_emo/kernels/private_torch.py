@@ -1,0 +1,64 @@
+"""The names of PyTorch that this package uses and PyTorch does not document: each may go with any release.
+
+No private name of PyTorch is used but through `private_torch`; a test looks for others.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+
+TESTED = "2.13 to 2.15"
+"""The versions of PyTorch that the package is tested with; `pyproject.toml` asks for the same."""
+
+USES = {
+    "torch.utils._python_dispatch.is_traceable_wrapper_subclass": (
+        "tells quantised and distributed weights, which compiled code must not read by their address"
+    ),
+    "torch.distributed.checkpoint.filesystem._StorageInfo": (
+        "says in a training checkpoint where the bytes of a tensor lie"
+    ),
+    "torch.utils.weak.WeakTensorKeyDictionary": (
+        "remembers which parameters have their rows frozen, by identity and only while they live"
+    ),
+    "torch.Tensor._make_wrapper_subclass": (
+        "makes the tensor that holds experts in 4 bits, as torchao makes its own"
+    ),
+}
+"""Each name, and what it is used for."""
+
+
+def private_torch(name: str) -> Any:
+    """Take one of `USES` from PyTorch.
+
+    Args:
+        name (`str`): its full name.
+
+    Returns:
+        `Any`: the function or class.
+
+    Raises:
+        ImportError: if this PyTorch has no such name: with its use, the version found and those tested.
+        KeyError: if the name is none of `USES`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.kernels.private_torch import private_torch
+    >>> is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
+    >>> is_wrapper(torch.ones(2))
+    False
+
+    ```
+    """
+    use = USES[name]
+    place, _, last = name.rpartition(".")
+    try:
+        owner = torch.Tensor if place == "torch.Tensor" else importlib.import_module(place)
+        return getattr(owner, last)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"PyTorch {torch.__version__} has no {name}, which {use}. transformers-emo is tested with "
+            f"PyTorch {TESTED}: install one of these, or a newer transformers-emo."
+        ) from error

@@ -1,0 +1,1 @@
+"""Choosing the experts of a domain from text."""

@@ -1,0 +1,1 @@
+"""A subset of experts into a network: loading, swapping and masking."""

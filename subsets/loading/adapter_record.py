@@ -1,0 +1,194 @@
+"""Which experts an adapter belongs to: the file beside it, and whether a model holds them.
+
+An adapter of stacked experts has no expert ids of its own: on other experts of the same number it would
+silently adapt the wrong ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import cached_file
+
+from ...configuration import EmoConfig
+from ..expert_subset import ExpertSubset
+from ..library import RECORD
+from ..reduced_config import held_experts
+from ..validation import SubsetError
+
+# What of an adapter has a size for each expert.
+EXPERT_TENSOR = re.compile(r".*\.layers\.\d+\.mlp\.(experts|gate)\..*")
+
+
+def read_record(adapter: str | os.PathLike, **hub) -> ExpertSubset | None:
+    """The experts that an adapter was trained on, or `None` where the file is not there.
+
+    Args:
+        adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
+        hub: `revision`, `subfolder`, `token` and so on of a Hub repository.
+
+    Raises:
+        SubsetError: if the file is damaged.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import ExpertSubset
+    >>> from transformers_emo.subsets.loading.adapter_record import read_record
+    >>> ExpertSubset([[0, 9]]).save(tmp_path / "expert_subset.json")
+    >>> read_record(tmp_path).experts
+    [[0, 9]]
+
+    ```
+    """
+    path = _file(adapter, RECORD, hub)
+    return None if path is None else ExpertSubset.load(path)
+
+
+def check_record(subset: ExpertSubset, config: EmoConfig) -> None:
+    """See that a model holds the experts that an adapter was trained on, and maybe more.
+
+    Args:
+        subset (`ExpertSubset`): the adapter's experts, all of them.
+        config (`EmoConfig`): the model's config.
+
+    Raises:
+        SubsetError: if it lacks some, or is another model.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig, ExpertSubset
+    >>> from transformers_emo.subsets.loading.adapter_record import check_record
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    >>> check_record(ExpertSubset([[0, 3]]), config)
+
+    ```
+    """
+    here = held_experts(config)
+    if len(subset.experts) != len(here.experts) or (
+        subset.root_experts_per_layer not in (None, here.root_experts_per_layer)
+    ):
+        raise SubsetError(
+            f"The adapter was trained on another model: one with {subset.root_experts_per_layer or '?'} "
+            f"experts in its {len(subset.experts)} layers, and this one has {here.root_experts_per_layer} in "
+            f"its {len(here.experts)}."
+        )
+    for layer, (theirs, ours) in enumerate(zip(subset.experts, here.experts, strict=True)):
+        if set(theirs or []) - set(ours or []) or (theirs is None) != (ours is None):
+            raise SubsetError(
+                f"The adapter was trained on the experts {theirs} in layer {layer}, and this model holds "
+                f"{ours}: load it onto that subset (`from_pretrained(..., expert_subset={RECORD!r})` with "
+                "the file beside the adapter) or onto the full model."
+            )
+
+
+def check_adapter(adapter: str | os.PathLike, config: EmoConfig, hub: dict[str, Any]) -> None:
+    """See that Transformers or PEFT can put an adapter on a model as it is.
+
+    An adapter that nothing is known of is left to them.
+
+    Args:
+        adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
+        config (`EmoConfig`): the model's config.
+        hub (`dict`): `revision`, `subfolder`, `token` and so on of a Hub repository.
+
+    Raises:
+        SubsetError: if the adapter was trained on experts that the model lacks, or adapts experts or their
+            router where the model holds more.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig, ExpertSubset, SubsetError
+    >>> from transformers_emo.subsets.loading.adapter_record import check_adapter
+    >>> ExpertSubset([[0, 9]]).save(tmp_path / "expert_subset.json")
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    >>> try:
+    ...     check_adapter(tmp_path, config, {})
+    ... except SubsetError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    The adapter was trained on the experts [0, 9] in layer 0, and this model holds [0, 1, 2, 3]...
+
+    ```
+    """
+    subset = read_record(adapter, **hub)
+    if subset is None:
+        return
+    check_record(subset, config)
+    if subset.experts == held_experts(config).experts:
+        return
+    weights = _file(adapter, "adapter_model.safetensors", hub)
+    if weights is None:
+        return
+    with safe_open(weights, framework="pt") as file:
+        expert_tensor = next(filter(EXPERT_TENSOR.fullmatch, file.keys()), None)
+    if expert_tensor is not None:
+        raise SubsetError(
+            f"The adapter was trained on some of the experts that this model holds, and has sizes of theirs "
+            f"({expert_tensor}): put it on with `transformers_emo.training.load_adapter(model, adapter)`, "
+            "which gives each expert its part."
+        )
+
+
+def check_adapter_config(adapter_config: Any, config: EmoConfig) -> None:
+    """See that an adapter's config was made for a model with the very experts that this one holds.
+
+    A config remembers the experts of the model that `lora_config` was given, and they are what is saved
+    beside the adapter: on other experts the record would be false. Configs without a record say nothing.
+
+    Args:
+        adapter_config (`peft.PeftConfig`): the adapter's.
+        config (`EmoConfig`): the model's.
+
+    Raises:
+        SubsetError: if it was made for other experts.
+
+    Example:
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> from transformers_emo import EmoConfig, SubsetError
+    >>> from transformers_emo.subsets.loading.adapter_record import check_adapter_config
+    >>> made_for = SimpleNamespace(expert_subset={"experts": [[0, 3]]})
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    >>> try:
+    ...     check_adapter_config(made_for, config)
+    ... except SubsetError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    The adapter's config was made for the experts [0, 3] in layer 0, and this model holds [0, 1, 2, 3]...
+
+    ```
+    """
+    record = getattr(adapter_config, "expert_subset", None)
+    if record is None:
+        return
+    subset, here = ExpertSubset.from_dict(record), held_experts(config)
+    if subset.root_experts_per_layer not in (None, here.root_experts_per_layer):
+        check_record(subset, config)  # another model: it says so
+    differing = [
+        layer
+        for layer, (theirs, ours) in enumerate(zip(subset.experts, here.experts, strict=False))
+        if theirs != ours
+    ]
+    if differing or len(subset.experts) != len(here.experts):
+        layer = differing[0] if differing else min(len(subset.experts), len(here.experts)) - 1
+        raise SubsetError(
+            f"The adapter's config was made for the experts {subset.experts[layer]} in layer {layer}, and "
+            f"this model holds {here.experts[layer]}: make it anew by `lora_config(model, ...)`, after the "
+            "model's experts were chosen."
+        )
+
+
+def _file(adapter: str | os.PathLike, name: str, hub: dict[str, Any]) -> str | None:
+    """A file of an adapter, or `None`: also where it was never fetched and the Hub cannot be reached."""
+    return cached_file(
+        os.fspath(adapter),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )

@@ -1,0 +1,22 @@
+from ..publishing.cards import complete_card
+from .adapter_record import check_adapter_config
+from .default_choice import from_pretrained
+from .from_pretrained import load_adapter, load_weights
+from .masking import kept_experts
+from .swapping import share_backbone, swap_experts
+from .tokenizer_copy import copy_tokenizer, tokenizer_to_push
+from .weights_check import check_before_building
+
+__all__ = [
+    "check_adapter_config",
+    "check_before_building",
+    "complete_card",
+    "copy_tokenizer",
+    "from_pretrained",
+    "kept_experts",
+    "load_adapter",
+    "load_weights",
+    "share_backbone",
+    "swap_experts",
+    "tokenizer_to_push",
+]

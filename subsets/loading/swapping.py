@@ -1,0 +1,391 @@
+"""Exchanging the experts of a model in memory, and giving its backbone a second set of experts.
+
+Both work out, layer by layer, which experts the model holds already and which must be read; read those, and
+only then touch a model. How a checkpoint is read in part stands in `loading.py` and `checkpoint.py`.
+
+Shape suffixes: K experts held in a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.hub.names import HUB_KWARGS, pinned
+from ...checkpoints.hub.opening import fetch_ahead
+from ...checkpoints.lazy_tensor import LazyTensor
+from ...configuration import EmoConfig, LayerExperts
+from ..exclusion import named_exclusion, remaining_subset
+from ..expert_subset import ExpertSubset
+from ..fingerprint import attention_of, differing_signs, fingerprint_of, warn_if_chosen_elsewhere
+from ..library import library_of
+from ..numbering import present_experts, root_experts
+from ..reduced_config import local_experts, subset_config
+from ..validation import SubsetError
+from .tokenizer_copy import Origin
+from .wanted_tensors import lazy_parameters, open_checkpoint
+
+_PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+# What a config says about experts, and what two models must agree on for experts of one to fit the other.
+_EXPERT_SETTINGS = (
+    "num_experts",
+    "num_experts_per_layer",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "num_shared_experts_per_layer",
+    "always_active_experts",
+    "always_active_experts_per_layer",
+    "retained_experts",
+    "root_experts_per_layer",
+)
+_SHAPE_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "hidden_act",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+@dataclass
+class _Layer:
+    """The experts that a layer will hold: where each is now, and what has been read."""
+
+    index: int
+    experts: LayerExperts
+    held: list[tuple[int, int]]  # (row it will have, row it has)
+    new_rows: list[int]  # rows that are read, in the order of `read`
+    read: dict[str, torch.Tensor]  # by parameter, (len(new_rows), ...)
+
+    def assemble(self, name: str, old: torch.Tensor) -> torch.Tensor:
+        """The layer's parameter `name` as a new tensor (K, ...), from the old one and what was read."""
+        new = old.new_empty(self.experts.num_experts, *old.shape[1:])
+        for row, old_row in self.held:
+            new[row].copy_(old[old_row])
+        if self.new_rows:
+            new[torch.tensor(self.new_rows, device=new.device)] = self.read[name]
+        return new
+
+    def write_into(self, name: str, old: torch.Tensor) -> None:
+        """The same in place, for as many experts as there were."""
+        # Both orders are sorted by root id: experts that move up, from the first, and then those that move
+        # down, from the last, never land on one that has yet to move.
+        for row, old_row in [pair for pair in self.held if pair[0] < pair[1]]:
+            old[row].copy_(old[old_row])
+        for row, old_row in reversed([pair for pair in self.held if pair[0] > pair[1]]):
+            old[row].copy_(old[old_row])
+        if self.new_rows:
+            old[torch.tensor(self.new_rows, device=old.device)] = self.read[name]
+
+
+@torch.no_grad()
+def swap_experts(
+    model: Any,
+    expert_subset: Any,
+    exclude_experts: Any,
+    source: str | os.PathLike | None,
+    progress: bool,
+    hub_kwargs: dict[str, Any],
+) -> None:
+    """`model.swap_experts(...)`; see `ExpertServing.swap_experts`.
+
+    Args:
+        model (`EmoPreTrainedModel`): the model.
+        expert_subset, exclude_experts, source, progress, hub_kwargs: as there.
+
+    Example: see `ExpertServing.swap_experts`.
+    """
+    if any(mask is not None for mask in model.base_model.expert_masks):
+        raise ValueError("The experts are masked by an open `use_experts`: leave it, then swap.")
+    config, layers, place = _prepare(
+        model, expert_subset, exclude_experts, source, progress, hub_kwargs, "swap_experts"
+    )
+    # Nothing of the model changes before this line, and what follows allocates nothing.
+    replaced = {
+        (layer.index, name): layer.assemble(name, parameter)
+        for layer in layers
+        for name, parameter in _parameters_of(model, layer.index).items()
+        if len(parameter) != layer.experts.num_experts
+    }
+    for layer in layers:
+        for name, parameter in _parameters_of(model, layer.index).items():
+            if (layer.index, name) in replaced:
+                _set_parameter(model, layer.index, name, replaced.pop((layer.index, name)))
+            else:
+                layer.write_into(name, parameter)
+                parameter.grad = None
+    model._part_of = Origin.of_loaded(model, hub_kwargs)
+    _set_config(model, config, layers, place)
+
+
+@torch.no_grad()
+def share_backbone(
+    model: Any,
+    expert_subset: Any,
+    exclude_experts: Any,
+    source: str | os.PathLike | None,
+    progress: bool,
+    hub_kwargs: dict[str, Any],
+) -> Any:
+    """`model.share_backbone(...)`; see `ExpertServing.share_backbone`.
+
+    Args:
+        model (`EmoPreTrainedModel`): the model whose backbone is shared.
+        expert_subset, exclude_experts, source, progress, hub_kwargs: as there.
+
+    Example: see `ExpertServing.share_backbone`.
+    """
+    config, layers, place = _prepare(
+        model, expert_subset, exclude_experts, source, progress, hub_kwargs, "share_backbone"
+    )
+    own = {
+        (layer.index, name): layer.assemble(name, parameter)
+        for layer in layers
+        for name, parameter in _parameters_of(model, layer.index).items()
+    }
+    # A deep copy that takes what it finds in `memo` for copied: shared parameters as they are, and of experts
+    # and the pools' random generator (which cannot be copied) nothing.
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for layer in layers:
+        for parameter in _parameters_of(model, layer.index).values():
+            memo[id(parameter)] = nn.Parameter(parameter.new_empty(0), parameter.requires_grad)
+    compiled = model.__dict__.get("_compiled_call")  # what `generate` compiled of this model
+    for aside in (model.base_model.pool_generator, compiled):
+        if aside is not None:
+            memo[id(aside)] = None
+    twin = copy.deepcopy(model, memo)
+    twin._part_of = Origin.of_loaded(model, hub_kwargs)
+    twin.base_model.expert_masks = [None] * len(model.base_model.expert_masks)
+    twin.__dict__.pop("_compiled_call", None)
+    for (index, name), tensor in own.items():
+        _set_parameter(twin, index, name, tensor)
+    _set_config(twin, config, layers, place)
+    return twin
+
+
+def _prepare(
+    model: Any,
+    expert_subset: Any,
+    exclude_experts: Any,
+    source: str | os.PathLike | None,
+    progress: bool,
+    hub_kwargs: dict[str, Any],
+    caller: str,
+) -> tuple[EmoConfig, list[_Layer], tuple[str | os.PathLike, str | None] | None]:
+    """The config of the model with the new experts, its layers with all that must be read, and, if they are
+    read, from where and of which commit."""
+    unknown = sorted(set(hub_kwargs) - set(HUB_KWARGS))
+    if unknown:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
+    _check_plain(model, caller)
+    if expert_subset is None and exclude_experts is None:
+        raise SubsetError(f"{caller}() needs an `expert_subset` or `exclude_experts`.")
+    weights = dict(model.named_parameters())
+    here, is_own = None, source is None or os.fspath(source) == model.config.name_or_path
+    if source is None:
+        source = model.config.name_or_path or None
+        commit = getattr(model.config, "_commit_hash", None)
+        if commit is not None and "revision" not in hub_kwargs:
+            hub_kwargs = hub_kwargs | {"revision": commit}
+        library = library_of(source, **hub_kwargs)
+        exclude_experts = named_exclusion(exclude_experts, *library)
+        here = _subset_of(expert_subset, exclude_experts, model.config, library)
+    if here is not None:  # the model holds them all
+        config = subset_config(model.config, here)
+        warn_if_chosen_elsewhere(
+            here, source or "", weights, config.num_hidden_layers, excluded=exclude_experts
+        )
+        return config, _plan(model, config, here), None
+    if source is None:
+        raise SubsetError(
+            "The model does not hold these experts and was not loaded from anywhere: give the `source` to "
+            "read them from."
+        )
+    hub_kwargs = pinned(source, hub_kwargs)
+    source_config = _source_config(model, source, hub_kwargs)
+    library = library_of(source, **hub_kwargs)
+    try:
+        exclude_experts = named_exclusion(exclude_experts, *library)
+        subset = remaining_subset(expert_subset, exclude_experts, source_config, *library)
+    except SubsetError as error:
+        raise SubsetError(
+            f"{error} (Read from {os.fspath(source)!r}: `source` names another place.)"
+        ) from error
+    config = subset_config(source_config, subset)
+    layers = _plan(model, config, subset)
+    if any(layer.new_rows for layer in layers):
+        local = local_experts(subset, source_config)
+        _read(model, layers, source, source_config, local, progress, hub_kwargs, is_own)
+    warn_if_chosen_elsewhere(subset, source, weights, config.num_hidden_layers, excluded=exclude_experts)
+    return config, layers, (source, hub_kwargs.get("revision"))
+
+
+def _subset_of(
+    expert_subset: Any,
+    exclude_experts: Any,
+    config: EmoConfig,
+    library: tuple[Any, Any],
+) -> ExpertSubset | None:
+    """The subset, if it is one of the experts that the model holds."""
+    if expert_subset is None:
+        # All experts of the root: the model holds them only if it is no subset itself.
+        whole = config.retained_experts is None
+        return remaining_subset(None, exclude_experts, config, *library) if whole else None
+    subset = ExpertSubset.of(expert_subset, *library)
+    if subset.local_ids:  # of the checkpoint
+        return None
+    held = present_experts(config)
+    if len(subset.experts) != len(held) or any(
+        not set(ids or ()) <= set(there) for ids, there in zip(subset.experts, held, strict=True)
+    ):
+        return None
+    return remaining_subset(subset, exclude_experts, config, *library)
+
+
+def _source_config(model: Any, source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> EmoConfig:
+    """The config of what experts are read from, once it is known to be the same model."""
+    config = EmoConfig.from_pretrained(source, **hub_kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"The weights of {os.fspath(source)} are quantised, and their experts cannot be taken apart: "
+            "give the unquantised model as `source`."
+        )
+    for name in _SHAPE_SETTINGS:
+        ours, theirs = getattr(model.config, name), getattr(config, name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{os.fspath(source)} is another model: its `{name}` is {theirs!r}, this model's {ours!r}."
+            )
+    if root_experts(config) != root_experts(model.config):
+        raise CheckpointError(
+            f"{os.fspath(source)} is another model: it has {root_experts(config)} experts in its layers, and "
+            f"this model is of one with {root_experts(model.config)}."
+        )
+    return config
+
+
+def _plan(model: Any, config: EmoConfig, subset: ExpertSubset) -> list[_Layer]:
+    """Where each wanted expert is now."""
+    layers = []
+    held_ids = present_experts(model.config)
+    for index, (wanted, experts) in enumerate(zip(subset.experts, config.layer_experts, strict=True)):
+        if wanted is None:
+            continue
+        row_of = {root: row for row, root in enumerate(held_ids[index])}
+        held = [(row, row_of[root]) for row, root in enumerate(wanted) if root in row_of]
+        new = [row for row, root in enumerate(wanted) if root not in row_of]
+        layers.append(_Layer(index, experts, held, new, {}))
+    return layers
+
+
+def _read(
+    model: Any,
+    layers: list[_Layer],
+    source: str | os.PathLike,
+    source_config: EmoConfig,
+    local: list[list[int] | None],
+    progress: bool,
+    hub_kwargs: dict[str, Any],
+    is_own: bool,
+) -> None:
+    """Read the experts and router rows that the model does not hold, in its dtype, to its device; from the
+    place it was loaded from (`is_own`), or from another, which is first seen to have the same model.
+    """
+    rows = {layer.index: layer.new_rows for layer in layers}
+    # A layer without anything new is named by one expert, which is never read.
+    wanted = [
+        None if ids is None else [ids[row] for row in rows[index]] or ids[:1]
+        for index, ids in enumerate(local)
+    ]
+    checkpoint = open_checkpoint(source, kept=wanted, **hub_kwargs)
+    try:
+        if not is_own:
+            _check_same_model(model, source, checkpoint)
+        lazies: dict[str, LazyTensor] = {
+            name[name.index("layers.") :]: lazy
+            for name, lazy in lazy_parameters(checkpoint, source_config, wanted).items()
+            if "layers." in name
+        }
+        new = [layer for layer in layers if layer.new_rows]
+        names = [f"layers.{layer.index}.mlp.{name}" for layer in new for name in _PARAMETERS]
+        fetch_ahead(checkpoint.source, [lazies[name] for name in names], progress=progress)
+        for layer in tqdm(new, desc="Reading experts", unit="layer", delay=2, disable=not progress):
+            for name, parameter in _parameters_of(model, layer.index).items():
+                lazy = lazies[f"layers.{layer.index}.mlp.{name}"]
+                if lazy.shape[1:] != tuple(parameter.shape[1:]):
+                    raise CheckpointError(
+                        f"{name} of layer {layer.index} has shape {lazy.shape} in {os.fspath(source)}, and "
+                        f"{tuple(parameter.shape)} in the model: they are not of one model."
+                    )
+                lazy.cast_to = parameter.dtype
+                layer.read[name] = lazy[...].to(parameter.device)
+    finally:
+        checkpoint.source.close()
+
+
+def _check_same_model(model: Any, source: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """See that experts of a place are of this model, which sizes and names do not tell."""
+    num_layers = model.config.num_hidden_layers
+    theirs = fingerprint_of(attention_of(checkpoint), num_layers)
+    reason = differing_signs(fingerprint_of(dict(model.named_parameters()), num_layers), theirs)
+    if reason is not None:
+        raise CheckpointError(
+            f"{os.fspath(source)} is another model: {reason}. Its experts mean nothing in this one: give the "
+            "model that this one was loaded or tuned from."
+        )
+
+
+def _check_plain(model: Any, caller: str) -> None:
+    """See that the experts are plain tensors in memory, which rows can be taken from and put into."""
+    what = None
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        what = "quantised: load the other subset instead"
+    elif any(hasattr(module, "base_layer") for module in model.modules()):
+        what = (
+            "under adapters, which belong to the experts they were trained with: merge or unload them first"
+        )
+    else:
+        for index, layer in enumerate(model.config.layer_experts):
+            for name, parameter in {} if layer.is_dense else _parameters_of(model, index).items():
+                if parameter.is_meta:
+                    what = "offloaded: load the model with all of its weights in memory"
+                elif type(parameter.data) is not torch.Tensor or len(parameter) != layer.num_experts:
+                    what = f"sharded or wrapped ({name} is a {type(parameter.data).__name__})"
+    if what is not None:
+        raise ValueError(f"{caller}() cannot change experts that are {what}.")
+
+
+def _parameters_of(model: Any, index: int) -> dict[str, nn.Parameter]:
+    """The parameters of a layer that have a row for each expert."""
+    block = model.base_model.layers[index].mlp
+    return {name: block.get_parameter(name) for name in _PARAMETERS}
+
+
+def _set_parameter(model: Any, index: int, name: str, tensor: torch.Tensor) -> None:
+    block = model.base_model.layers[index].mlp
+    owner_name, _, attribute = name.rpartition(".")
+    owner = block.get_submodule(owner_name)
+    setattr(owner, attribute, nn.Parameter(tensor, getattr(owner, attribute).requires_grad))
+
+
+def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], place: tuple | None) -> None:
+    """Say what the model holds now, in its config (one object, which all of its modules have) and modules."""
+    for name in _EXPERT_SETTINGS:
+        setattr(model.config, name, copy.deepcopy(getattr(config, name)))
+    for layer in layers:
+        block = model.base_model.layers[layer.index].mlp
+        block.gate.layer = layer.experts
+        block.experts.num_experts = layer.experts.num_experts
+    if place is not None:  # where the next swap reads from
+        model.config.name_or_path = model.name_or_path = os.fspath(place[0])
+        model.config._commit_hash = place[1]

@@ -1,0 +1,1 @@
+"""Model folders made of model folders: subsets taken out, and written back."""

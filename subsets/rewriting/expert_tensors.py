@@ -1,0 +1,137 @@
+"""The tensors of a checkpoint by expert: as released, and by what they are in the root model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ...checkpoints.lazy_tensor import LazyTensor
+from ...configuration import EmoConfig
+from ..numbering import present_experts
+
+Part = Literal["routed", "shared", "router", "backbone"]
+
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+_STACKED = re.compile(r"(?P<experts>.*\bmlp\.experts)\.(?P<kind>gate_up|down)_proj")
+_EXPERT = re.compile(
+    r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\.mlp)\.experts\.(?P<expert>\d+)\.(?P<matrix>.*)"
+)
+_ROUTER = re.compile(r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\.mlp)\.gate\.weight")
+
+
+@dataclass(frozen=True)
+class PartOfModel:
+    """A tensor of a model, or one row of a router, by a name that subsets of one root model agree on."""
+
+    part: Part
+    layer: int | None
+    tensor: LazyTensor
+
+
+def released_tensors(parameters: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The parameters of the network as the tensors on disk: three matrices for each expert.
+
+    Args:
+        parameters (`dict[str, LazyTensor]`): from `lazy_parameters`: stacked experts
+            `mlp.experts.gate_up_proj` (K, 2F, D) and `mlp.experts.down_proj` (K, D, F).
+
+    Returns:
+        `dict[str, LazyTensor]`: `mlp.experts.<e>.gate_proj.weight` (F, D), `.up_proj.weight` (F, D) and
+        `.down_proj.weight` (D, F) instead, e from 0 to K - 1; layer by layer, the embeddings first and the
+        head last.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.checkpoints import Checkpoint
+    >>> from transformers_emo.subsets.rewriting.expert_tensors import released_tensors
+    >>> from transformers_emo.subsets.loading.wanted_tensors import lazy_parameters
+    >>> config = EmoConfig.from_pretrained("model_cards/toy-emo")
+    >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+    >>> tensors = released_tensors(lazy_parameters(checkpoint, config, [[0, 31]] * 4))
+    >>> [name.split("experts.")[1] for name in tensors if "layers.3.mlp.experts.1." in name]
+    ['1.gate_proj.weight', '1.up_proj.weight', '1.down_proj.weight']
+
+    ```
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for name in sorted(parameters, key=_place):
+        match = _STACKED.fullmatch(name)
+        if match is None:
+            tensors[name] = parameters[name]
+        elif match["kind"] == "gate_up":
+            experts = match["experts"]
+            gate_up, down = parameters[name], parameters[f"{experts}.down_proj"]
+            for number in range(gate_up.shape[0]):
+                of_expert = f"{experts}.{number}"
+                tensors[f"{of_expert}.gate_proj.weight"] = _matrix(gate_up, 2 * number, 2)
+                tensors[f"{of_expert}.up_proj.weight"] = _matrix(gate_up, 2 * number + 1, 2)
+                tensors[f"{of_expert}.down_proj.weight"] = _matrix(down, number, 1)
+    return tensors
+
+
+def parts_of_model(parameters: dict[str, LazyTensor], config: EmoConfig) -> dict[str, PartOfModel]:
+    """All of a model in pieces that keep their names from subset to subset of one root model.
+
+    Args:
+        parameters (`dict[str, LazyTensor]`): from `lazy_parameters`.
+        config (`EmoConfig`): the config of the model that they are of.
+
+    Returns:
+        `dict[str, PartOfModel]`: matrices of experts and rows of routers, with the ids of the root model in
+        their names (`layers.3.mlp.experts.17.up_proj.weight`, `layers.3.mlp.gate.weight[17]`), and all other
+        tensors by their own. The prefix `model.` is left out.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.checkpoints import Checkpoint
+    >>> from transformers_emo.subsets.rewriting.expert_tensors import parts_of_model
+    >>> from transformers_emo.subsets.loading.wanted_tensors import lazy_parameters
+    >>> config = EmoConfig.from_pretrained("model_cards/toy-emo")
+    >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+    >>> parts = parts_of_model(lazy_parameters(checkpoint, config, None), config)
+    >>> parts["layers.0.mlp.experts.31.up_proj.weight"].part, parts["layers.0.mlp.gate.weight[31]"].part
+    ('shared', 'router')
+
+    ```
+    """
+    present = present_experts(config)
+    layers = config.layer_experts
+    parts: dict[str, PartOfModel] = {}
+    for name, tensor in released_tensors(parameters).items():
+        name = name.removeprefix("model.")
+        if match := _EXPERT.fullmatch(name):
+            index, local = int(match["index"]), int(match["expert"])
+            layer = layers[index]
+            shared = local >= layer.num_routed or local in layer.always_active
+            key = f"{match['layer']}.experts.{present[index][local]}.{match['matrix']}"
+            parts[key] = PartOfModel("shared" if shared else "routed", index, tensor)
+        elif match := _ROUTER.fullmatch(name):
+            index = int(match["index"])
+            for local, root in enumerate(present[index]):
+                row = _matrix(tensor, local, 1)
+                parts[f"{name}[{root}]"] = PartOfModel("router", index, row)
+        else:
+            parts[name] = PartOfModel("backbone", None, tensor)
+    return parts
+
+
+def _matrix(tensor: LazyTensor, number: int, halves: int) -> LazyTensor:
+    """One of the equal parts along the first dimension, where each entry of it counts as `halves`."""
+    count, *shape = tensor.shape
+    if halves > 1:
+        shape[0] //= halves
+    flat = LazyTensor(tensor.source, tensor.pieces, tensor.dtype, (count * halves, *shape))
+    return LazyTensor(tensor.source, flat.take([number]).pieces, tensor.dtype, shape)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a parameter stands in a file: as it is needed, from the embeddings to the head."""
+    match = _LAYER.match(name)
+    if match:
+        return 1, int(match[1])
+    return (0, 0) if "embed" in name else (2, 0)

@@ -1,0 +1,168 @@
+"""Taking a subset out of a checkpoint as a model of its own, without building either: bytes are copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.hub.names import pinned
+from ...checkpoints.hub.opening import fetch_ahead
+from ...checkpoints.lazy_tensor import LazyTensor
+from ...checkpoints.output_folder import (
+    GENERATION_CONFIG,
+    TOKENIZER_FILES,
+    check_new,
+    check_space,
+    copy_companions,
+    new_folder,
+)
+from ...checkpoints.safetensors_writing import (
+    divide,
+    floating_dtype,
+    header_of,
+    length_of,
+    size_in_bytes,
+    write_index,
+)
+from ...checkpoints.side_files import side_files
+from ...configuration import EmoConfig
+from ..expert_subset import ExpertSubset
+from ..fingerprint import warn_if_chosen_elsewhere
+from ..library import library_of
+from ..loading.wanted_tensors import lazy_parameters, open_checkpoint
+from ..loading.weights_check import check_whole
+from ..reduced_config import local_experts, subset_config
+from .expert_tensors import released_tensors
+
+_BUFFER_BYTES = 1 << 24  # whole numbers of every dtype
+
+
+def extract_subset(
+    model: str | os.PathLike,
+    subset: Any,
+    out: str | os.PathLike,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+    **hub_kwargs: Any,
+) -> EmoConfig:
+    """Write a subset of a model as a stand-alone model.
+
+    It is what `from_pretrained(model, expert_subset=subset, dtype=dtype).save_pretrained(out)` writes, in
+    the released layout and bit for bit, but neither model is built: the bytes of the kept experts and of
+    their router rows are copied from file to file, with a few MB of memory. The tokenizer and the generation
+    config come along. The folder appears under its name when it is whole.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository; full, or a subset itself.
+        subset: whatever `ExpertSubset.of` takes, also the name of one in the model's `subsets/`.
+        out (`str` or `os.PathLike`): the folder to make; it must not exist.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
+        dtype (`str` or `torch.dtype`, *optional*): convert the weights to it, such as `"bfloat16"`; by
+            default every tensor keeps its own.
+        progress (`bool`, defaults to `True`): show a progress bar.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
+
+    Returns:
+        `EmoConfig`: the config of the model written.
+
+    Raises:
+        SubsetError: if the subset does not fit the model.
+        CheckpointError: if the checkpoint is damaged, incomplete, quantised or no safetensors.
+        ValueError: if `dtype` is none of floating point, or `max_shard_size` no size.
+        FileExistsError: if `out` exists.
+        OSError: if the disk has no room for it.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoForCausalLM, extract_subset
+    >>> config = extract_subset("model_cards/toy-emo", [[0, 1, 31]] * 4, tmp_path / "small", progress=False)
+    >>> EmoForCausalLM.from_pretrained(tmp_path / "small").config.retained_experts[0]
+    [0, 1, 31]
+
+    ```
+    """
+    out = Path(out)
+    check_new(out)
+    shard_bytes = size_in_bytes(max_shard_size)
+    cast_to = None if dtype is None else floating_dtype(dtype)
+    hub_kwargs = pinned(model, hub_kwargs)
+    config = EmoConfig.from_pretrained(model, **hub_kwargs)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"The weights of {os.fspath(model)} are quantised, and their experts cannot be taken apart: "
+            "extract from the unquantised model."
+        )
+    chosen = ExpertSubset.of(subset, *library_of(model, **hub_kwargs)).for_model(config)
+    kept = local_experts(chosen, config)
+    checkpoint = open_checkpoint(model, kept=kept, **hub_kwargs)
+    try:
+        parameters = lazy_parameters(checkpoint, config, kept)
+        tensors = released_tensors(parameters)
+        small = subset_config(config, chosen)
+        check_whole(parameters, small, os.fspath(model))
+        if cast_to is not None:
+            small.dtype = cast_to
+        elif small.dtype is None:
+            small.dtype = next(iter(tensors.values())).dtype
+        for tensor in tensors.values():
+            tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
+        check_space(out, sum(map(length_of, _layouts(tensors).values())))
+        companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **hub_kwargs)
+        fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
+        warn_if_chosen_elsewhere(chosen, model, tensors, config.num_hidden_layers)
+        with new_folder(out) as work:
+            _write(tensors, work, shard_bytes, progress)
+            small.save_pretrained(work)
+            copy_companions(model, companions, work, **hub_kwargs)
+    finally:
+        checkpoint.source.close()
+    return small
+
+
+def _layouts(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes as written."""
+    return {name: (tensor.cast_to or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, progress: bool) -> None:
+    layouts = _layouts(tensors)
+    shards = divide(((name, length_of(layout)) for name, layout in layouts.items()), shard_bytes)
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    total = sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values())
+    with tqdm(
+        total=total, desc="Extracting", unit="B", unit_scale=True, disable=not progress, delay=1
+    ) as bar:
+        for file, names in shards.items():
+            with open(folder / file, "xb", buffering=0) as to:
+                _write_all(to, memoryview(header_of({name: layouts[name] for name in names})))
+                for name in names:
+                    for piece in tensors[name].pieces:
+                        for start in range(piece.start, piece.end, _BUFFER_BYTES):
+                            part = buffer[: min(_BUFFER_BYTES, piece.end - start)]
+                            tensors[name].source.read_into(piece.file, start, part)
+                            _write_all(to, _converted(part, tensors[name]))
+                            bar.update(len(part))
+    write_index(folder, shards, layouts)
+
+
+def _converted(part: memoryview, tensor: LazyTensor) -> memoryview:
+    """Some of the bytes of a tensor, whole numbers of it, in the dtype they are written in."""
+    if tensor.cast_to in (None, tensor.dtype):
+        return part
+    numbers = torch.frombuffer(part, dtype=tensor.dtype).to(tensor.cast_to)
+    return memoryview(numbers.view(torch.uint8).numpy().data)
+
+
+def _write_all(to, data: memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    while data:
+        data = data[to.write(data) :]
