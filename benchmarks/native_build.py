@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers_emo.modeling_emo import expert_kernels, layer_kernels
+from transformers_emo.modeling_emo.kernels import expert_kernels, layer_kernels
 from transformers_emo.modeling_emo.kernels.instruction_sets import compile_commands
 from transformers_emo.modeling_emo.kernels.native_library import Kernels
 

@@ -88,7 +88,7 @@ def test_what_an_old_compiler_does_not_know_is_left_out(build, tmp_path):
         assert "no kernels compiled for amx" in lines[0] and "what is it?" in lines[0]
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path / "installed")
-    folder = tmp_path / "installed" / "transformers_emo" / "modeling_emo" / "native"
+    folder = tmp_path / "installed" / "transformers_emo" / "modeling_emo" / "kernels" / "native"
     assert Kernels(folder / library_name("portable"), sets[-1].flags).has_tiles is False
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers_emo import CheckpointError, EmoConfig, cli
-from transformers_emo.conversion import DistributedCheckpoint, convert_olmo_core, olmo_core
+from transformers_emo.conversion import DistributedCheckpoint, convert_olmo_core, from_olmo_core
 from transformers_emo.conversion.olmo_core.verification import training_logits
 
 GOLDEN = GOLDENS / "D_olmo_core_checkpoint"
@@ -89,7 +89,7 @@ def test_the_authors_conversion_is_met_bit_for_bit(step10, tmp_path):
 def test_provenance_has_the_hashes_of_what_was_read_and_written(step10, tmp_path):
     out = tmp_path / "out"
     convert_olmo_core(step10, out, dtype="bfloat16", max_shard_size="100KB", progress=False)
-    said = json.loads((out / olmo_core.PROVENANCE).read_text())
+    said = json.loads((out / from_olmo_core.PROVENANCE).read_text())
 
     def hashes(folder, names):
         return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
@@ -126,13 +126,13 @@ def test_logits_are_those_of_the_training_library(step10, tmp_path):
     checkpoint = DistributedCheckpoint(step10 / "model_and_optim")
     for row, logits in zip(golden["input_ids"], expected, strict=True):
         assert_same_numbers(training_logits(checkpoint, config, row), logits)
-    provenance = json.loads((tmp_path / "out" / olmo_core.PROVENANCE).read_text())
+    provenance = json.loads((tmp_path / "out" / from_olmo_core.PROVENANCE).read_text())
     assert provenance["step"] == "step10" and 0 < provenance["largest_logit_difference"] < 1e-4
 
 
 @pytest.mark.parametrize("wrong", ["gate and up", "not transposed", "experts moved"])
 def test_verification_finds_a_wrong_conversion(wrong, step10, tmp_path, monkeypatch):
-    right = olmo_core._plan
+    right = from_olmo_core._plan
 
     def plan(*arguments):
         parts = right(*arguments)
@@ -151,7 +151,7 @@ def test_verification_finds_a_wrong_conversion(wrong, step10, tmp_path, monkeypa
             parts = [dataclasses.replace(part, transposed=False) for part in parts]
         return parts
 
-    monkeypatch.setattr(olmo_core, "_plan", plan)
+    monkeypatch.setattr(from_olmo_core, "_plan", plan)
     with pytest.raises(ValueError, match="logits differ"):
         convert_olmo_core(step10, tmp_path / "out", verify=True, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -351,15 +351,15 @@ def test_arguments_are_checked_first(step10, tmp_path):
 def test_a_run_that_is_killed_leaves_nothing_under_the_name(step10, tmp_path):
     code = """
 import os, signal, sys
-from transformers_emo.conversion import convert_olmo_core, olmo_core
-write, count = olmo_core.PartWriter.write, 0
+from transformers_emo.conversion import convert_olmo_core, from_olmo_core
+write, count = from_olmo_core.PartWriter.write, 0
 def killing(*args):
     global count
     count += 1
     if count > 5:
         os.kill(os.getpid(), signal.SIGKILL)
     write(*args)
-olmo_core.PartWriter.write = killing
+from_olmo_core.PartWriter.write = killing
 convert_olmo_core(sys.argv[1], sys.argv[2], progress=False)
 """
     done = fresh_processes.run(code, str(step10), str(tmp_path / "out"))
@@ -371,14 +371,14 @@ convert_olmo_core(sys.argv[1], sys.argv[2], progress=False)
 
 
 def test_an_error_while_writing_leaves_nothing(step10, tmp_path, monkeypatch):
-    write = olmo_core.PartWriter.write
+    write = from_olmo_core.PartWriter.write
 
     def fail(writer, part, descriptor, offset):
         if part.name == "model.layers.1.mlp.experts.3.up_proj.weight":
             raise OSError("disk full")
         write(writer, part, descriptor, offset)
 
-    monkeypatch.setattr(olmo_core.PartWriter, "write", fail)
+    monkeypatch.setattr(from_olmo_core.PartWriter, "write", fail)
     with pytest.raises(OSError, match="disk full"):
         convert_olmo_core(step10, tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import torch
 from tolerances import TRAINING, assert_other_numbers, assert_same_numbers
 from transformers.integrations import moe
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo import expert_kernels, gradient_memory
+from transformers_emo.modeling_emo.kernels import expert_kernels, gradient_memory
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 

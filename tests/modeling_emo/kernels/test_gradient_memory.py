@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from transformers_emo.modeling_emo import gradient_memory
+from transformers_emo.modeling_emo.kernels import gradient_memory
 from transformers_emo.modeling_emo.kernels.gradient_memory import empty_gradient
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers_emo import EmoForCausalLM
-from transformers_emo.modeling_emo import native_library
+from transformers_emo.modeling_emo.kernels import native_library
 from transformers_emo.modeling_emo.kernels.instruction_sets import (
     NAMES,
     SOURCES,
