@@ -287,6 +287,17 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         PrivateName(
             f"{_LOADING}:revert_weight_conversion", "the same", "model", mentions="_weight_conversions"
         ),
+        PrivateName(
+            "transformers.integrations.peft:maybe_load_adapters",
+            "the model that an adapter belongs to",
+            "pretrained_model_name_or_path download_kwargs",
+        ),
+        PrivateName(
+            "transformers.generation.utils:GenerationMixin.adjust_generation_fn",
+            "the generation config, after weights that came without a path",
+            "generation_config from_auto_class from_pipeline pretrained_model_name_or_path",
+            "cache_dir force_download proxies local_files_only token revision subfolder trust_remote_code",
+        ),
         PrivateName("transformers.utils:SAFE_WEIGHTS_NAME", "the name of a file"),
         PrivateName("transformers.utils:SAFE_WEIGHTS_INDEX_NAME", "the name of a file"),
     ],

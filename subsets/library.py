@@ -14,7 +14,6 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..checkpoints.hub.names import can_be_repo
 from ..checkpoints.output_folder import optional_file
-from ..configuration import EmoConfig
 from .validation import SubsetError
 
 LIBRARY = "subsets"
@@ -148,26 +147,6 @@ def library_of(model: str | os.PathLike | None, **hub_kwargs: Any) -> tuple[Path
     if os.path.isdir(model) or not can_be_repo(model):  # a folder, or one that is gone
         return Path(model, hub_kwargs.get("subfolder") or ""), None
     return None, HubLibrary(os.fspath(model), hub_kwargs)
-
-
-def library_of_loaded(config: EmoConfig) -> tuple[Path | None, Fetch | None]:
-    """`library_of` the folder or repository that a model was loaded from, at the commit that was loaded.
-
-    Args:
-        config (`EmoConfig`): the model's config.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo import EmoModel
-    >>> from transformers_emo.subsets.library import library_of_loaded
-    >>> library_of_loaded(EmoModel.from_pretrained("model_cards/toy-emo").config)
-    (PosixPath('model_cards/toy-emo'), None)
-
-    ```
-    """
-    commit = getattr(config, "_commit_hash", None)
-    return library_of(config.name_or_path, **({} if commit is None else {"revision": commit}))
 
 
 def find_subset(

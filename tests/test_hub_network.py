@@ -180,8 +180,8 @@ def test_a_branch_that_moves_while_a_subset_is_loaded_gives_one_commit(loader, h
     code = f"""
 import os, time
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.subsets.loading import from_pretrained as loading
-resolve = loading.library_of
+from transformers_emo.subsets.loading import model_source
+resolve = model_source.library_of
 
 def then_it_moves(*args, **kwargs):
     mark("config")
@@ -189,7 +189,7 @@ def then_it_moves(*args, **kwargs):
         time.sleep(0.01)
     return resolve(*args, **kwargs)
 
-loading.library_of = then_it_moves  # once the config is there
+model_source.library_of = then_it_moves  # once the config is there
 model = {loader}.from_pretrained("user/model", expert_subset=FIRST)
 out["facts"] = facts(model)
 print(json.dumps(out))

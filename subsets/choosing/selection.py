@@ -33,7 +33,7 @@ from ..fingerprint import (
     warn_if_chosen_elsewhere,
 )
 from ..library import library_of
-from ..loading.wanted_tensors import open_checkpoint
+from ..loading.model_source import ModelSource
 from ..ranking import jaccard
 from ..validation import is_id
 from .calibration import (
@@ -283,7 +283,7 @@ def select_experts(
             model.train(training)
         known_by = fingerprint_of(model.state_dict(), config.num_hidden_layers)
     else:
-        checkpoint = open_checkpoint(model, **hub_kwargs)
+        checkpoint = ModelSource(model, config, hub_kwargs).checkpoint()
         try:
             layers = CheckpointLayers(
                 checkpoint,
@@ -317,7 +317,7 @@ def _warn_of_exclusion(
     checkpoint = None
     if excluded.fingerprint is not None and hub_kwargs is not None:
         with suppress(CheckpointError):  # a choice at random needs no weights, any other says so itself
-            checkpoint = open_checkpoint(model, **hub_kwargs)
+            checkpoint = ModelSource(model, config, hub_kwargs).checkpoint()
     try:
         lazies = {} if checkpoint is None else attention_of(checkpoint)
         warn_if_chosen_elsewhere(None, source or "", lazies, layers, excluded=excluded)

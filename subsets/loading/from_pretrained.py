@@ -1,63 +1,32 @@
-"""Loading a model with only some of its experts: from a checkpoint to the parameters of the network.
+"""`from_pretrained` with some of the experts: what is wanted is found, checked and handed to Transformers.
 
-`modeling_emo` calls this module through one hook (`model_hooks.py`). Each stacked parameter is handed to
-Transformers' own loader as a lazy tensor, so that dtype, device map and quantisation stay its business, and
-every expert's bytes are read straight to the place where they stay.
+`modeling_emo` calls this module through one hook. Transformers' own loader is given lazy tensors instead of
+files. So dtype, device map and quantisation stay its business, and every expert's bytes are read straight to
+the place where they stay (`weight_loading.py`).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.utils import logging
-
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.hub.names import HUB_KWARGS, folder_or_repo, is_hub_repo, pinned
+from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
-from .wanted_tensors import fetch_parameters, lazy_parameters
+from .adapter_record import check_adapter, check_adapter_config
+from .model_source import ModelSource
+from .tokenizer_copy import Origin
+from .weight_loading import LazyStateDict, whole_model
 
 with private_names("loading"):
-    from transformers.core_model_loading import WeightConverter
-    from transformers.utils.hub import extract_commit_hash
-
-from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.errors import CheckpointError
-from ...checkpoints.hub.names import HUB_KWARGS, is_hub_repo, pinned
-from ...checkpoints.hub.repository import HubFiles
-from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.local_files import LocalFiles
-from ...configuration import EmoConfig
-from ..exclusion import named_exclusion, remaining_subset
-from ..fingerprint import warn_if_chosen_elsewhere
-from ..library import library_of
-from ..reduced_config import local_experts, subset_config
-from .adapter_record import check_adapter, check_adapter_config
-from .hub_view import cache_view
-from .tokenizer_copy import Origin
-from .weights_check import check_sizes, weights_known
-
-logger = logging.get_logger(__name__)
+    from transformers.integrations.peft import maybe_load_adapters
 
 # Said of the model being loaded, not of what its file says.
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config")
-
-
-@dataclass
-class _Request:
-    """What the load in progress keeps, and of which model; where they have been fetched, its weights."""
-
-    config: EmoConfig
-    kept: list[list[int] | None] | None
-    origin: Origin | None = None  # of a part
-    tensors: dict[str, LazyTensor] | None = None
-
-
-_request: ContextVar[_Request | None] = ContextVar("request", default=None)  # from_pretrained to load_weights
+# What Transformers would take from the model's path, and is taken from there after the weights are loaded.
+_AFTERWARDS = ("adapter_kwargs", "adapter_name", "generation_config", "output_loading_info")
 
 
 def from_pretrained(
@@ -82,75 +51,92 @@ def from_pretrained(
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
     if expert_subset is None and exclude_experts is None:
-        with weights_known(kwargs):
+        with whole_model(kwargs):
             return load(path, *args, **kwargs)
+    _check_arguments(kwargs)
+    hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
+    with folder_or_repo(path):  # it may name an adapter: the experts are those of its model
+        adapter, base, adapter_kwargs = maybe_load_adapters(
+            path, dict(hub), **kwargs.get("adapter_kwargs") or {}
+        )
+    hub = pinned(base, hub)  # one commit of everything, even if the branch moves meanwhile
+    config, kwargs = _config_of(base, hub, kwargs)
+    afterwards = {name: kwargs.pop(name, None) for name in _AFTERWARDS}
+    with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
+        source.refuse_quantised()
+        kept = source.keep(expert_subset, exclude_experts)
+        tensors = LazyStateDict(source.parameters(kept.local))
+        source.fetch(tensors.values(), progress=True)
+        source.warn_if_chosen_elsewhere(kept, tensors)
+        small = source.config_of(kept)
+        small.dtype = small.dtype or tensors.dtype  # which Transformers takes from the weights else
+        model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
+    _name(model, base, source.commit if is_hub_repo(base) else None)
+    model._part_of = Origin.of(base, hub)
+    _take_generation_config(model, base, hub, afterwards["generation_config"], kwargs)
+    if adapter is not None:
+        token = {} if hub.get("token") is None else {"token": hub["token"]}
+        info = model.load_adapter(
+            adapter,
+            adapter_name=afterwards["adapter_name"] or "default",
+            load_config=tensors.load_config,
+            adapter_kwargs=adapter_kwargs | token,
+        ).to_dict()
+    return (model, info) if afterwards["output_loading_info"] else model
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"`expert_subset` chooses what is read from a checkpoint: it cannot go with `{name}`."
+                f"`expert_subset` chooses what is read from a checkpoint: it cannot go with `{name}`. Leave "
+                "out one of the two."
             )
     if kwargs.get("use_safetensors") is False:
         raise CheckpointError(
             "Only safetensors weights can be read in part: leave out `use_safetensors=False`."
         )
 
-    base = _base_of_adapter(path)  # where the config and the weights are
-    # Config, library and weights of one commit, even if the branch moves meanwhile.
-    kwargs |= pinned(base, {name: kwargs[name] for name in HUB_KWARGS if name in kwargs})
+
+def _config_of(
+    base: str | os.PathLike, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[EmoConfig, dict[str, Any]]:
+    """The config of the whole model, and the keyword arguments that were not settings of it."""
     config = kwargs.pop("config", None)
-    if not isinstance(config, EmoConfig):
-        aside = {name: kwargs.pop(name) for name in _NOT_FOR_CONFIG if name in kwargs}
-        hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        config, kwargs = EmoConfig.from_pretrained(
-            base if config is None else config, return_unused_kwargs=True, **kwargs
-        )
-        kwargs |= hub | aside
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            f"The weights of {path} are quantised, and their experts cannot be taken apart. Take the subset "
-            "of the unquantised model; `quantization_config` quantises it while loading."
-        )
-    folder = Path(base, kwargs.get("subfolder") or "") if os.path.isdir(base) else None
-    checkpoint = None
-    if folder is not None:  # see that the files are whole before the network is built
-        checkpoint = Checkpoint.from_folder(folder, variant=kwargs.get("variant"))
-        checkpoint.source.close()
-        check_sizes(checkpoint.tensors, config)
-    hub = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    library = library_of(base, **hub)
-    exclude_experts = named_exclusion(exclude_experts, *library)
-    subset = remaining_subset(expert_subset, exclude_experts, config, *library)
-    kept = local_experts(subset, config)
-    if checkpoint is not None:
-        try:
-            lazies = lazy_parameters(checkpoint, config, kept)
-            warn_if_chosen_elsewhere(subset, base, lazies, config.num_hidden_layers, excluded=exclude_experts)
-        finally:
-            checkpoint.source.close()
-    small = subset_config(config, subset)
-    request = _Request(config, kept, Origin.of(base, hub))
-    if is_hub_repo(base):
-        files = HubFiles(os.fspath(base), hub)
-        try:
-            tensors = fetch_parameters(files, config, kept, variant=kwargs.pop("variant", None))
-            warn_if_chosen_elsewhere(
-                subset, base, tensors, config.num_hidden_layers, excluded=exclude_experts
-            )
-            request.tensors = tensors
-            dtype = next(tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point)
-            with cache_view(files, dtype) as view:
-                return _load(load, path, request, *args, config=small, **kwargs | view)
-        finally:
-            files.close()
-    return _load(load, path, request, *args, config=small, **kwargs)
+    if isinstance(config, EmoConfig):
+        return config, kwargs
+    aside = {name: kwargs.pop(name) for name in (*_NOT_FOR_CONFIG, *_AFTERWARDS) if name in kwargs}
+    place = base if config is None else config
+    config, kwargs = EmoConfig.from_pretrained(place, return_unused_kwargs=True, **hub, **kwargs)
+    return config, kwargs | aside
 
 
-def _load(load: Callable, path: str | os.PathLike, request: _Request, *args, **kwargs):
-    token = _request.set(request)
-    try:
-        return load(path, *args, **kwargs)
-    finally:
-        _request.reset(token)
+def _name(model: Any, base: str | os.PathLike, commit: str | None) -> None:
+    """Let the model say where it is from, as Transformers does for a path; swaps and names start there."""
+    model.config.name_or_path = os.fspath(base)
+    model.config._commit_hash = commit
+    for part in (model, model.base_model):
+        part.name_or_path = os.fspath(base)
+
+
+def _take_generation_config(
+    model: Any, base: str | os.PathLike, hub: dict[str, Any], own: Any, kwargs: dict[str, Any]
+) -> None:
+    """Take the generation config, and with `trust_remote_code` the code for it, from the model's path."""
+    if not model.can_generate():
+        return
+    places = {name: hub.get(name) for name in ("cache_dir", "proxies", "token", "revision")}
+    model.adjust_generation_fn(
+        own,
+        kwargs.get("_from_auto", False),
+        kwargs.get("_from_pipeline"),
+        base,
+        **places,
+        force_download=bool(hub.get("force_download")),
+        local_files_only=bool(hub.get("local_files_only")),
+        subfolder=hub.get("subfolder") or "",
+        trust_remote_code=kwargs.get("trust_remote_code"),
+    )
 
 
 def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs):
@@ -175,115 +161,3 @@ def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike |
             hub["local_files_only"] = True
         check_adapter(adapter, config, {name: hub[name] for name in HUB_KWARGS if name in hub})
     return load(adapter, *args, **kwargs)
-
-
-def load_weights(load: Callable, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-    """Transformers' `_load_pretrained_model`, given lazy tensors of the wanted experts.
-
-    Also used for whole models: experts are read straight into the stacked parameters, so that the peak of
-    memory is the model itself and not twice that. Where Transformers has business of its own with the files
-    (quantised weights, offloading to disk, custom key mappings, adapters), whole models are left to it.
-
-    Args:
-        load (`Callable`): Transformers' own `_load_pretrained_model`.
-        model (`EmoPreTrainedModel`): the network, its parameters on the meta device.
-        state_dict, checkpoint_files, load_config, args, kwargs: as for that.
-
-    Raises:
-        CheckpointError: for a subset, if the checkpoint does not hold its experts.
-
-    Example: see `EmoPreTrainedModel.from_pretrained`.
-    """
-    request = _request.get() or _Request(model.config, None)
-    config, kept = request.config, request.kept
-    _request.set(None)  # an adapter that this load may go on to read is not part of the checkpoint
-    # What is swapped in or named later is of this commit, whatever the repository holds by then.
-    model.config._commit_hash = extract_commit_hash(next(iter(checkpoint_files or ()), None), None)
-    model._part_of = request.origin
-    on_disk = "disk" in (load_config.device_map or {}).values()
-    if kept is None:
-        left_alone = (
-            state_dict is not None or not checkpoint_files or on_disk or load_config.hf_quantizer is not None
-        )
-        left_alone = left_alone or not all(file.endswith(".safetensors") for file in checkpoint_files)
-        if left_alone or not _has_our_mapping(load_config):
-            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-    source = None
-    tensors = request.tensors
-    try:
-        if tensors is None:
-            folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in checkpoint_files]))
-            files = [os.path.relpath(os.path.abspath(file), folder) for file in checkpoint_files]
-            source = LocalFiles(folder)
-            try:
-                tensors = lazy_parameters(Checkpoint.from_files(folder, files, source), config, kept)
-            except CheckpointError:
-                if kept is not None:
-                    raise
-                # Not a checkpoint of this very network: Transformers reports what is missing or different.
-                return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if load_config.hf_quantizer is None:
-            _cast_while_reading(tensors, model)
-            if getattr(load_config, "device_mesh", None) is None:  # else each process takes its part of it
-                _read_to_devices(tensors, model, load_config.device_map or {})
-        # Transformers' own default would map them. Read weights are found faster by what computes with them.
-        if source is not None and getattr(load_config, "disable_mmap", None) is False:
-            for tensor in tensors.values():
-                tensor.mapped = True
-        # Transformers would look up offloaded parameters in the files by name, and find the whole router.
-        files_for_offload = None if on_disk else checkpoint_files
-        result = load(model, tensors, files_for_offload, load_config, *args, **kwargs)
-    finally:
-        if source is not None:
-            source.close()
-    # The tensors came in under the network's own names; saving must still take the experts apart again.
-    model._weight_conversions = [
-        transform
-        for transform in load_config.weight_mapping
-        if transform.was_used() or _is_expert_converter(transform)
-    ]
-    return result
-
-
-def _base_of_adapter(path: str | os.PathLike) -> str | os.PathLike:
-    """The model that a folder with nothing but an adapter belongs to; any other path as it is."""
-    adapter, config = Path(path, "adapter_config.json"), Path(path, "config.json")
-    if adapter.is_file() and not config.is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
-    return path
-
-
-def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:
-    """Have tensors converted to the dtype of the model's parameters as they are read."""
-    for name, parameter in model.state_dict().items():
-        for key in _names_of(name, model):
-            if key in tensors and tensors[key].dtype.is_floating_point and parameter.dtype.is_floating_point:
-                tensors[key].cast_to = parameter.dtype
-
-
-def _read_to_devices(tensors: dict[str, LazyTensor], model, device_map: dict[str, Any]) -> None:
-    """Have tensors read into the memory of the accelerator where the device map wants them."""
-    for name in model.state_dict():
-        parts = name.split(".")
-        modules = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
-        place = next((device_map[module] for module in modules if module in device_map), "cpu")
-        if str(place) in ("cpu", "disk"):
-            continue
-        for key in _names_of(name, model):
-            if key in tensors:
-                tensors[key].device = torch.device(place)
-
-
-def _names_of(name: str, model) -> tuple[str, ...]:
-    """What a parameter may be called in a checkpoint of the model with another head or none."""
-    prefix = f"{model.base_model_prefix}."
-    return name, prefix + name, name.removeprefix(prefix)
-
-
-def _is_expert_converter(transform) -> bool:
-    return isinstance(transform, WeightConverter) and "mlp.experts." in transform.target_patterns[0]
-
-
-def _has_our_mapping(load_config) -> bool:
-    """Whether the expert converters are there (a custom key mapping might have replaced them)."""
-    return any(_is_expert_converter(transform) for transform in load_config.weight_mapping or [])

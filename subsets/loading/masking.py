@@ -8,11 +8,8 @@ from typing import Any
 import torch
 
 from ...configuration import EmoConfig
-from ..exclusion import named_exclusion, remaining_subset
-from ..fingerprint import warn_if_chosen_elsewhere
-from ..library import library_of_loaded
-from ..reduced_config import local_experts
 from ..validation import SubsetError
+from .model_source import ModelSource
 
 
 def kept_experts(
@@ -44,12 +41,10 @@ def kept_experts(
 
     ```
     """
-    library = library_of_loaded(config)
-    exclude_experts = named_exclusion(exclude_experts, *library)
-    subset = remaining_subset(expert_subset, exclude_experts, config, *library)
-    if subset.drop_shared:
+    source = ModelSource.of_loaded(config)
+    kept = source.keep(expert_subset, exclude_experts)
+    if kept.subset.drop_shared:
         raise SubsetError("A subset with drop_shared=True cannot be a mask: load the model with it instead.")
     if weights is not None:
-        path = config.name_or_path or ""
-        warn_if_chosen_elsewhere(subset, path, weights, config.num_hidden_layers, excluded=exclude_experts)
-    return local_experts(subset, config)
+        source.warn_if_chosen_elsewhere(kept, weights)
+    return kept.local

@@ -1,11 +1,11 @@
 from ..publishing.cards import complete_card
 from .adapter_record import check_adapter_config
 from .default_choice import from_pretrained
-from .from_pretrained import load_adapter, load_weights
+from .from_pretrained import load_adapter
 from .masking import kept_experts
 from .swapping import share_backbone, swap_experts
 from .tokenizer_copy import copy_tokenizer, tokenizer_to_push
-from .weights_check import check_before_building
+from .weight_loading import check_before_building, load_weights
 
 __all__ = [
     "check_adapter_config",

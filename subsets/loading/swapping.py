@@ -1,7 +1,7 @@
 """Exchanging the experts of a model in memory, and giving its backbone a second set of experts.
 
 Both work out, layer by layer, which experts the model holds already and which must be read; read those, and
-only then touch a model. How a checkpoint is read in part stands in `loading.py` and `checkpoint.py`.
+only then touch a model. `model_source.py` opens the place that they are read from.
 
 Shape suffixes: K experts held in a layer.
 """
@@ -17,21 +17,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.hub.names import HUB_KWARGS, pinned
-from ...checkpoints.hub.opening import fetch_ahead
-from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig, LayerExperts
-from ..exclusion import named_exclusion, remaining_subset
 from ..expert_subset import ExpertSubset
-from ..fingerprint import attention_of, differing_signs, fingerprint_of, warn_if_chosen_elsewhere
-from ..library import library_of
+from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts
-from ..reduced_config import local_experts, subset_config
 from ..validation import SubsetError
+from .model_source import KeptExperts, ModelSource, check_hub_kwargs
 from .tokenizer_copy import Origin
-from .wanted_tensors import lazy_parameters, open_checkpoint
 
 _PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 # What a config says about experts, and what two models must agree on for experts of one to fit the other.
@@ -184,94 +177,73 @@ def _prepare(
 ) -> tuple[EmoConfig, list[_Layer], tuple[str | os.PathLike, str | None] | None]:
     """The config of the model with the new experts, its layers with all that must be read, and, if they are
     read, from where and of which commit."""
-    unknown = sorted(set(hub_kwargs) - set(HUB_KWARGS))
-    if unknown:
-        raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}")
+    check_hub_kwargs(caller, hub_kwargs)
     _check_plain(model, caller)
     if expert_subset is None and exclude_experts is None:
         raise SubsetError(f"{caller}() needs an `expert_subset` or `exclude_experts`.")
     weights = dict(model.named_parameters())
-    here, is_own = None, source is None or os.fspath(source) == model.config.name_or_path
+    is_own = source is None or os.fspath(source) == model.config.name_or_path
     if source is None:
-        source = model.config.name_or_path or None
-        commit = getattr(model.config, "_commit_hash", None)
-        if commit is not None and "revision" not in hub_kwargs:
-            hub_kwargs = hub_kwargs | {"revision": commit}
-        library = library_of(source, **hub_kwargs)
-        exclude_experts = named_exclusion(exclude_experts, *library)
-        here = _subset_of(expert_subset, exclude_experts, model.config, library)
-    if here is not None:  # the model holds them all
-        config = subset_config(model.config, here)
-        warn_if_chosen_elsewhere(
-            here, source or "", weights, config.num_hidden_layers, excluded=exclude_experts
-        )
-        return config, _plan(model, config, here), None
-    if source is None:
-        raise SubsetError(
-            "The model does not hold these experts and was not loaded from anywhere: give the `source` to "
-            "read them from."
-        )
-    hub_kwargs = pinned(source, hub_kwargs)
-    source_config = _source_config(model, source, hub_kwargs)
-    library = library_of(source, **hub_kwargs)
-    try:
-        exclude_experts = named_exclusion(exclude_experts, *library)
-        subset = remaining_subset(expert_subset, exclude_experts, source_config, *library)
-    except SubsetError as error:
-        raise SubsetError(
-            f"{error} (Read from {os.fspath(source)!r}: `source` names another place.)"
-        ) from error
-    config = subset_config(source_config, subset)
-    layers = _plan(model, config, subset)
-    if any(layer.new_rows for layer in layers):
-        local = local_experts(subset, source_config)
-        _read(model, layers, source, source_config, local, progress, hub_kwargs, is_own)
-    warn_if_chosen_elsewhere(subset, source, weights, config.num_hidden_layers, excluded=exclude_experts)
-    return config, layers, (source, hub_kwargs.get("revision"))
+        own = ModelSource.of_loaded(model.config, hub_kwargs)
+        held = _held(own, expert_subset, exclude_experts)
+        if held is not None:  # the model holds them all
+            config = own.config_of(held)
+            own.warn_if_chosen_elsewhere(held, weights)
+            return config, _plan(model, config, held.subset), None
+        if not own.path:
+            raise SubsetError(
+                "The model does not hold these experts and was not loaded from anywhere: give the "
+                "`source` to read them from."
+            )
+        source, hub_kwargs = own.path, own.hub_kwargs
+    with ModelSource.open(source, **hub_kwargs) as place:
+        _check_config(model, place)
+        try:
+            kept = place.keep(expert_subset, exclude_experts)
+        except SubsetError as error:
+            raise SubsetError(
+                f"{error} (Read from {os.fspath(source)!r}: `source` names another place.)"
+            ) from error
+        config = place.config_of(kept)
+        layers = _plan(model, config, kept.subset)
+        if any(layer.new_rows for layer in layers):
+            _read(model, layers, place, kept.local, progress, is_own)
+        place.warn_if_chosen_elsewhere(kept, weights)
+    return config, layers, (source, place.commit)
 
 
-def _subset_of(
-    expert_subset: Any,
-    exclude_experts: Any,
-    config: EmoConfig,
-    library: tuple[Any, Any],
-) -> ExpertSubset | None:
-    """The subset, if it is one of the experts that the model holds."""
+def _held(own: ModelSource, expert_subset: Any, exclude_experts: Any) -> KeptExperts | None:
+    """The experts asked for, if the model holds them all."""
     if expert_subset is None:
         # All experts of the root: the model holds them only if it is no subset itself.
-        whole = config.retained_experts is None
-        return remaining_subset(None, exclude_experts, config, *library) if whole else None
-    subset = ExpertSubset.of(expert_subset, *library)
+        return None if own.config.retained_experts is not None else own.keep(None, exclude_experts)
+    subset = ExpertSubset.of(expert_subset, *own.library)
     if subset.local_ids:  # of the checkpoint
         return None
-    held = present_experts(config)
+    held = present_experts(own.config)
     if len(subset.experts) != len(held) or any(
         not set(ids or ()) <= set(there) for ids, there in zip(subset.experts, held, strict=True)
     ):
         return None
-    return remaining_subset(subset, exclude_experts, config, *library)
+    return own.keep(subset, exclude_experts)
 
 
-def _source_config(model: Any, source: str | os.PathLike, hub_kwargs: dict[str, Any]) -> EmoConfig:
-    """The config of what experts are read from, once it is known to be the same model."""
-    config = EmoConfig.from_pretrained(source, **hub_kwargs)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            f"The weights of {os.fspath(source)} are quantised, and their experts cannot be taken apart: "
-            "give the unquantised model as `source`."
-        )
+def _check_config(model: Any, place: ModelSource) -> None:
+    """Check that the place that experts are read from has the same model, as far as configs tell."""
+    config, source = place.config, place.path
     for name in _SHAPE_SETTINGS:
         ours, theirs = getattr(model.config, name), getattr(config, name)
         if ours != theirs:
             raise CheckpointError(
-                f"{os.fspath(source)} is another model: its `{name}` is {theirs!r}, this model's {ours!r}."
+                f"{os.fspath(source)} is another model: its `{name}` is {theirs!r}, this model's "
+                f"{ours!r}. Give the model that this one was loaded from."
             )
     if root_experts(config) != root_experts(model.config):
         raise CheckpointError(
             f"{os.fspath(source)} is another model: it has {root_experts(config)} experts in its layers, and "
-            f"this model is of one with {root_experts(model.config)}."
+            f"this model is of one with {root_experts(model.config)}. Give the model that "
+            "this one was loaded from."
         )
-    return config
 
 
 def _plan(model: Any, config: EmoConfig, subset: ExpertSubset) -> list[_Layer]:
@@ -291,15 +263,14 @@ def _plan(model: Any, config: EmoConfig, subset: ExpertSubset) -> list[_Layer]:
 def _read(
     model: Any,
     layers: list[_Layer],
-    source: str | os.PathLike,
-    source_config: EmoConfig,
+    place: ModelSource,
     local: list[list[int] | None],
     progress: bool,
-    hub_kwargs: dict[str, Any],
     is_own: bool,
 ) -> None:
-    """Read the experts and router rows that the model does not hold, in its dtype, to its device; from the
-    place it was loaded from (`is_own`), or from another, which is first seen to have the same model.
+    """Read the experts and router rows that the model does not hold, in its dtype, to its device.
+
+    `is_own`: the place that the model was loaded from. Another is first checked to have this model.
     """
     rows = {layer.index: layer.new_rows for layer in layers}
     # A layer without anything new is named by one expert, which is never read.
@@ -307,41 +278,35 @@ def _read(
         None if ids is None else [ids[row] for row in rows[index]] or ids[:1]
         for index, ids in enumerate(local)
     ]
-    checkpoint = open_checkpoint(source, kept=wanted, **hub_kwargs)
-    try:
-        if not is_own:
-            _check_same_model(model, source, checkpoint)
-        lazies: dict[str, LazyTensor] = {
-            name[name.index("layers.") :]: lazy
-            for name, lazy in lazy_parameters(checkpoint, source_config, wanted).items()
-            if "layers." in name
-        }
-        new = [layer for layer in layers if layer.new_rows]
-        names = [f"layers.{layer.index}.mlp.{name}" for layer in new for name in _PARAMETERS]
-        fetch_ahead(checkpoint.source, [lazies[name] for name in names], progress=progress)
-        for layer in tqdm(new, desc="Reading experts", unit="layer", delay=2, disable=not progress):
-            for name, parameter in _parameters_of(model, layer.index).items():
-                lazy = lazies[f"layers.{layer.index}.mlp.{name}"]
-                if lazy.shape[1:] != tuple(parameter.shape[1:]):
-                    raise CheckpointError(
-                        f"{name} of layer {layer.index} has shape {lazy.shape} in {os.fspath(source)}, and "
-                        f"{tuple(parameter.shape)} in the model: they are not of one model."
-                    )
-                lazy.cast_to = parameter.dtype
-                layer.read[name] = lazy[...].to(parameter.device)
-    finally:
-        checkpoint.source.close()
+    parameters = place.parameters(wanted)
+    if not is_own:
+        _check_same_model(model, place)
+    lazies = {name[name.index("layers.") :]: lazy for name, lazy in parameters.items() if "layers." in name}
+    new = [layer for layer in layers if layer.new_rows]
+    names = [f"layers.{layer.index}.mlp.{name}" for layer in new for name in _PARAMETERS]
+    place.fetch([lazies[name] for name in names], progress=progress)
+    for layer in tqdm(new, desc="Reading experts", unit="layer", delay=2, disable=not progress):
+        for name, parameter in _parameters_of(model, layer.index).items():
+            lazy = lazies[f"layers.{layer.index}.mlp.{name}"]
+            if lazy.shape[1:] != tuple(parameter.shape[1:]):
+                raise CheckpointError(
+                    f"{name} of layer {layer.index} has shape {lazy.shape} in {os.fspath(place.path)}, and "
+                    f"{tuple(parameter.shape)} in the model: they are not of one model. Give the model "
+                    "that this one was loaded from."
+                )
+            lazy.cast_to = parameter.dtype
+            layer.read[name] = lazy[...].to(parameter.device)
 
 
-def _check_same_model(model: Any, source: str | os.PathLike, checkpoint: Checkpoint) -> None:
-    """See that experts of a place are of this model, which sizes and names do not tell."""
+def _check_same_model(model: Any, place: ModelSource) -> None:
+    """Check that experts of a place are of this model, which sizes and names do not tell."""
     num_layers = model.config.num_hidden_layers
-    theirs = fingerprint_of(attention_of(checkpoint), num_layers)
+    theirs = fingerprint_of(place.attention(), num_layers)
     reason = differing_signs(fingerprint_of(dict(model.named_parameters()), num_layers), theirs)
     if reason is not None:
         raise CheckpointError(
-            f"{os.fspath(source)} is another model: {reason}. Its experts mean nothing in this one: give the "
-            "model that this one was loaded or tuned from."
+            f"{os.fspath(place.path)} is another model: {reason}. Its experts mean nothing in this one: give "
+            "the model that this one was loaded or tuned from."
         )
 
 

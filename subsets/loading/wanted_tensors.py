@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 from ...checkpoints.checkpoint import Checkpoint, rows_of
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.hub.opening import fetch_ahead, open_part
-from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
 from .weights_check import check_sizes
@@ -24,68 +18,35 @@ EXPERT_TENSOR = re.compile(
 _STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_up|down)_proj|gate\.weight)")
 
 
-def fetch_parameters(
-    files: HubFiles, config: EmoConfig, kept: list[list[int] | None], *, variant: str | None = None
-) -> dict[str, LazyTensor]:
-    """The parameters of the network, once the bytes of the kept experts have come from the Hub.
+def is_wanted(kept: list[list[int] | None], name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to a kept expert, or to no expert.
 
     Args:
-        files (`HubFiles`): the repository's.
-        config (`EmoConfig`): the config of the checkpoint.
-        kept (`list[list[int] | None]`): for each layer the experts to keep, as in `lazy_parameters`.
-        variant (`str`, *optional*): as in `from_pretrained`.
+        kept (`list[list[int] | None]`): for each layer the experts to keep, in the checkpoint's numbering.
+        name (`str`): the tensor's name.
 
-    Raises:
-        CheckpointError: if the checkpoint is damaged or its bytes cannot be had.
+    Example:
 
-    Example: see `EmoPreTrainedModel.from_pretrained`.
+    ```python
+    >>> from transformers_emo.subsets.loading.wanted_tensors import is_wanted
+    >>> name = "model.layers.0.mlp.experts.7.up_proj.weight"
+    >>> is_wanted([[7, 9]], name), is_wanted([[9]], name), is_wanted([[9]], "model.norm.weight")
+    (True, False, True)
+
+    ```
     """
-    checkpoint = open_part(files, partial(_is_kept, kept), variant=variant)
-    tensors = lazy_parameters(checkpoint, config, kept)
-    fetch_ahead(files, tensors.values(), progress=True)
-    return tensors
-
-
-def _is_kept(kept: list[list[int] | None], name: str) -> bool:
-    """Whether a tensor is of a kept expert, or of none."""
     match = EXPERT_TENSOR.fullmatch(name)
     if match is None or int(match["layer"]) >= len(kept):
         return True
     return int(match["expert"]) in (kept[int(match["layer"])] or ())
 
 
-def open_checkpoint(
-    path: str | os.PathLike, *, kept: list[list[int] | None] | None = None, **hub_kwargs: Any
-) -> Checkpoint:
-    """The checkpoint of a folder or a Hub repository, known by its headers.
-
-    Args:
-        path (`str` or `os.PathLike`): the folder or repository.
-        kept (`list[list[int] | None]`, *optional*): for each layer the experts that will be read, as in
-            `lazy_parameters`. Files of a repository that hold nothing else are downloaded; without it none
-            are, unless there are very many (expert shards).
-        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
-
-    Raises:
-        CheckpointError: if there are no safetensors weights, or they are damaged.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.loading.wanted_tensors import open_checkpoint
-    >>> len(open_checkpoint("model_cards/toy-emo").tensors)
-    415
-
-    ```
-    """
-    if os.path.isdir(path):
-        return Checkpoint.from_folder(Path(path, hub_kwargs.get("subfolder") or ""))
-    wants = None if kept is None else partial(_is_kept, kept)
-    return open_part(HubFiles(os.fspath(path), hub_kwargs), wants)
-
-
 def lazy_parameters(
-    checkpoint: Checkpoint, config: EmoConfig, kept: list[list[int] | None] | None
+    checkpoint: Checkpoint,
+    config: EmoConfig,
+    kept: list[list[int] | None] | None,
+    *,
+    sizes_checked: bool = False,
 ) -> dict[str, LazyTensor]:
     """The parameters of the network, each made of the bytes of the kept experts.
 
@@ -94,6 +55,7 @@ def lazy_parameters(
         config (`EmoConfig`): the config of the checkpoint.
         kept (`list[list[int] | None]`, *optional*): for each layer the experts to keep, in the checkpoint's
             own numbering, `None` for a dense layer; all of them by default.
+        sizes_checked (`bool`, defaults to `False`): `check_sizes` has been called with these weights.
 
     Returns:
         `dict[str, LazyTensor]`: under the network's parameter names, with the checkpoint's prefix: expert
@@ -116,7 +78,8 @@ def lazy_parameters(
 
     ```
     """
-    check_sizes(checkpoint.tensors, config)
+    if not sizes_checked:
+        check_sizes(checkpoint.tensors, config)
     if kept is None:
         kept = [list(range(layer.num_experts)) for layer in config.layer_experts]
     kept_ids = [ids or [] for ids in kept]

@@ -7,31 +7,18 @@ be allocated and filled at random before anyone is told.
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import optional_file
 from ...checkpoints.safetensors_header import TensorSpan
 from ...configuration import EmoConfig, LayerExperts
 from ...modeling_emo import EmoModel
 
 _IN_LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<part>.+)")
-# With these, weights are of another form than the network's own, or the user has asked for other sizes.
-_OTHER_FORMS = ("state_dict", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
-_FILE_KWARGS = ("cache_dir", "revision", "subfolder", "variant")
-
-# Where the weights of the whole model in loading are: from `from_pretrained` to the network's constructor.
-_loading: ContextVar[dict[str, Any] | None] = ContextVar("loading", default=None)
 
 
 def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
@@ -99,59 +86,6 @@ def _shapes_in_layer(config: EmoConfig, experts: LayerExperts) -> dict[str, tupl
         "mlp.experts.0.gate_proj.weight": (config.intermediate_size, hidden),
         "mlp.experts.down_proj": (experts.num_experts, hidden, config.intermediate_size),
     }
-
-
-@contextmanager
-def weights_known(kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Let `check_before_building` know where the weights of the model in loading are.
-
-    Args:
-        kwargs (`Mapping[str, Any]`): of `from_pretrained`.
-
-    Example: see `EmoPreTrainedModel.from_pretrained`.
-    """
-    other = any(kwargs.get(name) for name in _OTHER_FORMS) or kwargs.get("use_safetensors") is False
-    token = _loading.set(None if other else {name: kwargs.get(name) for name in _FILE_KWARGS})
-    try:
-        yield
-    finally:
-        _loading.reset(token)
-
-
-def check_before_building(config: EmoConfig) -> None:
-    """`check_sizes` with the weights of the model in loading, once Transformers has found or downloaded them.
-
-    Weights that are quantised or no safetensors files are left to Transformers, and so is a network that is
-    not being loaded.
-
-    Args:
-        config (`EmoConfig`): the config of the network to be built.
-
-    Raises:
-        CheckpointError: as `check_sizes`.
-
-    Example: see `EmoPreTrainedModel.from_pretrained`.
-    """
-    where = _loading.get()
-    if where is None or not config.name_or_path or getattr(config, "quantization_config", None) is not None:
-        return
-    _loading.set(None)  # a network inside this one is checked with it
-    variant = where.pop("variant")
-    hub = {name: value for name, value in where.items() if value is not None} | {"local_files_only": True}
-    infix = "" if variant is None else f".{variant}"
-    names = (
-        SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors"),
-        SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}"),
-    )
-    found = next(filter(None, (optional_file(config.name_or_path, name, **hub) for name in names)), None)
-    if found is None:
-        return
-    try:
-        checkpoint = Checkpoint.from_folder(os.path.dirname(found), variant=variant)
-    except CheckpointError:  # Transformers says what is wrong with the files
-        return
-    checkpoint.source.close()
-    check_sizes(checkpoint.tensors, config)
 
 
 def check_whole(parameters: Mapping[str, LazyTensor], config: EmoConfig, label: str) -> None:

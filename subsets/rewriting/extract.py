@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ...checkpoints.errors import CheckpointError
-from ...checkpoints.hub.names import pinned
-from ...checkpoints.hub.opening import fetch_ahead
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.output_folder import (
     GENERATION_CONFIG,
@@ -33,11 +30,8 @@ from ...checkpoints.safetensors_writing import (
 from ...checkpoints.side_files import side_files
 from ...configuration import EmoConfig
 from ..expert_subset import ExpertSubset
-from ..fingerprint import warn_if_chosen_elsewhere
-from ..library import library_of
-from ..loading.wanted_tensors import lazy_parameters, open_checkpoint
+from ..loading.model_source import ModelSource
 from ..loading.weights_check import check_whole
-from ..reduced_config import local_experts, subset_config
 from .expert_tensors import released_tensors
 
 _BUFFER_BYTES = 1 << 24  # whole numbers of every dtype
@@ -94,20 +88,11 @@ def extract_subset(
     check_new(out)
     shard_bytes = size_in_bytes(max_shard_size)
     cast_to = None if dtype is None else floating_dtype(dtype)
-    hub_kwargs = pinned(model, hub_kwargs)
-    config = EmoConfig.from_pretrained(model, **hub_kwargs)
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            f"The weights of {os.fspath(model)} are quantised, and their experts cannot be taken apart: "
-            "extract from the unquantised model."
-        )
-    chosen = ExpertSubset.of(subset, *library_of(model, **hub_kwargs)).for_model(config)
-    kept = local_experts(chosen, config)
-    checkpoint = open_checkpoint(model, kept=kept, **hub_kwargs)
-    try:
-        parameters = lazy_parameters(checkpoint, config, kept)
+    with ModelSource.open(model, **hub_kwargs) as source:
+        kept = source.keep(ExpertSubset.of(subset, *source.library))
+        parameters = source.parameters(kept.local)
         tensors = released_tensors(parameters)
-        small = subset_config(config, chosen)
+        small = source.config_of(kept)
         check_whole(parameters, small, os.fspath(model))
         if cast_to is not None:
             small.dtype = cast_to
@@ -116,15 +101,13 @@ def extract_subset(
         for tensor in tensors.values():
             tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
         check_space(out, sum(map(length_of, _layouts(tensors).values())))
-        companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **hub_kwargs)
-        fetch_ahead(checkpoint.source, tensors.values(), progress=progress)
-        warn_if_chosen_elsewhere(chosen, model, tensors, config.num_hidden_layers)
+        companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **source.hub_kwargs)
+        source.fetch(tensors.values(), progress=progress)
+        source.warn_if_chosen_elsewhere(kept, tensors)
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)
-            copy_companions(model, companions, work, **hub_kwargs)
-    finally:
-        checkpoint.source.close()
+            copy_companions(model, companions, work, **source.hub_kwargs)
     return small
 
 

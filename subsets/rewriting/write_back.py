@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,16 +17,16 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.hub.names import folder_or_repo, pinned
+from ...checkpoints.hub.names import folder_or_repo
 from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.output_folder import check_new, check_space, copy_companions, new_folder, optional_file
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.safetensors_writing import write_json
-from ...checkpoints.side_files import SIDE_FILES, identity_of, side_files
+from ...checkpoints.side_files import SIDE_FILES, side_files
 from ...configuration import EmoConfig
 from ..library import LIBRARY_FILES
-from ..loading.wanted_tensors import lazy_parameters, open_checkpoint
+from ..loading.model_source import ModelSource
 from ..loading.weights_check import check_whole
 from ..reduced_config import held_experts
 from ..validation import SubsetError
@@ -60,9 +60,8 @@ class _Model:
     label: str
     config: EmoConfig
     parts: dict[str, PartOfModel]
-    checkpoint: Checkpoint | None = None  # None for a model in memory, and so the next
-    identity: dict[str, Any] | None = None  # what it is known by when an interrupted run is gone on with
-    hub_kwargs: dict[str, Any] = field(default_factory=dict)  # of one commit
+    source: ModelSource | None = None  # None for a model in memory, and so the next
+    identity: dict[str, Any] | None = None  # by which an interrupted run recognises it when it continues
 
 
 class _SourceChangedError(CheckpointError):
@@ -155,7 +154,7 @@ def write_back(
         shared_kwargs = {name: v for name, v in hub_kwargs.items() if name not in ("revision", "subfolder")}
         opened += [_open(model, **shared_kwargs) for model in several]
         base, *others = opened
-        assert base.checkpoint is not None
+        assert base.source is not None
         sources = _sources(base, others, parts, check_root)
         plan: dict[str, Any] | None = {"what": sorted(parts), "weight": weight}
         for number, model in enumerate(opened):
@@ -170,8 +169,8 @@ def write_back(
             _check_unchanged(opened)
     finally:
         for each in opened:
-            if each.checkpoint is not None:
-                each.checkpoint.source.close()
+            if each.source is not None:
+                each.source.close()
     return WriteBack(list(sources), [name for name, tensors in sources.items() if len(tensors) > 1])
 
 
@@ -193,22 +192,20 @@ def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **
                 f"{label} holds an adapter: merge it into its model (`merge_and_unload` of PEFT), and give "
                 "what `save_pretrained` of that writes."
             )
-        hub_kwargs = pinned(model, hub_kwargs)
-        config = EmoConfig.from_pretrained(model, **hub_kwargs)
-        _check_plain(label, config)
-        checkpoint = open_checkpoint(model, **hub_kwargs)
+        source = ModelSource.open(model, **hub_kwargs)
         try:
-            if isinstance(checkpoint.source, HubFiles):  # all of it will be read
-                checkpoint.source.download(span.file for span in checkpoint.tensors.values())
-            parameters = lazy_parameters(checkpoint, config, None)
+            files = source.checkpoint().source
+            if isinstance(files, HubFiles):  # all of it will be read
+                files.download(span.file for span in source.checkpoint().tensors.values())
+            parameters = source.parameters()
             if whole:
-                check_whole(parameters, config, label)
-            parts = parts_of_model(parameters, config)
-            identity = identity_of(model, checkpoint, **hub_kwargs)
+                check_whole(parameters, source.config, label)
+            parts = parts_of_model(parameters, source.config)
+            identity = source.identity()
         except BaseException:
-            checkpoint.source.close()
+            source.close()
             raise
-        return _Model(label, config, parts, checkpoint, identity, hub_kwargs)
+        return _Model(label, source.config, parts, source, identity)
     if not isinstance(model, PreTrainedModel) or not isinstance(model.config, EmoConfig):
         raise ValueError(
             f"Cannot write back a {type(model).__name__}: give a folder, a Hub repository or an EMO model. "
@@ -217,7 +214,7 @@ def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **
     state = model.state_dict()
     if getattr(model, "_hf_peft_config_loaded", False) or any(".base_layer." in name for name in state):
         raise ValueError("The tuned model carries an adapter: merge it into the weights first.")
-    _check_plain("the tuned model", model.config)
+    ModelSource("the tuned model", model.config).refuse_quantised()
     for name, tensor in state.items():
         if tensor.is_meta or type(tensor.data) is not torch.Tensor:
             what = "offloaded" if tensor.is_meta else f"a {type(tensor.data).__name__}"
@@ -253,18 +250,13 @@ class _Memory:
         }
 
 
-def _check_plain(label: str, config: EmoConfig) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"The weights of {label} are quantised: write back unquantised ones.")
-
-
 def _check_unchanged(models: Sequence[_Model]) -> None:
     """See that what has been read is what it was at the beginning."""
     for model in models:
-        if model.checkpoint is None or model.identity is None:
+        if model.source is None:
             continue
-        model.checkpoint.source.close()  # so that files are opened anew: they may have been replaced
-        if identity_of(model.label, model.checkpoint, **model.hub_kwargs) != model.identity:
+        model.source.close()  # so that files are opened anew: they may have been replaced
+        if model.source.identity() != model.identity:
             raise _SourceChangedError(f"{model.label} changed while it was read: call again when it is done.")
 
 
@@ -339,8 +331,8 @@ def _check_same_root(base: _Model, model: _Model) -> None:
 def _write_files(
     base: _Model, sources: dict[str, list[LazyTensor]], weight: float, work: Path, out: Path, progress: bool
 ) -> None:
-    checkpoint = base.checkpoint
-    assert checkpoint is not None
+    assert base.source is not None
+    checkpoint = base.source.checkpoint()
     # Of each file: where new bytes begin, and what they are of.
     patches: dict[str, list[tuple[int, str]]] = {}
     for name in sources:
@@ -426,15 +418,16 @@ def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _names_to_copy(base: _Model) -> list[str]:
     """What goes along with the weights, which are in files of the same names and need the same index."""
-    assert base.checkpoint is not None
-    names = side_files(base.label, (*SIDE_FILES, LIBRARY_FILES), **base.hub_kwargs)
-    files = {span.file for span in base.checkpoint.tensors.values()}
+    assert base.source is not None
+    names = side_files(base.label, (*SIDE_FILES, LIBRARY_FILES), **base.source.hub_kwargs)
+    files = {span.file for span in base.source.checkpoint().tensors.values()}
     return names if files == {SAFE_WEIGHTS_NAME} else [*names, SAFE_WEIGHTS_INDEX_NAME]
 
 
 def _copy_rest(base: _Model, names: Sequence[str], work: Path) -> None:
     """The config and other files of the full model, as they are."""
-    copy_companions(base.label, names, work, **base.hub_kwargs)
+    assert base.source is not None
+    copy_companions(base.label, names, work, **base.source.hub_kwargs)
     config = json.loads((work / "config.json").read_text(encoding="utf-8"))
     if config.pop("auto_map", None) is not None:  # the code that it names stays behind: Transformers has it
         write_json(work / "config.json", config)

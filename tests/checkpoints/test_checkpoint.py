@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers_emo import CheckpointError
-from transformers_emo.checkpoints import Checkpoint, wanted_ranges
-from transformers_emo.checkpoints import lazy_tensor
+from transformers_emo.checkpoints import Checkpoint, lazy_tensor, wanted_ranges
 from transformers_emo.checkpoints.checkpoint import TensorSpan, rows_of
 from transformers_emo.checkpoints.local_files import LocalFiles
 

@@ -1,0 +1,237 @@
+"""Transformers' loader of weights, given lazy tensors: experts are read straight into the stacked parameters.
+
+A subset comes as a `LazyStateDict`. A whole model comes as files: those are opened here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.errors import CheckpointError
+from ...checkpoints.lazy_tensor import LazyTensor
+from ...checkpoints.local_files import LocalFiles
+from ...checkpoints.output_folder import optional_file
+from ...configuration import EmoConfig
+from ...modeling_emo.transformers_versions import private_names
+from .wanted_tensors import lazy_parameters
+from .weights_check import check_sizes
+
+with private_names("loading"):
+    from transformers.core_model_loading import WeightConverter
+    from transformers.utils.hub import extract_commit_hash
+
+# With these, weights are of another form than the network's own, or the user has asked for other sizes.
+_OTHER_FORMS = ("state_dict", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
+_FILE_KWARGS = ("cache_dir", "revision", "subfolder", "variant")
+
+
+class LazyStateDict(dict[str, LazyTensor]):
+    """The weights of a network with some of its experts, yet to be read.
+
+    Attributes:
+        load_config (`LoadStateDictConfig`, *optional*): what Transformers loaded them with, once it has.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+
+    load_config: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """`torch.dtype`, *optional*: of the first tensor of floating point numbers."""
+        return next((tensor.dtype for tensor in self.values() if tensor.dtype.is_floating_point), None)
+
+
+@dataclass
+class _WholeModel:
+    """The whole model in loading: where its weights are, and their headers, once they have been read."""
+
+    where: dict[str, Any] | None
+    checkpoint: Checkpoint | None = None
+
+
+# From `from_pretrained` of a whole model to the network's constructor and to `load_weights`.
+_loading: ContextVar[_WholeModel | None] = ContextVar("loading", default=None)
+
+
+@contextmanager
+def whole_model(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Let `check_before_building` and `load_weights` know that a whole model is being loaded, and from where.
+
+    Args:
+        kwargs (`Mapping[str, Any]`): of `from_pretrained`.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    other = any(kwargs.get(name) for name in _OTHER_FORMS) or kwargs.get("use_safetensors") is False
+    where = None if other else {name: kwargs.get(name) for name in _FILE_KWARGS}
+    token = _loading.set(_WholeModel(where))
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def check_before_building(config: EmoConfig) -> None:
+    """`check_sizes` with the weights of the model in loading, once Transformers has found or downloaded them.
+
+    Weights that are quantised or no safetensors files are left to Transformers, and so is a network that is
+    not being loaded.
+
+    Args:
+        config (`EmoConfig`): the config of the network to be built.
+
+    Raises:
+        CheckpointError: as `check_sizes`.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    loading = _loading.get()
+    if loading is None or loading.where is None:
+        return
+    where, loading.where = loading.where, None  # a network inside this one is checked with it
+    if not config.name_or_path or getattr(config, "quantization_config", None) is not None:
+        return
+    variant = where.pop("variant")
+    hub = {name: value for name, value in where.items() if value is not None} | {"local_files_only": True}
+    infix = "" if variant is None else f".{variant}"
+    names = (
+        SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors"),
+        SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}"),
+    )
+    found = next(filter(None, (optional_file(config.name_or_path, name, **hub) for name in names)), None)
+    if found is None:
+        return
+    try:
+        checkpoint = Checkpoint.from_folder(os.path.dirname(found), variant=variant)
+    except CheckpointError:  # Transformers says what is wrong with the files
+        return
+    checkpoint.source.close()
+    check_sizes(checkpoint.tensors, config)
+    loading.checkpoint = checkpoint
+
+
+def load_weights(load: Callable, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+    """Transformers' `_load_pretrained_model`, given lazy tensors of the wanted experts.
+
+    Also used for whole models: experts are read straight into the stacked parameters, so that the peak of
+    memory is the model itself and not twice that. Where Transformers has business of its own with the files
+    (quantised weights, offloading to disk, custom key mappings, adapters), whole models are left to it.
+
+    Args:
+        load (`Callable`): Transformers' own `_load_pretrained_model`.
+        model (`EmoPreTrainedModel`): the network, its parameters on the meta device.
+        state_dict, checkpoint_files, load_config, args, kwargs: as for that.
+
+    Raises:
+        CheckpointError: for a subset, if the checkpoint does not hold its experts.
+
+    Example: see `EmoPreTrainedModel.from_pretrained`.
+    """
+    loading = _loading.get()
+    _loading.set(None)  # an adapter that this load may go on to read is not part of the checkpoint
+    if loading is not None:
+        # What is swapped in or named later is of this commit, whatever the repository holds by then.
+        model.config._commit_hash = extract_commit_hash(next(iter(checkpoint_files or ()), None), None)
+    tensors = state_dict
+    if isinstance(state_dict, LazyStateDict):
+        state_dict.load_config = load_config
+    else:
+        tensors = _tensors_of_files(model.config, state_dict, checkpoint_files, load_config, loading)
+        if tensors is None:
+            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+    source = next(tensor.source for tensor in tensors.values())
+    try:
+        if load_config.hf_quantizer is None:
+            _cast_while_reading(tensors, model)
+            if getattr(load_config, "device_mesh", None) is None:  # else each process takes its part of it
+                _read_to_devices(tensors, model, load_config.device_map or {})
+        # Transformers' own default would map them. Read weights are found faster by what computes with them.
+        if getattr(load_config, "disable_mmap", None) is False:
+            for tensor in tensors.values():
+                tensor.mapped = True
+        # No files: Transformers would look up offloaded parameters there by name, and find the whole router.
+        result = load(model, tensors, None, load_config, *args, **kwargs)
+    finally:
+        source.close()
+    # The tensors came in under the network's own names; saving must still take the experts apart again.
+    model._weight_conversions = [
+        transform
+        for transform in load_config.weight_mapping
+        if transform.was_used() or _is_expert_converter(transform)
+    ]
+    return result
+
+
+def _tensors_of_files(
+    config: EmoConfig, state_dict: Any, files: list[str] | None, load_config: Any, loading: _WholeModel | None
+) -> dict[str, LazyTensor] | None:
+    """The parameters of a whole model, or `None` where its files are left to Transformers."""
+    if state_dict is not None or not files or not all(file.endswith(".safetensors") for file in files):
+        return None
+    on_disk = "disk" in (load_config.device_map or {}).values()
+    if on_disk or load_config.hf_quantizer is not None or not _has_our_mapping(load_config):
+        return None
+    folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
+    names = [os.path.relpath(os.path.abspath(file), folder) for file in files]
+    known = None if loading is None else loading.checkpoint
+    if known is not None and not _is_of(known, folder, names):
+        known = None
+    try:
+        checkpoint = known or Checkpoint.from_files(folder, names)
+        return lazy_parameters(checkpoint, config, None, sizes_checked=known is not None)
+    except CheckpointError:  # not of this very network: Transformers reports what is missing or different
+        return None
+
+
+def _is_of(checkpoint: Checkpoint, folder: Path, names: list[str]) -> bool:
+    """Whether a checkpoint was read from just these files."""
+    source = checkpoint.source
+    same_folder = isinstance(source, LocalFiles) and source.folder.absolute() == folder
+    return same_folder and {span.file for span in checkpoint.tensors.values()} == set(names)
+
+
+def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:
+    """Have tensors converted to the dtype of the model's parameters as they are read."""
+    for name, parameter in model.state_dict().items():
+        for key in _names_of(name, model):
+            if key in tensors and tensors[key].dtype.is_floating_point and parameter.dtype.is_floating_point:
+                tensors[key].cast_to = parameter.dtype
+
+
+def _read_to_devices(tensors: dict[str, LazyTensor], model, device_map: dict[str, Any]) -> None:
+    """Have tensors read into the memory of the accelerator where the device map wants them."""
+    for name in model.state_dict():
+        parts = name.split(".")
+        modules = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
+        place = next((device_map[module] for module in modules if module in device_map), "cpu")
+        if str(place) in ("cpu", "disk"):
+            continue
+        for key in _names_of(name, model):
+            if key in tensors:
+                tensors[key].device = torch.device(place)
+
+
+def _names_of(name: str, model) -> tuple[str, ...]:
+    """What a parameter may be called in a checkpoint of the model with another head or none."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _is_expert_converter(transform) -> bool:
+    return isinstance(transform, WeightConverter) and "mlp.experts." in transform.target_patterns[0]
+
+
+def _has_our_mapping(load_config) -> bool:
+    """Whether the expert converters are there (a custom key mapping might have replaced them)."""
+    return any(_is_expert_converter(transform) for transform in load_config.weight_mapping or [])
