@@ -44,8 +44,15 @@ _ATTENTION = re.compile(r"(?:.*\.)?(layers\.\d+\.self_attn\.[qkvo]_proj)\.weight
 class Fingerprinted(Protocol):
     """A subset, as far as it tells what it was chosen on; see `ExpertSubset`."""
 
-    fingerprint: str | None
-    source: str | None
+    @property
+    def fingerprint(self) -> str | None:
+        """Its fingerprint."""
+        ...
+
+    @property
+    def source(self) -> str | None:
+        """The model that they were chosen on."""
+        ...
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor | LazyTensor], num_layers: int) -> str | None:

@@ -22,17 +22,60 @@ _Scores = list[list[float | None] | None]
 class Chosen(Protocol):
     """The fields of a subset that the operations read; see `ExpertSubset`."""
 
-    experts: list[list[int] | None]
-    scores: _Scores | None
-    always_kept: list[list[int] | None] | None
-    root_experts_per_layer: list[int] | None
-    num_tokens: int | None
-    num_texts: int | None
-    source: str | None
-    revision: str | None
-    fingerprint: str | None
-    drop_shared: bool
-    local_ids: bool
+    @property
+    def experts(self) -> list[list[int] | None]:
+        """The experts of each layer."""
+        ...
+
+    @property
+    def scores(self) -> _Scores | None:
+        """The scores of each layer."""
+        ...
+
+    @property
+    def always_kept(self) -> list[list[int] | None] | None:
+        """The experts that every token uses, by layer."""
+        ...
+
+    @property
+    def root_experts_per_layer(self) -> list[int] | None:
+        """The numbers of experts of the root model's layers."""
+        ...
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Calibration tokens."""
+        ...
+
+    @property
+    def num_texts(self) -> int | None:
+        """Calibration texts."""
+        ...
+
+    @property
+    def source(self) -> str | None:
+        """The model that they were chosen on."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Its revision."""
+        ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Its fingerprint."""
+        ...
+
+    @property
+    def drop_shared(self) -> bool:
+        """Whether shared experts may be left out."""
+        ...
+
+    @property
+    def local_ids(self) -> bool:
+        """Whether ids are those of a pruned model."""
+        ...
 
 
 def union(subsets: Sequence[Chosen]) -> dict[str, Any]:

@@ -56,8 +56,9 @@ def from_pretrained(
     _check_arguments(kwargs)
     hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
     with folder_or_repo(path):  # it may name an adapter: the experts are those of its model
+        places: Any = dict(hub)  # Transformers may add to it
         adapter, base, adapter_kwargs = maybe_load_adapters(
-            path, dict(hub), **kwargs.get("adapter_kwargs") or {}
+            path, places, **kwargs.get("adapter_kwargs") or {}
         )
     hub = pinned(base, hub)  # one commit of everything, even if the branch moves meanwhile
     config, kwargs = _config_of(base, hub, kwargs)
