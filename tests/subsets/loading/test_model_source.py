@@ -1,6 +1,8 @@
 """The folder of a model is opened once: headers are read once, and sizes checked once, by each call."""
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from transformers_emo import CheckpointError, EmoForCausalLM, extract_subset, select_experts, write_back
@@ -83,3 +85,22 @@ def test_quantised_weights_are_refused_by_name_and_with_what_to_do(make_checkpoi
 def test_a_keyword_that_says_nothing_of_the_hub_is_refused():
     with pytest.raises(TypeError, match=r"swap_experts\(\) got an unexpected keyword argument 'revison'"):
         check_hub_kwargs("swap_experts", {"revison": "main", "token": None})
+
+
+def test_the_way_from_the_call_to_the_bytes_leads_through_ten_files_at_most(make_checkpoint, monkeypatch):
+    """Files of the package on the stack whenever bytes are read: those that a reader has to follow."""
+    entered = set()
+    read_into = LocalFiles.read_into
+
+    def reading(self, file, start, buffer):
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("transformers_emo."):
+                entered.add(Path(frame.f_code.co_filename).name)
+            frame = frame.f_back
+        read_into(self, file, start, buffer)
+
+    monkeypatch.setattr(LocalFiles, "read_into", reading)
+    EmoForCausalLM.from_pretrained(make_checkpoint(), expert_subset=FIRST)
+    assert {"from_pretrained.py", "model_source.py", "lazy_tensor.py"} <= entered
+    assert len(entered) <= 10
