@@ -61,12 +61,12 @@ def pruning_metadata(subset: ExpertSubset, config: EmoConfig) -> dict[str, Any]:
 
 
 def save_pruning_metadata(subset: ExpertSubset, config: EmoConfig, path: str | os.PathLike) -> None:
-    """Write a subset as the authors' scripts do; the file is whole or not there.
+    """Write a subset as the authors' scripts do. The file appears only when it is complete.
 
     Args:
         subset (`ExpertSubset`): the subset.
         config (`EmoConfig`): the config of the model that is, or was, pruned to it.
-        path (`str` or `os.PathLike`): the file, by custom `pruning_metadata.json`.
+        path (`str` or `os.PathLike`): the file; the scripts call it `pruning_metadata.json`.
 
     Raises:
         SubsetError: if the subset does not fit the model.

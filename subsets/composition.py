@@ -120,9 +120,9 @@ def mix(
 ) -> ExpertSubset:
     """A choice by the weighted mean of several subsets' scores, over all experts that were scored.
 
-    Methods score on scales of their own: in each layer a subset's scores are divided by their sum over the
-    experts that compete, so that every subset has one vote to spread, of its weight. An expert that a subset
-    has no score for gets nothing from it.
+    Each method has its own scale of scores. So in each layer a subset's scores are divided by their sum over
+    the experts that compete: every subset has one vote, of its weight, and spreads it. An expert without a
+    score in a subset gets nothing from it.
 
     Args:
         subsets (`Sequence[ExpertSubset]`): subsets with scores, of one root model.
@@ -134,7 +134,7 @@ def mix(
 
     Raises:
         SubsetError: if they are of different models or have no scores, the weights do not fit, or a layer has
-            not so many experts.
+            too few experts.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The other way round: the experts never to use, and the subset that remains without them."""
+"""Experts that must never be used, and the subset that remains without them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def remaining_subset(
             None if layer.is_dense else ids
             for layer, ids in zip(layers, present_experts(config), strict=True)
         ]
-        # The model as it is may lack shared experts already: nothing that it holds is dropped.
+        # The model itself may lack shared experts: nothing that it holds is dropped.
         expert_subset = ExpertSubset(present)
     subset = ExpertSubset.of(expert_subset, folder, fetch).for_model(config)
     if exclude_experts is None:
@@ -66,7 +66,9 @@ def remaining_subset(
     ]
     for index, (ids, never) in enumerate(zip(experts, excluded, strict=True)):
         if ids == [] and never:
-            raise SubsetError(f"Nothing remains of layer {index} without its experts {sorted(never)}.")
+            raise SubsetError(
+                f"Nothing remains of layer {index} without its experts {sorted(never)}: exclude fewer."
+            )
     fields = {name: getattr(subset, name) for name in subset.__dataclass_fields__}
     return ExpertSubset(**fields | {"experts": experts}).for_model(config)
 
@@ -140,7 +142,7 @@ def excluded_experts(
         if wrong:
             raise SubsetError(f"There is no layer {wrong[0]!r}: expected 0 to {len(layers) - 1}.")
         exclude_experts = [exclude_experts.get(index) for index in range(len(layers))]
-    # A subset is of a domain, whose shared experts are everybody's; ids that somebody wrote down are meant.
+    # Every subset names the shared experts, and they stay. A list of ids that names one is a mistake.
     is_subset = isinstance(exclude_experts, ExpertSubset)
     subset = ExpertSubset.of(exclude_experts)
     if len(subset.experts) != len(layers):
@@ -167,7 +169,7 @@ def excluded_experts(
         if shared and not is_subset:
             raise SubsetError(
                 f"Expert {shared[0]} of layer {index} cannot be excluded: every token uses it (shared or "
-                "always active)."
+                "always active). Leave it out of the list."
             )
         excluded.append(set(ids or ()) - protected)
     return excluded

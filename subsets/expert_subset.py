@@ -1,4 +1,4 @@
-"""`ExpertSubset`: which experts of each layer are kept, as data; and what it means for a model's config."""
+"""`ExpertSubset`: the experts that are kept in each layer, as data."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class ExpertSubset:
             expert of the root model, `None` for one that was not there to be scored.
         always_kept (`Sequence[Sequence[int] | None]`, *optional*): for each layer the shared and
             always-active experts, which no choice by score leaves out.
-        root_experts_per_layer (`Sequence[int]`, *optional*): experts of each layer of the root model, 0 for a
-            dense one; a model of other sizes refuses the subset.
+        root_experts_per_layer (`Sequence[int]`, *optional*): the number of experts in each layer of the root
+            model, 0 for a dense one. A model with other numbers refuses the subset.
         method (`str`, *optional*): how the experts were chosen.
-        num_tokens (`int`, *optional*): calibration tokens that the choice rests on.
-        num_texts (`int`, *optional*): calibration texts that it rests on.
-        settling (`list[dict]`, *optional*): how the choice settled with more text: after so many `num_texts`
-            and `num_tokens`, the `jaccard` of the choice with the one before.
+        num_tokens (`int`, *optional*): the number of calibration tokens.
+        num_texts (`int`, *optional*): the number of calibration texts.
+        settling (`list[dict]`, *optional*): how the choice settled with more text. Each step has its
+            `num_texts`, its `num_tokens` and the `jaccard` index of its choice with the one before.
         source (`str`, *optional*): folder or Hub repository of the model they were chosen on.
         revision (`str`, *optional*): its revision.
-        fingerprint (`str`, *optional*): what that model is known by under any name; its format is described
-            in `transformers_emo.subsets.fingerprint`. Files without one are read as ever.
+        fingerprint (`str`, *optional*): recognises that model under any name; its format is described in
+            `transformers_emo.subsets.fingerprint`. Files of earlier versions have none.
         drop_shared (`bool`, defaults to `False`): allow the subset to leave out shared or always-active
             experts.
         local_ids (`bool`, defaults to `False`): the ids are in the numbering of the model the subset is
@@ -115,7 +115,7 @@ class ExpertSubset:
                 raise SubsetError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the subset as JSON; the file is whole or not there.
+        """Write the subset as JSON. The file appears only when it is complete.
 
         Args:
             path (`str` or `os.PathLike`): the file.
@@ -224,7 +224,7 @@ class ExpertSubset:
         folder: str | os.PathLike | None = None,
         fetch: Fetch | None = None,
     ) -> ExpertSubset:
-        """Make a subset of whatever names one.
+        """Make a subset from anything that describes one.
 
         Args:
             value (`ExpertSubset`, path, `dict` or list of lists): a subset, a JSON file, JSON data or the ids
@@ -234,7 +234,7 @@ class ExpertSubset:
             fetch (`Callable`, *optional*): gets a file of the model's Hub repository; see `find_subset`.
 
         Raises:
-            SubsetError: if it names none.
+            SubsetError: if it describes none.
 
         Example:
 
@@ -283,8 +283,9 @@ class ExpertSubset:
         return push_subset(self.to_dict(), repo_id, name, **kwargs)
 
     def for_model(self, config: EmoConfig) -> ExpertSubset:
-        """The same subset in root numbering, once it is known to fit a model; it then knows which experts are
-        always kept.
+        """The same subset in root numbering, checked to fit a model.
+
+        The result knows which experts are always kept.
 
         Args:
             config (`EmoConfig`): the model's config, full or of a subset itself.
@@ -398,8 +399,10 @@ class ExpertSubset:
         return ExpertSubset(**set_operations.difference(self, other))
 
     def _fit_layer(self, index, ids, layer, present, protected, root_size) -> list[int] | None:
-        """The root ids of one layer, checked against `present`, the root ids that the model holds there, and
-        those `protected`.
+        """The root ids of one layer, checked.
+
+        `present` are the root ids of the experts that the model holds there, `protected` of those that every
+        token uses.
         """
         if layer.is_dense or ids is None:
             if layer.is_dense and not ids:

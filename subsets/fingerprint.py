@@ -1,9 +1,10 @@
-"""Whether a subset was chosen on the model that it is used on, told by the signs of a few of its weights.
+"""Fingerprints: whether a subset was chosen on the model that it is used on.
 
-Names do not tell: the same model is moved, renamed and copied, and two folders of one name hold different
-models. Nor do sizes, which a model shares with its baseline. The attention does: every subset of a model
-keeps it whole, another dtype keeps the signs of its weights, fine-tuning changes few of them, and a model
-trained by itself has others. It is read with the model anyhow, so that nothing more has to be fetched.
+A fingerprint is made of the signs of a few weights. Names cannot answer the question: one model may be moved,
+renamed and copied, and two folders with one name may hold different models. Sizes cannot either: a model and
+its baseline have the same. The attention weights can. Every subset of a model keeps them whole. Another dtype
+keeps their signs. Fine-tuning changes few of the signs. A model that was trained separately has other signs.
+The attention is always read with the model, so nothing more has to be fetched.
 
 The format, `ExpertSubset.fingerprint`: `"signs-1:"` and 128 hexadecimal digits. They are 512 bits, the first
 digit's highest bit first; 1 for a negative weight, also for -0.0. The weights are those of layer L // 2 (of
@@ -56,7 +57,7 @@ class Fingerprinted(Protocol):
 
 
 def fingerprint_of(tensors: Mapping[str, torch.Tensor | LazyTensor], num_layers: int) -> str | None:
-    """What tells a model from others of its shape; the same for its subsets and for other dtypes.
+    """The fingerprint of a model: other models of its shape have another, its subsets have the same.
 
     Args:
         tensors (`Mapping[str, torch.Tensor | LazyTensor]`): the model's, by name; two kilobytes are read.
@@ -207,7 +208,7 @@ def differing_signs(first: str | None, second: str | None) -> str | None:
 def are_apart(
     first: tuple[str | None, str | os.PathLike | None], second: tuple[str | None, str | os.PathLike | None]
 ) -> str | None:
-    """Whether there is a reason to think that two models are not one; see `warn_if_chosen_elsewhere`.
+    """The reason to think that two models differ, if there is one; see `warn_if_chosen_elsewhere`.
 
     Args:
         first, second (`tuple`): of each its fingerprint, and the folder or Hub repository it is from.
@@ -247,19 +248,18 @@ def warn_if_chosen_elsewhere(
     *,
     excluded: Any = None,
 ) -> None:
-    """Say so where a subset was chosen on another model than the one it is used on.
+    """Warn if a subset was chosen on another model than the one it is used on.
 
-    Where the subset has a fingerprint and the model's weights can be read, they alone decide, whatever the
-    names: a warning means that fewer than three quarters of the signs agree. So there is none for the same
-    model under another name or path, in another dtype or layout, for a subset of it, or for what it was
-    fine-tuned or trained on to, wherever the subset is kept; and there is one for any model trained apart,
-    also of the same sizes and name. Models that have their attention in common but not their experts are
-    taken as one.
+    Fingerprints decide where the subset has one and the model's weights can be read; names then do not count.
+    A warning means that fewer than three quarters of the signs agree. There is no warning for the same model
+    under another name or path, in another dtype or layout, for a subset of it, or for a fine-tuned version of
+    it. There is a warning for every model that was trained separately, even with the same sizes and name. Two
+    models with the same attention and different experts count as one.
 
-    A subset without a fingerprint (written by hand, by the authors, by an earlier version, or chosen at
-    random from a repository that was not read) gives a warning only if it names a Hub repository as its
-    source and is used on another one, whose name differs in more than the owner. A folder's name tells
-    nothing. Without a source there is none.
+    Some subsets have no fingerprint: those written by hand, by the authors or by an earlier version, and
+    random choices from a repository that was not read. They give a warning only if their source is a Hub
+    repository and they are used on another repository, whose name differs in more than the owner. A folder's
+    name says nothing. Without a source there is no warning.
 
     Args:
         subset (`ExpertSubset`, *optional*): the subset.

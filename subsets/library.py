@@ -70,7 +70,7 @@ def library_names(folder: str | os.PathLike) -> list[str]:
 
 @dataclass(frozen=True)
 class HubLibrary:
-    """The library in a Hub repository: a `Fetch` that can also say what there is.
+    """The library in a Hub repository: a `Fetch` that can also list the names.
 
     Args:
         repo (`str`): the repository.
@@ -91,8 +91,8 @@ class HubLibrary:
 
     def __call__(self, file: str) -> str | None:
         """Where a file of the repository is on this machine, `None` if there is none."""
-        # The cache first: it knows the newest commit since the model's config was asked for, and the Hub need
-        # not be asked again for every `generate`.
+        # The cache comes first: it learnt the newest commit when the model's config was read. So `generate`
+        # does not ask the Hub every time.
         in_cache = self.hub_kwargs | {"local_files_only": True, "force_download": False}
         return optional_file(self.repo, file, **in_cache) or optional_file(self.repo, file, **self.hub_kwargs)
 
@@ -114,7 +114,10 @@ class HubLibrary:
                 return sorted(p.stem for p in paths if p.suffix == ".json" and library_file(p.stem))
             except EntryNotFoundError:
                 return []
-            except (HfHubHTTPError, OSError):  # it is to say what is there, not why it cannot be said
+            except (
+                HfHubHTTPError,
+                OSError,
+            ):  # an error message asks for the names: it has an error of its own
                 pass
         in_cache = self.hub_kwargs | {"local_files_only": True, "force_download": False}
         config = optional_file(self.repo, "config.json", **in_cache)
@@ -152,7 +155,7 @@ def library_of(model: str | os.PathLike | None, **hub_kwargs: Any) -> tuple[Path
 def find_subset(
     name: str | os.PathLike, folder: str | os.PathLike | None = None, fetch: Fetch | None = None
 ) -> Path | None:
-    """The file that a user means by a path, or by a name in a model's library.
+    """The file that a path, or a name in a model's library, stands for.
 
     A file of that path comes first, then the library.
 
@@ -190,7 +193,7 @@ def find_subset(
 def subset_file(
     name: str | os.PathLike, folder: str | os.PathLike | None = None, fetch: Fetch | None = None
 ) -> Path:
-    """What `find_subset` finds, or an error that says where was looked, what is there and what to do.
+    """The file that `find_subset` finds. The error says where it looked, what is there and what to do next.
 
     Args:
         name, folder, fetch: as for `find_subset`.

@@ -77,7 +77,7 @@ def sizes_by_mass(
 
 
 def jaccard(first: Sequence[Iterable[int] | None], second: Sequence[Iterable[int] | None]) -> float:
-    """The mean over layers of how far two choices agree: experts in both over experts in either.
+    """How far two choices agree: experts in both, divided by experts in either; the mean over layers.
 
     Args:
         first (`Sequence[Iterable[int] | None]`): for each layer the ids, `None` for a dense one.
@@ -101,7 +101,7 @@ def jaccard(first: Sequence[Iterable[int] | None], second: Sequence[Iterable[int
 
 
 def _ranked(scores: Sequence[float | None], always: set[int]) -> list[tuple[float, int]]:
-    """The experts that a choice is between, best first, each behind its score with the sign turned."""
+    """The experts to choose from, best first, each as its negative score and its id."""
     return sorted(
         (-score, expert) for expert, score in enumerate(scores) if score is not None and expert not in always
     )

@@ -1,4 +1,4 @@
-"""What is checked of the ids and scores that a subset is made of."""
+"""Checks of the ids and scores of a subset."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def is_id(value: Any) -> bool:
 
     ```
     """
-    # bool is an int to Python, and true and false are no ids.
+    # To Python, True and False are integers. They are not ids.
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
 def check_scores(scores: list, experts: list, always_kept: list) -> None:
-    """See that experts can be ranked: one score that is not a number would spoil the order of all.
+    """Check that experts can be ranked: one score that is not a number would spoil the whole order.
 
     Args:
         scores (`list`): for each layer the score of every expert of the root model, or `None`.
@@ -84,13 +84,13 @@ def check_scores(scores: list, experts: list, always_kept: list) -> None:
 
 
 def as_layers(value: Any) -> list:
-    """A list of whatever holds one: sequences, sets (sorted), arrays and tensors.
+    """Make a list of a sequence, a set (sorted), an array or a tensor.
 
     Args:
         value: anything.
 
     Raises:
-        SubsetError: if it holds none.
+        SubsetError: if it is none of these.
 
     Example:
 
@@ -115,10 +115,10 @@ def checked_ids(experts: Iterable) -> list[list[int] | None]:
     """The ids of each layer, sorted; `None` stays for a dense layer.
 
     Args:
-        experts (`Iterable`): whatever `as_layers` takes, of whatever it takes or `None`.
+        experts (`Iterable`): anything that `as_layers` takes; its entries too, or `None`.
 
     Raises:
-        SubsetError: if something is no id, or an id stands twice in a layer.
+        SubsetError: if an entry is not an id, or an id stands twice in a layer.
 
     Example:
 

@@ -1,7 +1,7 @@
-"""Which experts an adapter belongs to: the file beside it, and whether a model holds them.
+"""The experts that an adapter belongs to: the file beside it that names them, and checks against a model.
 
-An adapter of stacked experts has no expert ids of its own: on other experts of the same number it would
-silently adapt the wrong ones.
+An adapter of stacked experts has no expert ids. On as many other experts it would silently adapt the wrong
+ones.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_record(adapter: str | os.PathLike, **hub) -> ExpertSubset | None:
 
 
 def check_record(subset: ExpertSubset, config: EmoConfig) -> None:
-    """See that a model holds the experts that an adapter was trained on, and maybe more.
+    """Check that a model holds all experts that an adapter was trained on. It may hold more.
 
     Args:
         subset (`ExpertSubset`): the adapter's experts, all of them.
@@ -87,9 +87,9 @@ def check_record(subset: ExpertSubset, config: EmoConfig) -> None:
 
 
 def check_adapter(adapter: str | os.PathLike, config: EmoConfig, hub: dict[str, Any]) -> None:
-    """See that Transformers or PEFT can put an adapter on a model as it is.
+    """Check that Transformers or PEFT can put an adapter on a model as it is.
 
-    An adapter that nothing is known of is left to them.
+    An adapter without a record is left to them.
 
     Args:
         adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
@@ -135,10 +135,10 @@ def check_adapter(adapter: str | os.PathLike, config: EmoConfig, hub: dict[str, 
 
 
 def check_adapter_config(adapter_config: Any, config: EmoConfig) -> None:
-    """See that an adapter's config was made for a model with the very experts that this one holds.
+    """Check that an adapter's config was made for the same experts as the model holds.
 
-    A config remembers the experts of the model that `lora_config` was given, and they are what is saved
-    beside the adapter: on other experts the record would be false. Configs without a record say nothing.
+    `lora_config` writes the experts of its model into the config, and they are saved beside the adapter. On
+    other experts that record would be false. Configs without a record are not checked.
 
     Args:
         adapter_config (`peft.PeftConfig`): the adapter's.

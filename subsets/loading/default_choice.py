@@ -24,10 +24,10 @@ def from_pretrained(
     exclude_experts: Any = None,
     **kwargs,
 ):
-    """`loading.from_pretrained`, with the choice of `emo run` for a caller who makes none.
+    """`from_pretrained`, with the choice of `emo run` where the caller makes none.
 
-    A caller who gives `expert_subset` or `exclude_experts` gets just these (`exclude_experts={}` is the whole
-    model). A choice that does not fit the model is an error, never a whole model.
+    A caller who gives `expert_subset` or `exclude_experts` gets exactly these; `exclude_experts={}` is the
+    whole model. A choice that does not fit the model is an error. The whole model is never loaded instead.
 
     Args:
         load, cls, path, args, expert_subset, exclude_experts, kwargs: as in `loading.from_pretrained`.

@@ -1,4 +1,4 @@
-"""The choice of experts that `emo run` hands to the processes it starts, by way of the environment."""
+"""The choice of experts that `emo run` hands to the processes it starts, in an environment variable."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ VARIABLE = "EMO_RUN"
 
 @dataclass(frozen=True)
 class RunChoice:
-    """What `emo run` was asked for, for every EMO model that its processes load.
+    """The options of `emo run`, which hold for every EMO model that its processes load.
 
     Args:
         expert_subset (`str`, *optional*): the subset's file, or its name in the library of each model.
         exclude_experts (*optional*): ids by layer, or a subset's file or name; as in `from_pretrained`.
         document_pool (`int`, *optional*): routed experts in a document pool.
-        mark (`str`): a file that a process makes once it has loaded a model under the choice.
-        pid (`int`): the process that was started first; it says at its end if there is no `mark`.
+        mark (`str`): a file that a process creates when it has loaded a model with the choice.
+        pid (`int`): the process that was started first. It warns at its end if `mark` does not exist.
 
     Example:
 

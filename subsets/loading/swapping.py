@@ -1,7 +1,7 @@
-"""Exchanging the experts of a model in memory, and giving its backbone a second set of experts.
+"""Exchange the experts of a model in memory, or give its backbone a second set of experts.
 
-Both work out, layer by layer, which experts the model holds already and which must be read; read those, and
-only then touch a model. `model_source.py` opens the place that they are read from.
+Both find out, layer by layer, which experts the model holds and which must be read. They read those, and only
+then change a model. `model_source.py` opens the place that they are read from.
 
 Shape suffixes: K experts held in a layer.
 """
@@ -27,7 +27,7 @@ from .model_source import KeptExperts, ModelSource, check_hub_kwargs
 from .tokenizer_copy import Origin
 
 _PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-# What a config says about experts, and what two models must agree on for experts of one to fit the other.
+# The settings of experts, and those that two models must share so that the experts of one fit the other.
 _EXPERT_SETTINGS = (
     "num_experts",
     "num_experts_per_layer",
@@ -71,8 +71,8 @@ class _Layer:
 
     def write_into(self, name: str, old: torch.Tensor) -> None:
         """The same in place, for as many experts as there were."""
-        # Both orders are sorted by root id: experts that move up, from the first, and then those that move
-        # down, from the last, never land on one that has yet to move.
+        # Both orders are sorted by root id. So no expert lands on one that has yet to move, if those that
+        # move up go first, from the first on, and then those that move down, from the last on.
         for row, old_row in [pair for pair in self.held if pair[0] < pair[1]]:
             old[row].copy_(old[old_row])
         for row, old_row in reversed([pair for pair in self.held if pair[0] > pair[1]]):
@@ -146,8 +146,8 @@ def share_backbone(
         for layer in layers
         for name, parameter in _parameters_of(model, layer.index).items()
     }
-    # A deep copy that takes what it finds in `memo` for copied: shared parameters as they are, and of experts
-    # and the pools' random generator (which cannot be copied) nothing.
+    # A deep copy takes what is in `memo` as copied. So the backbone is shared, and nothing is made of experts
+    # and of the pools' random generator, which cannot be copied.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for layer in layers:
         for parameter in _parameters_of(model, layer.index).values():
@@ -175,8 +175,7 @@ def _prepare(
     hub_kwargs: dict[str, Any],
     caller: str,
 ) -> tuple[EmoConfig, list[_Layer], tuple[str | os.PathLike, str | None] | None]:
-    """The config of the model with the new experts, its layers with all that must be read, and, if they are
-    read, from where and of which commit."""
+    """The config with the new experts, the layers with what was read, and the place it was read from."""
     check_hub_kwargs(caller, hub_kwargs)
     _check_plain(model, caller)
     if expert_subset is None and exclude_experts is None:
@@ -311,7 +310,7 @@ def _check_same_model(model: Any, place: ModelSource) -> None:
 
 
 def _check_plain(model: Any, caller: str) -> None:
-    """See that the experts are plain tensors in memory, which rows can be taken from and put into."""
+    """Check that the experts are plain tensors in memory: rows are taken from them and put into them."""
     what = None
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
         what = "quantised: load the other subset instead"
@@ -344,7 +343,7 @@ def _set_parameter(model: Any, index: int, name: str, tensor: torch.Tensor) -> N
 
 
 def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], place: tuple | None) -> None:
-    """Say what the model holds now, in its config (one object, which all of its modules have) and modules."""
+    """Set the new experts in the config, which all modules share, and in the modules."""
     for name in _EXPERT_SETTINGS:
         setattr(model.config, name, copy.deepcopy(getattr(config, name)))
     for layer in layers:

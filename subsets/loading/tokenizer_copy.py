@@ -1,4 +1,4 @@
-"""The tokenizer of a model that was loaded in part: it goes along when that part is saved or pushed."""
+"""The tokenizer of a model that was loaded in part: it is saved and pushed with that part."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Origin:
-    """The model that a part was read from, as it can be found again later.
+    """The model that a part was read from: enough to find it again later.
 
     Args:
         place (`str`): the absolute path of the folder, or the Hub repository.
@@ -82,7 +82,7 @@ class Origin:
         hub = self.hub_kwargs
         try:
             names = side_files(self.place, TOKENIZER_FILES, **hub)
-        except (OSError, httpx.HTTPError):  # the Hub cannot be reached: what is in the cache will do
+        except (OSError, httpx.HTTPError):  # the Hub cannot be reached: take the cache
             hub = hub | {"local_files_only": True}
             names = side_files(self.place, TOKENIZER_FILES, **hub)
         if not names and not self.is_folder and (hub.get("local_files_only") or is_offline_mode()):
@@ -92,10 +92,11 @@ class Origin:
 
 
 def copy_tokenizer(model: Any, folder: str | os.PathLike) -> None:
-    """Copy the tokenizer's files of the model that this one is a part of to where the part is saved.
+    """Copy the tokenizer to the folder where a part of a model is saved.
 
-    Nothing happens if the model was loaded whole, saves an adapter only, or if the folder has files of a
-    tokenizer. What cannot be read is warned of: the model is saved all the same.
+    The tokenizer is that of the model that the part was read from. Nothing happens if the model was loaded
+    whole, if it saves only an adapter, or if the folder has a tokenizer. If the files cannot be read, a
+    warning says so, and the model is saved without them.
 
     Args:
         model (`EmoPreTrainedModel`): the part.

@@ -118,7 +118,7 @@ def lazy_parameters(
 
 
 def _check_size(config: EmoConfig, layer: int, present: int) -> None:
-    """See that there is such a layer and that it has as many experts as the config says."""
+    """Check that the layer exists and has as many experts as the config says."""
     expected = config.layer_experts[layer].num_experts if layer < config.num_hidden_layers else 0
     if present != expected or expected == 0:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _check_size(config: EmoConfig, layer: int, present: int) -> None:
 
 
 def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
-    """See that every expert layer has its three parameters."""
+    """Check that every expert layer has its three parameters."""
     names = {name[name.index("layers.") :] for name in lazies if "layers." in name}
     for index, layer in enumerate(config.layer_experts):
         for parameter in (

@@ -1,7 +1,7 @@
-"""Whether a network would be larger than the weights it is loaded from: known before it is built.
+"""Whether config and weights belong together, checked before the network is built.
 
-A damaged or hostile `config.json` may ask for a billion tokens or layers. What the weights do not hold would
-be allocated and filled at random before anyone is told.
+A damaged or hostile `config.json` may ask for a billion tokens or layers. Without the check they would be
+allocated and filled at random first, and the error would come late.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _IN_LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<part>.+)")
 
 
 def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
-    """See that a config asks for no more layers and no larger tensors than the weights hold.
+    """Check that a config asks for no more layers and no larger tensors than the weights hold.
 
-    Smaller ones, and tensors that are not there, are left to Transformers, which names them.
+    Smaller and missing tensors are left to Transformers, which names them.
 
     Args:
         tensors (`Mapping[str, TensorSpan]`): the weights, from their headers.
@@ -89,9 +89,9 @@ def _shapes_in_layer(config: EmoConfig, experts: LayerExperts) -> dict[str, tupl
 
 
 def check_whole(parameters: Mapping[str, LazyTensor], config: EmoConfig, label: str) -> None:
-    """See that every parameter of the network is there in its shape.
+    """Check that every parameter of the network is there, in its shape.
 
-    Transformers would fill what is missing with random numbers: a model that is copied must have it all.
+    Transformers would fill a missing one with random numbers. A model that is copied must be complete.
 
     Args:
         parameters (`Mapping[str, LazyTensor]`): from `lazy_parameters`, with all experts or some.

@@ -21,9 +21,9 @@ _GENERATED = "This model card has been automatically generated"  # by Transforme
 
 
 def complete_card(path: str | os.PathLike, config: EmoConfig, repo_id: str) -> None:
-    """Complete a model card: what kind of model this is, and of which one it is a part.
+    """Complete a model card: the kind of the model, and the model that it is a part of.
 
-    What the card says already stays; only the text that Transformers generates is replaced.
+    The text of the card stays, unless Transformers generated it.
 
     Args:
         path (`str` or `os.PathLike`): the card, `README.md`; nothing happens if there is none.
@@ -60,7 +60,7 @@ def complete_card(path: str | os.PathLike, config: EmoConfig, repo_id: str) -> N
 
 
 def complete_adapter_card(folder: str | os.PathLike, subset: ExpertSubset) -> None:
-    """Complete the card that PEFT writes beside an adapter: which experts it belongs to.
+    """Complete the card that PEFT writes beside an adapter: the experts that it belongs to.
 
     Args:
         folder (`str` or `os.PathLike`): the adapter's; nothing happens if there is no card.

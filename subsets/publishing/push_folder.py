@@ -42,8 +42,8 @@ def push_folder(
 ) -> CommitInfo:
     """Put a folder on the Hub: a model, an adapter, or documents as `<domain>.jsonl`, which become a dataset.
 
-    What a call that was interrupted has sent is not sent again. A repository without a card gets one. Files
-    whose names begin with a dot stay behind, and so does the state of a `Trainer`: its `checkpoint-*`
+    After an interrupted call, files that were sent are not sent again. A repository without a card gets one.
+    Files whose names begin with a dot are not sent. Neither is the state of a `Trainer`: its `checkpoint-*`
     folders, optimiser, schedule, random state and arguments.
 
     Args:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by expert: as released, and by what they are in the root model."""
+"""The tensors of a checkpoint by expert: with the released names, and with the ids of the root model."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def released_tensors(parameters: dict[str, LazyTensor]) -> dict[str, LazyTensor]
 
 
 def parts_of_model(parameters: dict[str, LazyTensor], config: EmoConfig) -> dict[str, PartOfModel]:
-    """All of a model in pieces that keep their names from subset to subset of one root model.
+    """A whole model in pieces, whose names are the same in all subsets of one root model.
 
     Args:
         parameters (`dict[str, LazyTensor]`): from `lazy_parameters`.
-        config (`EmoConfig`): the config of the model that they are of.
+        config (`EmoConfig`): the config of their model.
 
     Returns:
         `dict[str, PartOfModel]`: matrices of experts and rows of routers, with the ids of the root model in

@@ -49,14 +49,14 @@ def extract_subset(
 ) -> EmoConfig:
     """Write a subset of a model as a stand-alone model.
 
-    It is what `from_pretrained(model, expert_subset=subset, dtype=dtype).save_pretrained(out)` writes, in
-    the released layout and bit for bit, but neither model is built: the bytes of the kept experts and of
-    their router rows are copied from file to file, with a few MB of memory. The tokenizer and the generation
-    config come along. The folder appears under its name when it is whole.
+    The result is bit for bit what `from_pretrained(model, expert_subset=subset, dtype=dtype)` and then
+    `save_pretrained(out)` write. But no model is built: the bytes of the kept experts and of their router
+    rows are copied from file to file, with a few MB of memory. The tokenizer and the generation config are
+    copied too. The folder gets its name when it is complete.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository; full, or a subset itself.
-        subset: whatever `ExpertSubset.of` takes, also the name of one in the model's `subsets/`.
+        subset: anything that `ExpertSubset.of` takes, such as the name of one in the model's `subsets/`.
         out (`str` or `os.PathLike`): the folder to make; it must not exist.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
         dtype (`str` or `torch.dtype`, *optional*): convert the weights to it, such as `"bfloat16"`; by
@@ -70,7 +70,7 @@ def extract_subset(
     Raises:
         SubsetError: if the subset does not fit the model.
         CheckpointError: if the checkpoint is damaged, incomplete, quantised or no safetensors.
-        ValueError: if `dtype` is none of floating point, or `max_shard_size` no size.
+        ValueError: if `dtype` is not a floating-point dtype, or `max_shard_size` is not a size.
         FileExistsError: if `out` exists.
         OSError: if the disk has no room for it.
 

@@ -1,4 +1,4 @@
-"""Putting fine-tuned subsets back into the full model, file by file, with neither model in memory."""
+"""Write fine-tuned subsets back into the full model, file by file. Neither model has to be in memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .expert_tensors import Part, PartOfModel, parts_of_model
 
 _BUFFER_BYTES = 1 << 24
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Routers of two models have nothing in common (cosine near 0); training moves one by little.
+# Routers of two models have nothing in common: their cosine is near 0. Training changes a router little.
 _LEAST_COSINE = 0.5
 
 
@@ -55,7 +55,7 @@ class WriteBack:
 
 @dataclass(frozen=True)
 class _Model:
-    """One of the models taking part."""
+    """One of the models: the full one, or a tuned one."""
 
     label: str
     config: EmoConfig
@@ -81,23 +81,23 @@ def write_back(
 ) -> WriteBack:
     """Write the full model anew, with the experts of fine-tuned subsets in their old places.
 
-    Every file is copied with the new bytes in it; all others stay as they are, to the byte. A part that was
-    not trained does not change, also where the tuned model was saved in a shorter dtype. What several tuned
-    models hold is the mean of theirs.
+    Every file is copied with the new bytes in their places; all other bytes stay the same. A part that was
+    not trained does not change, even if the tuned model was saved in a shorter dtype. Where several tuned
+    models hold a part, their mean is written.
 
-    A trained value is taken as it is in the tuned model and rounded once, to the dtype that the full model
-    has on disk: bfloat16 into float32 exactly, float32 into bfloat16 to the nearest. A value that the tuned
-    model holds as what the old one becomes in its dtype counts as not trained. Means and blends are computed
-    in float64. What was trained and what only lost digits cannot be told apart where a model was loaded in a
-    shorter dtype and saved in a longer one: save it in the dtype it was trained in.
+    A trained value is rounded once, to the dtype that the full model has on disk: from bfloat16 to float32 it
+    is exact, from float32 to bfloat16 it becomes the nearest number. A value counts as not trained if it is
+    the old value in the dtype of the tuned model. Means and blends are computed in float64. Save a tuned
+    model in the dtype that it was trained in: if it was loaded in a shorter dtype and saved in a longer one,
+    a trained value looks like one that only lost digits.
 
-    The config, generation config, tokenizer, model card, licence and library of subsets of the full model
-    come along as they are, from a folder and from a repository alike.
+    The config, generation config, tokenizer, model card, licence and library of subsets of the full model are
+    copied, from a folder and from a repository.
 
-    A run that was interrupted, or killed, goes on with the file it was at when it is called again with the
-    same arguments and none of the models has changed (config, files, commit of a repository); until then its
-    files are in `.<name>.partial` beside `out`. With a tuned model in memory, which no later run can know
-    again, nothing is kept.
+    An interrupted or killed run continues at the file that it was writing: call it again with the same
+    arguments. The models must not have changed (config, files, commit of a repository). Until then the files
+    are in `.<name>.partial` beside `out`. With a tuned model in memory nothing is kept: a later run could not
+    recognise it.
 
     Args:
         full (`str` or `os.PathLike`): folder or Hub repository of the model, full or itself a subset that
@@ -119,13 +119,12 @@ def write_back(
         `WriteBack`: what was written.
 
     Raises:
-        SubsetError: if a tuned model is of another root model, or holds experts that `full` has not.
+        SubsetError: if a tuned model has another root model, or holds experts that `full` lacks.
         CheckpointError: if a checkpoint is damaged or quantised, or shapes differ.
-        ValueError: if an argument is not as said, a tuned model has adapters, or a value to be written is not
-            finite; then nothing is left.
+        ValueError: if an argument is wrong, a tuned model has adapters, or a value is not finite; then
+            nothing is left of `out`.
         FileExistsError: if `out` exists, or another job for it was interrupted.
-        OSError: if the disk has no room, or another run is writing to `out`. Whatever stops the writing, the
-            error says what is left.
+        OSError: if the disk has no room, or another run is writing to `out`. The error says what is left.
 
     Example:
 
@@ -251,7 +250,7 @@ class _Memory:
 
 
 def _check_unchanged(models: Sequence[_Model]) -> None:
-    """See that what has been read is what it was at the beginning."""
+    """Check that the files that were read have not changed since the beginning."""
     for model in models:
         if model.source is None:
             continue
@@ -263,9 +262,7 @@ def _check_unchanged(models: Sequence[_Model]) -> None:
 def _sources(
     base: _Model, others: Sequence[_Model], parts: set[Part], check_root: bool
 ) -> dict[str, list[LazyTensor]]:
-    """What is written, by name: the tensors of the tuned models. All is checked before anything is
-    written.
-    """
+    """The tensors of the tuned models to write, by name, all of them checked."""
     sources: dict[str, list[LazyTensor]] = {}
     for model in others:
         try:
@@ -309,7 +306,7 @@ def _sources(
 
 
 def _check_same_root(base: _Model, model: _Model) -> None:
-    """See that the routers of a tuned model are those of the full model, moved a little."""
+    """Check that the routers of a tuned model are those of the full model, changed a little."""
     rows: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, part in model.parts.items():
         if part.part == "router" and part.layer is not None:
@@ -389,7 +386,7 @@ def _merged(
             total = torch.zeros_like(exact)
             for tensor in tuned:
                 new = tensor[rows]
-                # What only lost digits when the tuned model was saved was not trained.
+                # A value that only lost digits when the tuned model was saved was not trained.
                 total += torch.where(new == before.to(new.dtype), exact, new.double())
             mean = total / len(tuned)
             merged = _rounded(mean if weight == 1 else exact + weight * (mean - exact), old.dtype)
@@ -405,8 +402,9 @@ def _merged(
 def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float64 to the nearest of a dtype.
 
-    Torch goes to 16 bits by way of float32, and so rounds twice; rounding to odd on the way keeps what tells
-    which side of a tie a number is on (Boldo and Melquiond 2008, https://doi.org/10.1109/TC.2007.70819).
+    PyTorch goes from float64 to 16 bits through float32, and so rounds twice. Rounding to odd in between
+    keeps the side of a tie that a number is on (Boldo and Melquiond 2008,
+    https://doi.org/10.1109/TC.2007.70819).
     """
     if dtype.itemsize > 2:
         return exact.to(dtype)
@@ -417,7 +415,7 @@ def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _names_to_copy(base: _Model) -> list[str]:
-    """What goes along with the weights, which are in files of the same names and need the same index."""
+    """The files to copy beside the weights. The weights keep their files' names, and so their index."""
     assert base.source is not None
     names = side_files(base.label, (*SIDE_FILES, LIBRARY_FILES), **base.source.hub_kwargs)
     files = {span.file for span in base.source.checkpoint().tensors.values()}
