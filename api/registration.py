@@ -92,11 +92,10 @@ def _register_experts(moe: ModuleType) -> None:
 
 
 def _complete_network(network: ModuleType) -> None:
-    from .modeling_emo.kernels import layer_kernels
+    from .modeling_emo.expert_switching import package
     from .subsets.loading import model_hooks
 
-    network.EmoPreTrainedModel._package = model_hooks
-    network._CompiledLayers.module = layer_kernels
+    package.hooks = model_hooks
 
 
 _HOOK = AfterImport(

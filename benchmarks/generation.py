@@ -43,8 +43,8 @@ from processes import resident
 from transformers import DynamicCache
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo.modeling_emo.expert_switching import package
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels
-from transformers_emo.modeling_emo.modeling_emo import _CompiledLayers
 
 PROMPT, LONG_PROMPT, SEQUENCES = 32, 1024, 8
 PARTS = ("one", "eight", "prompt")
@@ -60,17 +60,17 @@ class Torch:
     @contextmanager
     def _chosen(self) -> Iterator[None]:
         """Ours as it is; for the others PyTorch's own layers, and their experts."""
-        ours, blocks = _CompiledLayers.module, [layer.mlp for layer in self.model.model.layers]
+        ours, blocks = package.hooks, [layer.mlp for layer in self.model.model.layers]
         kept = [block.experts for block in blocks]
         self.model.config._experts_implementation = self.experts
         if self.experts != "emo":
-            _CompiledLayers.module = None
+            package.hooks = None
         try:
             for block, loop in zip(blocks, self.loops or kept, strict=True):
                 block.experts = loop
             yield
         finally:
-            _CompiledLayers.module, self.model.config._experts_implementation = ours, "emo"
+            package.hooks, self.model.config._experts_implementation = ours, "emo"
             for block, experts in zip(blocks, kept, strict=True):
                 block.experts = experts
 

@@ -79,7 +79,7 @@ def load(folder: str, what: str) -> dict:
     import transformers_emo  # noqa: F401
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-    from transformers_emo.modeling_emo.modeling_emo import EmoPreTrainedModel
+    from transformers_emo.modeling_emo.expert_switching import package
 
     logging.disable_progress_bar()
     config = json.loads(Path(folder, "config.json").read_text())
@@ -89,7 +89,7 @@ def load(folder: str, what: str) -> dict:
     if what == "mapped":
         kwargs["disable_mmap"] = False
     if what == "transformers":
-        EmoPreTrainedModel._package = None
+        package.hooks = None
     before, read_before = peak_bytes(), disk_bytes()
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)

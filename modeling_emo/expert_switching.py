@@ -1,9 +1,12 @@
-"""Serving with part of the experts: masked for a while, exchanged in place, or two sets on one backbone."""
+"""Switch the experts of a loaded model: mask some, exchange them, or put two sets on one backbone.
 
-from collections.abc import Iterator
+The work is done by the installed package, through one hook: `package.hooks`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any, ClassVar, Self
+from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,15 +21,141 @@ NEEDS_PACKAGE = (
 _mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
-class ExpertServing:
-    """What every EMO model can do with its experts after loading.
+class PackageHooks(Protocol):
+    """What the installed package adds to the network; `subsets.loading.model_hooks` has it all.
 
-    Example: see `ExpertServing.swap_experts`.
+    The network does not import the package: it also runs as code saved beside a model. Each function is
+    documented where it is written.
     """
 
-    # What the package adds to this network: reading part of a checkpoint, and naming expert subsets. Set on
-    # import of the package; `None` where this file is used alone, as code saved beside a model.
-    _package: ClassVar[Any] = None
+    def from_pretrained(
+        self, load: Callable, cls: type, path: Any, *args, expert_subset: Any, exclude_experts: Any, **kwargs
+    ) -> Any:
+        """Load a model, all of it or a subset of its experts."""
+        ...
+
+    def load_weights(
+        self,
+        load: Callable,
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        *args,
+        **kwargs,
+    ) -> Any:
+        """Read experts straight into the stacked parameters."""
+        ...
+
+    def check_before_building(self, config: Any) -> None:
+        """Check that the weights are as large as the config says."""
+        ...
+
+    def check_adapter_config(self, adapter_config: Any, config: Any) -> None:
+        """Check that an adapter is for the experts of the model."""
+        ...
+
+    def load_adapter(self, load: Callable, config: Any, adapter: Any, *args, **kwargs) -> Any:
+        """Load an adapter that belongs to the experts of the model."""
+        ...
+
+    def kept_experts(
+        self,
+        expert_subset: Any,
+        config: Any,
+        exclude_experts: Any = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> list[list[int] | None]:
+        """Find the experts that a mask keeps."""
+        ...
+
+    def swap_experts(
+        self,
+        model: Any,
+        expert_subset: Any,
+        exclude_experts: Any,
+        source: Any,
+        progress: bool,
+        hub_kwargs: Any,
+    ) -> None:
+        """Exchange the experts of a model."""
+        ...
+
+    def share_backbone(
+        self,
+        model: Any,
+        expert_subset: Any,
+        exclude_experts: Any,
+        source: Any,
+        progress: bool,
+        hub_kwargs: Any,
+    ) -> Any:
+        """Make a second model on the same backbone."""
+        ...
+
+    def copy_tokenizer(self, model: Any, folder: Any) -> None:
+        """Copy the tokenizer to where a part of a model is saved."""
+        ...
+
+    def tokenizer_to_push(
+        self, model: Any, folder: Any, repo_id: str, known_files: Any, *, revision: Any, token: Any
+    ) -> Any:
+        """Have the tokenizer pushed with a part of a model."""
+        ...
+
+    def complete_card(self, path: Any, config: Any, repo_id: str) -> None:
+        """Complete a model card."""
+        ...
+
+    def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
+        """Compute the norm by compiled code, or `None` to leave it to PyTorch; so do the next two."""
+        ...
+
+    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+        """Apply rotary position embeddings."""
+        ...
+
+    def few_rows_linear(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Multiply few rows by a weight."""
+        ...
+
+
+class Package:
+    """The hook by which the installed package completes the network.
+
+    Attributes:
+        hooks (`PackageHooks`, *optional*): set when the network is imported as part of the package. `None` in
+            code saved beside a model.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.expert_switching import package
+    >>> package.needed().__name__
+    'transformers_emo.subsets.loading.model_hooks'
+
+    ```
+    """
+
+    hooks: PackageHooks | None = None
+
+    def needed(self) -> PackageHooks:
+        """The hooks, or `ImportError` if the package is not there."""
+        if self.hooks is None:
+            raise ImportError(NEEDS_PACKAGE)
+        return self.hooks
+
+
+package = Package()
+
+
+class ExpertSwitching:
+    """What every EMO model can do with its experts after loading.
+
+    Example: see `ExpertSwitching.swap_experts`.
+    """
 
     @contextmanager
     def use_experts(self, expert_subset=None, *, exclude_experts=None) -> Iterator[Self]:
@@ -65,8 +194,8 @@ class ExpertServing:
         ```
         """
         model: Any = self
-        package, base = self._needed_package(), model.base_model
-        kept = package.kept_experts(
+        base = model.base_model
+        kept = package.needed().kept_experts(
             expert_subset, model.config, exclude_experts, dict(model.named_parameters())
         )
         sizes = [layer.num_experts for layer in model.config.layer_experts]
@@ -127,9 +256,7 @@ class ExpertServing:
 
         ```
         """
-        self._needed_package().swap_experts(
-            self, expert_subset, exclude_experts, source, progress, hub_kwargs
-        )
+        package.needed().swap_experts(self, expert_subset, exclude_experts, source, progress, hub_kwargs)
 
     def share_backbone(
         self, expert_subset=None, *, exclude_experts=None, source=None, progress: bool = True, **hub_kwargs
@@ -163,11 +290,6 @@ class ExpertServing:
 
         ```
         """
-        return self._needed_package().share_backbone(
+        return package.needed().share_backbone(
             self, expert_subset, exclude_experts, source, progress, hub_kwargs
         )
-
-    def _needed_package(self) -> Any:
-        if self._package is None:
-            raise ImportError(NEEDS_PACKAGE)
-        return self._package

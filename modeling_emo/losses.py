@@ -3,7 +3,7 @@
 Shape suffixes: T tokens (batch x sequence), E experts, R routed experts, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..configuration.configuration_emo import LayerExperts
+from ..configuration.configuration_emo import EmoConfig, LayerExperts
 from .segments import ids_on
 
 
@@ -55,7 +55,7 @@ def load_balancing_loss(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.configuration import LayerExperts
+    >>> from transformers_emo.configuration import EmoConfig, LayerExperts
     >>> from transformers_emo.modeling_emo import load_balancing_loss
     >>> layer = LayerExperts(num_experts=4, num_shared=0, always_active=(), top_k=1)
     >>> round(load_balancing_loss([torch.eye(4) * 20], [layer]).item(), 3)
@@ -251,7 +251,7 @@ def document_pool_losses(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.configuration import LayerExperts
+    >>> from transformers_emo.configuration import EmoConfig, LayerExperts
     >>> from transformers_emo.modeling_emo.losses import RouterStatistics, document_pool_losses
     >>> logits = torch.eye(4) * 20
     >>> statistics = RouterStatistics.of(logits, logits.softmax(-1), logits.topk(1).indices, None)
@@ -374,3 +374,101 @@ class _NextTokenSums(torch.autograd.Function):
         grad_TV = log_prob_TV.exp().mul_(grad_lse_T.unsqueeze(1))
         grad_TV.scatter_add_(1, labels_T1, -(grad_cross_entropy * counted_T).unsqueeze(1))
         return grad_TV.to(ctx.dtype), None
+
+
+class Losses(NamedTuple):
+    """The loss of a forward and its parts; see `EmoCausalLMOutputWithPast`.
+
+    Only `loss` and `aux_loss` have gradients.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    router_z_loss: torch.Tensor | None = None
+    lm_z_loss: torch.Tensor | None = None
+
+
+def total_loss(
+    config: EmoConfig,
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    *,
+    router_statistics: Sequence[RouterStatistics] | None = None,
+    router_logits: Sequence[torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    balance_counts: BalanceCounts | None = None,
+    own_loss: Callable[..., torch.Tensor] | None = None,
+) -> Losses:
+    """The loss of a language model, and its parts.
+
+    It is the cross entropy of the next tokens. With document pools, the balance loss, the router's z loss and
+    the z loss of the logits are added with their coefficients (https://arxiv.org/abs/2605.06663). With router
+    logits, the balance loss of the released code is added.
+
+    Args:
+        config (`EmoConfig`): the model's config, for the coefficients and layers.
+        logits (`torch.Tensor`): (B, S, vocabulary).
+        labels (`torch.Tensor`, *optional*): (B, S), not shifted, -100 where a token does not count; without
+            them only the losses of the routers are computed.
+        router_statistics (`Sequence[RouterStatistics]`, *optional*): of each expert layer, with pools in
+            training.
+        router_logits (`Sequence[torch.Tensor]`, *optional*): raw logits (T, E) of each expert layer, where
+            the balance loss is wanted without pools.
+        attention_mask (`torch.Tensor`, *optional*): (B, S), for the balance loss without labels; padding does
+            not count.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): the tokens that the mean is over.
+        balance_counts (`BalanceCounts`, *optional*): counts of earlier parts of the optimiser step.
+        own_loss (`Callable`, *optional*): another loss of `logits` and `labels` in place of the cross
+            entropy.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.losses import total_loss
+    >>> total_loss(EmoConfig(), torch.zeros(1, 3, 7), torch.tensor([[1, 2, 3]])).loss
+    tensor(1.9459)
+
+    ```
+    """
+    loss = ce_loss = aux_loss = router_z_loss = lm_z = None
+    if labels is not None:
+        if own_loss is not None:
+            loss = own_loss(logits, labels)
+        else:
+            loss, lm_z = cross_entropy_and_z_loss(logits, labels, num_items_in_batch)
+        ce_loss = loss.detach().clone()  # the Trainer scales the loss in place
+    layers = [layer for layer in config.layer_experts if not layer.is_dense]
+    if router_statistics is not None:
+        aux_loss, router_z_loss = document_pool_losses(
+            router_statistics, layers, num_items_in_batch=num_items_in_batch, balance_counts=balance_counts
+        )
+        if loss is not None and labels is not None:
+            if lm_z is None:
+                lm_z = lm_z_loss(logits, labels, num_items_in_batch)
+            loss = (
+                loss
+                + config.balance_loss_coef * aux_loss.to(loss.device)
+                + config.router_z_loss_coef * router_z_loss.to(loss.device)
+                + config.lm_z_loss_coef * lm_z.to(loss.device)
+            )
+    elif router_logits is not None and layers:
+        token_mask = None if labels is None else labels != -100
+        if labels is None and attention_mask is not None and attention_mask.dim() == 2:
+            length = router_logits[0].shape[0] // attention_mask.shape[0]
+            token_mask = attention_mask[:, -length:]  # without the tokens in the cache
+        aux_loss = load_balancing_loss(
+            router_logits, layers, token_mask=token_mask, num_items_in_batch=num_items_in_batch
+        )
+        if loss is not None:
+            loss = loss + config.router_aux_loss_coef * aux_loss.to(loss.device)
+    return Losses(
+        loss,
+        ce_loss,
+        aux_loss,
+        None if router_z_loss is None else router_z_loss.detach(),
+        None if lm_z is None or router_statistics is None else lm_z.detach(),
+    )

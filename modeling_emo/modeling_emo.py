@@ -10,13 +10,12 @@ the shared ones), K experts taken per token, F expert width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
 
 from .transformers_versions import private_names
 
@@ -27,7 +26,6 @@ with private_names("network"):  # the versions are looked at before anything can
     from transformers.integrations import use_experts_implementation
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
     from transformers.modeling_layers import (
         GenericForSequenceClassification,
         GenericForTokenClassification,
@@ -44,23 +42,24 @@ with private_names("network"):  # the versions are looked at before anything can
     )
     from transformers.processing_utils import Unpack
     from transformers.utils import TransformersKwargs, can_return_tuple
-    from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+    from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
-from .document_pool import DocumentPools, PoolRequest, document_pools, find_segments, mean_pool_size
-from .generation import EmoGenerationMixin
-from .losses import (
-    BalanceCounts,
-    RouterStatistics,
-    cross_entropy_and_z_loss,
-    document_pool_losses,
-    lm_z_loss,
-    load_balancing_loss,
+from .document_pool import DocumentPools, PoolRequest, mean_pool_size
+from .expert_switching import PackageHooks, package
+from .forward_inputs import (
+    ForwardInputs,
+    attention_inputs,
+    pools_that_hold,
+    positions_after,
+    with_default_pool,
 )
-from .pretrained import SharedModel
-from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, keep_pools, row_pools
-from .segments import flatten_segments, ids_on, lengths_from_segments, segments_from_positions
+from .generation import EmoGenerationMixin
+from .losses import BalanceCounts, RouterStatistics, total_loss
+from .pretrained import PartialModel
+from .prompt_pool import FrozenPool, Pools, PromptPool, keep_pools
+from .segments import ids_on
 from .transformers_differences import (
     CACHE,
     BothCacheNames,
@@ -72,8 +71,6 @@ from .transformers_differences import (
     update_cache,
 )
 from .weight_names import register_weight_names
-
-_FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _wants_router_logits(config: EmoConfig, training: bool) -> bool:
@@ -99,20 +96,9 @@ def _resolve_output_router_logits(forward: Callable) -> Callable:
     return wrapper
 
 
-class _CompiledLayers:
-    """The package's compiled code for what a layer does beside its experts (`layer_kernels`).
-
-    It is for inference on a CPU. What it does not compute, PyTorch does.
-    """
-
-    module: ClassVar[Any] = None  # set on import of the package
-
-    @classmethod
-    def call(cls, name: str, *args) -> torch.Tensor | None:
-        """What a function of `layer_kernels` makes of these arguments, or `None`."""
-        if cls.module is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        return getattr(cls.module, name)(*args)
+def _compiled() -> PackageHooks | None:
+    """The package's compiled code for what a layer does beside its experts: for inference only."""
+    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else package.hooks
 
 
 class EmoRMSNorm(FlexOlmoRMSNorm):
@@ -120,7 +106,8 @@ class EmoRMSNorm(FlexOlmoRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., D) to (..., D)."""
-        output = _CompiledLayers.call("rms_norm", hidden_states, self.weight, self.variance_epsilon)
+        hooks = _compiled()
+        output = None if hooks is None else hooks.rms_norm(hidden_states, self.weight, self.variance_epsilon)
         return super().forward(hidden_states) if output is None else output
 
 
@@ -141,7 +128,8 @@ class EmoLinear(nn.Linear):
     @staticmethod
     def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """(..., inputs) and (outputs, inputs) to (..., outputs)."""
-        output = _CompiledLayers.call("few_rows_linear", input, weight, bias)
+        hooks = _compiled()
+        output = None if hooks is None else hooks.few_rows_linear(input, weight, bias)
         return F.linear(input, weight, bias) if output is None else output
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -191,10 +179,11 @@ def _rotate_both(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embeddings of queries and keys, (B, S, H, W) to (B, H, S, W)."""
-    rotated = [_CompiledLayers.call("rotate", states, cos, sin) for states in (query, key)]
-    if rotated[0] is None or rotated[1] is None:
-        return apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-    return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
+    if (hooks := _compiled()) is not None:
+        rotated = hooks.rotate(query, cos, sin), hooks.rotate(key, cos, sin)
+        if rotated[0] is not None and rotated[1] is not None:
+            return rotated[0].transpose(1, 2), rotated[1].transpose(1, 2)
+    return apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
 
 
 class EmoMLP(nn.Module):
@@ -440,38 +429,12 @@ def _data_parallel_rank(model: PreTrainedModel) -> int:
     return torch.distributed.get_rank() // (model.tp_size or 1)
 
 
-def _flash_lengths(
-    segments_BS: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
-    past_key_values: Cache | None,
-    kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """What keeps documents apart in flash attention: the caller's own lengths, or those of the segments."""
-    if past_key_values is not None and past_key_values.is_compileable:
-        raise ValueError(
-            "A static cache has room behind the documents, which flash attention would take for theirs: use "
-            "a dynamic cache or none, or eager, sdpa or flex attention for `attention_within_documents`."
-        )
-    given = {name: kwargs.get(name) for name in _FLASH_LENGTHS}
-    if attention_mask is None and document_ids is None and all(value is not None for value in given.values()):
-        return given
-    if attention_mask is None and past_key_values is None:
-        # As `create_causal_mask` does: positions that start again part documents too.
-        segments_BS = flatten_segments(segments_BS).view_as(segments_BS) + segments_from_positions(
-            position_ids
-        )
-    cumulative, longest = lengths_from_segments(segments_BS, attention_mask)
-    return dict(zip(_FLASH_LENGTHS, (cumulative, cumulative, longest, longest), strict=True))
-
-
 def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
     """Initialise as OLMo-core did for EMO: a normal distribution cut off at three standard deviations."""
     init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
 
-class EmoPreTrainedModel(SharedModel):
+class EmoPreTrainedModel(PartialModel):
     """What every EMO model has: initialisation here, loading, saving and masking of experts by its bases.
 
     Example: see `EmoForCausalLM`.
@@ -497,8 +460,8 @@ class EmoPreTrainedModel(SharedModel):
     }
 
     def __init__(self, config: EmoConfig, *args, **kwargs):
-        if self._package is not None:
-            self._package.check_before_building(config)
+        if package.hooks is not None:
+            package.hooks.check_before_building(config)
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -661,7 +624,7 @@ class EmoModel(EmoPreTrainedModel):
         """
         refuse_unknown_caches(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`: leave the other one out.")
         # Generating hands over a cache, in training mode too: that is no training step.
         training_step = self.training and past_key_values is None
         if use_cache and past_key_values is None:
@@ -669,76 +632,23 @@ class EmoModel(EmoPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (
-                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-            ).unsqueeze(0)
-        said = [document_pool, document_pool_sizes, prompt_pool]
-        if self.default_document_pool is not None and all(pools is None for pools in said):
-            told_apart = [document_ids, kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")]
-            if training_step or any(documents is not None for documents in told_apart):
-                document_pool = self.default_document_pool
-            else:
-                prompt_pool = row_pools(
-                    self.config, self.default_document_pool, past_key_values, inputs_embeds, attention_mask
-                )
-        request = PoolRequest(
-            document_pool,
-            document_pool_sizes,
-            document_ids,
-            kwargs.get("seq_idx"),
-            kwargs.get("cu_seq_lens_q"),
-        )
-        if attention_within_documents is None:
-            attention_within_documents = training_step and self.config.attention_within_documents
-        asked = attention_within_documents or document_pool or document_pool_sizes is not None
-        if asked and past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                "Documents are told apart as a whole: they cannot begin behind tokens in a cache."
-            )
-        same_document, flash_lengths = None, None
-        if attention_within_documents:
-            # Here an EOS closes its own document: the token after it starts the next one.
-            segments_BS = find_segments(self.config, request, input_ids, position_ids, eos_opens=False)
-            segments_BS = segments_BS.expand(inputs_embeds.shape[:2])
-            if is_flash_attention_requested(self.config):
-                flash_lengths = _flash_lengths(
-                    segments_BS, attention_mask, document_ids, position_ids, past_key_values, kwargs
-                )
-                kwargs |= flash_lengths
-            else:
-                same_document = packed_sequence_mask_function(segments_BS)
-        causal_mask = None  # given a mask, flash attention does not look at lengths
-        if flash_lengths is None:
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                and_mask_function=same_document,
-                **{CACHE: past_key_values},
-            )
-        if same_document is not None and (causal_mask is None or len(causal_mask.shape) != 4):
-            raise ValueError(
-                f"The attention implementation {self.config._attn_implementation!r} takes no mask that keeps "
-                "documents apart: use eager, sdpa, flex or flash attention for `attention_within_documents`."
-            )
+            position_ids = positions_after(past_key_values, inputs_embeds)
+        given = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        inputs = ForwardInputs(self.config, *given, training_step)
+        documents = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
+        request = PoolRequest(document_pool, document_pool_sizes, document_ids, *documents)
+        request, prompt_pool = with_default_pool(inputs, request, prompt_pool, self.default_document_pool)
+        causal_mask, lengths = attention_inputs(inputs, request, attention_within_documents, kwargs)
+        kwargs |= lengths
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        frozen = None
-        if document_pool is None:
-            shape = tuple(inputs_embeds.shape[:2])
-            frozen = frozen_pools(past_key_values, prompt_pool, self.config, shape, self.expert_masks)
-        pools = frozen or document_pools(
-            self.config,
+        frozen, pools = pools_that_hold(
+            inputs,
             request,
-            training=training_step,
-            input_ids=input_ids,
-            position_ids=position_ids.expand(inputs_embeds.shape[:2]),  # type: ignore[union-attr]
-            attention_mask=attention_mask,
+            prompt_pool,
+            self.expert_masks,
             rank=_data_parallel_rank(self),
             generator=self.pool_generator,
         )
-
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -867,79 +777,59 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         )
         logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
 
-        loss = ce_loss = aux_loss = router_z_loss = lm_z = None
-        num_items = kwargs.get("num_items_in_batch")
-        expert_layers = [layer for layer in self.config.layer_experts if not layer.is_dense]
-        if labels is not None:
-            standard = self.loss_function is ForCausalLMLoss and not {"shift_labels", "ignore_index"} & set(
-                kwargs
-            )
-            if outputs.router_statistics is not None and standard:
-                loss, lm_z = cross_entropy_and_z_loss(logits, labels, num_items)
-            else:
-                loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-            ce_loss = loss.detach().clone()  # the Trainer scales the loss in place
-        if outputs.router_statistics is not None:
-            aux_loss, router_z_loss = document_pool_losses(
-                outputs.router_statistics,
-                expert_layers,
-                num_items_in_batch=num_items,
-                balance_counts=self.balance_counts,
-            )
-            if loss is not None:
-                if lm_z is None:
-                    lm_z = lm_z_loss(logits, labels, num_items)
-                loss = (
-                    loss
-                    + self.config.balance_loss_coef * aux_loss.to(loss.device)
-                    + self.config.router_z_loss_coef * router_z_loss.to(loss.device)
-                    + self.config.lm_z_loss_coef * lm_z.to(loss.device)
-                )
-        elif output_router_logits and expert_layers:
-            token_mask = None if labels is None else labels != -100
-            if labels is None and attention_mask is not None and attention_mask.dim() == 2:
-                token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # less what is cached
-            aux_loss = load_balancing_loss(
-                outputs.router_logits,
-                expert_layers,
-                token_mask=token_mask,
-                num_items_in_batch=num_items,
-            )
-            if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-
+        # With pools, one pass over the logits gives cross entropy and z loss, unless the loss is another.
+        altered = {"shift_labels", "ignore_index"} & set(kwargs)
+        is_standard = self.loss_function is ForCausalLMLoss and not altered
+        own_loss = partial(self.loss_function, vocab_size=self.vocab_size, **kwargs)
+        losses = total_loss(
+            self.config,
+            logits,
+            labels,
+            router_statistics=outputs.router_statistics,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            attention_mask=attention_mask,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+            balance_counts=self.balance_counts,
+            own_loss=None if is_standard and outputs.router_statistics is not None else own_loss,
+        )
         return EmoCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
             logits=logits,
+            **losses._asdict(),
             **{CACHE: outputs.past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            ce_loss=ce_loss,
-            router_z_loss=None if router_z_loss is None else router_z_loss.detach(),
-            lm_z_loss=None if lm_z is None else lm_z.detach(),
             expert_counts=tuple(layer.count_R for layer in outputs.router_statistics or ()) or None,
             document_pool_size=outputs.document_pool_size,
         )
 
 
-class _OnEmoModel:
-    """Generic heads ask `AutoModel` for their base; it knows none where this code stands beside a model."""
+class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrainedModel):
+    """EMO with a classifier on the last token that is not padding (Transformers' generic head)."""
 
     def __init__(self, config: EmoConfig):
-        AutoModel.register(type(config), EmoModel, exist_ok=True)
-        super().__init__(config)  # type: ignore[call-arg]
-
-
-class EmoForSequenceClassification(_OnEmoModel, GenericForSequenceClassification, EmoPreTrainedModel):
-    """EMO with a classifier on the last token that is not padding (Transformers' generic head)."""
+        # The generic head asks `AutoModel` for the network, which code saved beside a model is unknown to.
+        EmoPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = EmoModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
     forward = both_cache_names(GenericForSequenceClassification.forward)
 
 
-class EmoForTokenClassification(_OnEmoModel, GenericForTokenClassification, EmoPreTrainedModel):
+class EmoForTokenClassification(GenericForTokenClassification, EmoPreTrainedModel):
     """EMO with a classifier on every token (Transformers' generic head)."""
+
+    def __init__(self, config: EmoConfig):
+        EmoPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = EmoModel(config)
+        dropouts = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in dropouts if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
     forward = both_cache_names(GenericForTokenClassification.forward)
 

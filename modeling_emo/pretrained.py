@@ -1,18 +1,50 @@
-"""Loading, saving and pushing models: Transformers' own ways, with part of the experts, adapters and code."""
+"""Load, save and push models as Transformers does: also in part, with adapters, and with their code."""
 
-from functools import partial
+import os
+import re
+from contextvars import ContextVar
+from pathlib import Path
 
 from transformers.modeling_utils import PreTrainedModel
 
-from .expert_switching import NEEDS_PACKAGE, ExpertServing
-from .standalone import AUTO_MAP, CODE_FILES, save_code
+from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, package
 from .transformers_differences import check_peft
 
+# The classes that a saved config.json points to, in the files written by `save_code`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_emo.EmoConfig",
+    "AutoModel": "modeling_emo.EmoModel",
+    "AutoModelForCausalLM": "modeling_emo.EmoForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_emo.EmoForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_emo.EmoForTokenClassification",
+}
 
-class SharedModel(ExpertServing, PreTrainedModel):
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FILES = [
+    "configuration/configuration_emo.py",
+    "modeling_emo/document_pool.py",
+    "modeling_emo/expert_switching.py",
+    "modeling_emo/forward_inputs.py",
+    "modeling_emo/generation.py",
+    "modeling_emo/losses.py",
+    "modeling_emo/modeling_emo.py",
+    "modeling_emo/pretrained.py",
+    "modeling_emo/prompt_pool.py",
+    "modeling_emo/segments.py",
+    "modeling_emo/transformers_differences.py",
+    "modeling_emo/transformers_versions.py",
+    "modeling_emo/weight_names.py",
+]
+# Their names in the folder of a saved model.
+CODE_FILES = [Path(name).name for name in _FILES]
+# `push_to_hub(include_code=True)` says so to the `save_pretrained` that Transformers calls within it.
+_with_code: ContextVar[bool] = ContextVar("with_code", default=False)
+
+
+class PartialModel(ExpertSwitching, PreTrainedModel):
     """A model of Transformers that may hold part of its experts.
 
-    Example: see `SharedModel.from_pretrained`.
+    Example: see `PartialModel.from_pretrained`.
     """
 
     @classmethod
@@ -49,11 +81,9 @@ class SharedModel(ExpertServing, PreTrainedModel):
         ```
         """
         load = super().from_pretrained
-        if cls._package is not None:
+        if (hooks := package.hooks) is not None:
             subset = {"expert_subset": expert_subset, "exclude_experts": exclude_experts}
-            return cls._package.from_pretrained(
-                load, cls, pretrained_model_name_or_path, *args, **subset, **kwargs
-            )
+            return hooks.from_pretrained(load, cls, pretrained_model_name_or_path, *args, **subset, **kwargs)
         if expert_subset is not None or exclude_experts is not None:
             raise ImportError(NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
@@ -61,10 +91,8 @@ class SharedModel(ExpertServing, PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         load = PreTrainedModel._load_pretrained_model
-        if model._package is not None:
-            return model._package.load_weights(
-                load, model, state_dict, checkpoint_files, load_config, *args, **kwargs
-            )
+        if (hooks := package.hooks) is not None:
+            return hooks.load_weights(load, model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def add_adapter(self, adapter_config, *args, **kwargs):
@@ -80,8 +108,8 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         Example: see `load_adapter`.
         """
-        if self._package is not None:
-            self._package.check_adapter_config(adapter_config, self.config)
+        if package.hooks is not None:
+            package.hooks.check_adapter_config(adapter_config, self.config)
         check_peft()
         return super().add_adapter(adapter_config, *args, **kwargs)
 
@@ -111,8 +139,8 @@ class SharedModel(ExpertServing, PreTrainedModel):
         ```
         """
         load = super().load_adapter
-        if self._package is not None:
-            return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
+        if package.hooks is not None:
+            return package.hooks.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
         return load(peft_model_id, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):
@@ -137,6 +165,7 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         ```
         """
+        include_code = include_code or _with_code.get()
         with_code = include_code and not self.is_remote_code()  # which Transformers saves again by itself
         if with_code:
             save_code(save_directory)
@@ -147,8 +176,8 @@ class SharedModel(ExpertServing, PreTrainedModel):
             if with_code:
                 del self.config.auto_map
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
-        if self._package is not None and is_main_process:
-            self._package.copy_tokenizer(self, save_directory)
+        if package.hooks is not None and is_main_process:
+            package.hooks.copy_tokenizer(self, save_directory)
         return result
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs):
@@ -170,24 +199,48 @@ class SharedModel(ExpertServing, PreTrainedModel):
 
         ```
         """
-        if not include_code:
-            return super().push_to_hub(repo_id, **kwargs)
-        # Transformers calls `save_pretrained` with arguments of its own choice: it shall find this one.
-        self.save_pretrained = partial(self.save_pretrained, include_code=True)
+        token = _with_code.set(include_code)
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
-            del self.save_pretrained
+            _with_code.reset(token)
 
     def _upload_modified_files(self, working_dir, repo_id, files_timestamps, **kwargs):
         # `save_pretrained(include_code=True, push_to_hub=True)` writes the code before Transformers notes
         # what the folder holds already: it would pass for old and be left out.
         if getattr(self.config, "auto_map", None):
             files_timestamps = {name: t for name, t in files_timestamps.items() if name not in CODE_FILES}
-        if self._package is not None:
-            self._package.complete_card(f"{working_dir}/README.md", self.config, repo_id)
+        if (hooks := package.hooks) is not None:
+            hooks.complete_card(f"{working_dir}/README.md", self.config, repo_id)
             where = {name: kwargs.get(name) for name in ("revision", "token")}
-            files_timestamps = self._package.tokenizer_to_push(
-                self, working_dir, repo_id, files_timestamps, **where
-            )
+            files_timestamps = hooks.tokenizer_to_push(self, working_dir, repo_id, files_timestamps, **where)
         return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
+
+
+def save_code(folder: str | os.PathLike) -> list[Path]:
+    """Write the files that define the network into `folder`, side by side, as Transformers wants remote code.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder, made if need be.
+
+    Returns:
+        `list[Path]`: the files written.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.modeling_emo.pretrained import save_code
+    >>> sorted(path.name for path in save_code(tmp_path))[0]
+    'configuration_emo.py'
+
+    ```
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in _FILES:
+        source = (_PACKAGE / name).read_text(encoding="utf-8")
+        flat = re.sub(r"^from \.\.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+        target = Path(folder) / Path(name).name
+        target.write_text(flat, encoding="utf-8")
+        written.append(target)
+    return written

@@ -235,7 +235,7 @@ def test_the_second_load_works_offline(pushed, pulled):
 
 def test_the_code_is_pushed_only_where_asked_for(pushed):
     _, facts = pushed
-    code = {"configuration_emo.py", "modeling_emo.py", "losses.py", "standalone.py", "weight_names.py"}
+    code = {"configuration_emo.py", "modeling_emo.py", "losses.py", "pretrained.py", "weight_names.py"}
     assert code <= set(facts["files"]["emo-code"])
     assert code <= set(facts["files"]["emo-code-saved"])
     assert not any(name.endswith(".py") for name in facts["files"]["emo-test"])

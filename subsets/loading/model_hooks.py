@@ -1,5 +1,31 @@
-"""What the package adds to the network, which does not import this room: `EmoPreTrainedModel._package`."""
+"""What the package adds to the network, which does not import this room: see `PackageHooks`.
 
-from ...lazy_names import lazy_names
+It is imported when the network is, and by `registration.py` alone.
+"""
 
-__getattr__, __dir__, __all__ = lazy_names(__spec__)
+from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rotate
+from ..publishing.cards import complete_card
+from .adapter_record import check_adapter_config
+from .default_choice import from_pretrained
+from .from_pretrained import load_adapter
+from .masking import kept_experts
+from .swapping import share_backbone, swap_experts
+from .tokenizer_copy import copy_tokenizer, tokenizer_to_push
+from .weight_loading import check_before_building, load_weights
+
+__all__ = [
+    "check_adapter_config",
+    "check_before_building",
+    "complete_card",
+    "copy_tokenizer",
+    "few_rows_linear",
+    "from_pretrained",
+    "kept_experts",
+    "load_adapter",
+    "load_weights",
+    "rms_norm",
+    "rotate",
+    "share_backbone",
+    "swap_experts",
+    "tokenizer_to_push",
+]

@@ -90,13 +90,13 @@ def swap_experts(
     progress: bool,
     hub_kwargs: dict[str, Any],
 ) -> None:
-    """`model.swap_experts(...)`; see `ExpertServing.swap_experts`.
+    """`model.swap_experts(...)`; see `ExpertSwitching.swap_experts`.
 
     Args:
         model (`EmoPreTrainedModel`): the model.
         expert_subset, exclude_experts, source, progress, hub_kwargs: as there.
 
-    Example: see `ExpertServing.swap_experts`.
+    Example: see `ExpertSwitching.swap_experts`.
     """
     if any(mask is not None for mask in model.base_model.expert_masks):
         raise ValueError("The experts are masked by an open `use_experts`: leave it, then swap.")
@@ -130,13 +130,13 @@ def share_backbone(
     progress: bool,
     hub_kwargs: dict[str, Any],
 ) -> Any:
-    """`model.share_backbone(...)`; see `ExpertServing.share_backbone`.
+    """`model.share_backbone(...)`; see `ExpertSwitching.share_backbone`.
 
     Args:
         model (`EmoPreTrainedModel`): the model whose backbone is shared.
         expert_subset, exclude_experts, source, progress, hub_kwargs: as there.
 
-    Example: see `ExpertServing.share_backbone`.
+    Example: see `ExpertSwitching.share_backbone`.
     """
     config, layers, place = _prepare(
         model, expert_subset, exclude_experts, source, progress, hub_kwargs, "share_backbone"

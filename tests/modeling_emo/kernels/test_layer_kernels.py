@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from tolerances import assert_same_numbers, network_terms
 from torch import nn
 from transformers_emo import EmoConfig
+from transformers_emo.modeling_emo.expert_switching import package
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels
 from transformers_emo.modeling_emo.modeling_emo import (
     EmoLinear,
     EmoRMSNorm,
     EmoRotaryEmbedding,
     EmoTopKRouter,
-    _CompiledLayers,
     _rotate_both,
 )
 
@@ -121,7 +121,7 @@ def test_a_model_decodes_the_same_with_and_without(make_model, calls, monkeypatc
         cache = model(ids, use_cache=True).past_key_values
         found = model(ids[:, :1], past_key_values=cache).logits
         assert calls == [1] * 9  # q, k, v and o of two layers, and the head
-        monkeypatch.setattr(_CompiledLayers, "module", None)
+        monkeypatch.setattr(package, "hooks", None)
         cache = model(ids, use_cache=True).past_key_values
         expected = model(ids[:, :1], past_key_values=cache).logits
     assert_same_numbers(found, expected, terms=network_terms(model.config, 41))
@@ -164,7 +164,7 @@ class TestBetweenTheProducts:
 
         def run(function, *args):
             with monkeypatch.context() as patch:
-                patch.setattr(_CompiledLayers, "module", None)
+                patch.setattr(package, "hooks", None)
                 return function(*args)
 
         return run

@@ -1,0 +1,233 @@
+"""What a forward works out before its first layer: positions, pools, and inputs of the attention.
+
+Shape suffixes: B batch, S sequence, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .transformers_versions import private_names
+
+with private_names("network"):
+    from transformers.cache_utils import Cache
+    from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
+    from transformers.utils.generic import is_flash_attention_requested
+
+from ..configuration.configuration_emo import EmoConfig
+from .document_pool import PoolRequest, document_pools, find_segments
+from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, row_pools
+from .segments import flatten_segments, lengths_from_segments, segments_from_positions
+from .transformers_differences import CACHE
+
+_FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class ForwardInputs(NamedTuple):
+    """The inputs of a forward, completed.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        input_ids (`torch.Tensor`, *optional*): (B, S).
+        inputs_embeds (`torch.Tensor`): (B, S, D).
+        attention_mask (`torch.Tensor`, *optional*): (B, S), or a ready 4-D mask.
+        position_ids (`torch.Tensor`): (B, S) or (1, S).
+        cache (`Cache`, *optional*): keys and values of the tokens before.
+        training_step (`bool`): the model is in training mode and has no cache.
+    """
+
+    config: EmoConfig
+    input_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    cache: Cache | None
+    training_step: bool
+
+
+def positions_after(cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Positions (1, S) of the tokens of a forward, after those in the cache.
+
+    Args:
+        cache (`Cache`, *optional*): keys and values of the tokens before.
+        inputs_embeds (`torch.Tensor`): (B, S, D).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.forward_inputs import positions_after
+    >>> positions_after(None, torch.zeros(1, 3, 8))
+    tensor([[0, 1, 2]])
+
+    ```
+    """
+    seen = cache.get_seq_length() if cache is not None else 0
+    return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def with_default_pool(
+    inputs: ForwardInputs, request: PoolRequest, prompt_pool: PromptPool | None, default: int | None
+) -> tuple[PoolRequest, PromptPool | None]:
+    """The pools that were asked for, or where nothing was said of pools, those of the model's default.
+
+    Args:
+        inputs (`ForwardInputs`): the inputs of the forward.
+        request (`PoolRequest`): what the caller said of documents and pools.
+        prompt_pool (`PromptPool`, *optional*): what the caller said of pools of prompts.
+        default (`int`, *optional*): `model.default_document_pool`, the size of the pools.
+
+    Returns:
+        `tuple[PoolRequest, PromptPool | None]`: the same, completed. In training, and where the caller tells
+        documents apart, each document has its pool; otherwise each row has.
+
+    Raises:
+        ValueError: as `row_pools`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.document_pool import PoolRequest
+    >>> from transformers_emo.modeling_emo.forward_inputs import ForwardInputs, with_default_pool
+    >>> embeds, positions = torch.zeros(1, 3, 8), torch.arange(3)[None]
+    >>> inputs = ForwardInputs(EmoConfig(), None, embeds, None, positions, None, True)
+    >>> with_default_pool(inputs, PoolRequest(), None, 16)[0].document_pool
+    16
+
+    ```
+    """
+    said = (request.document_pool, request.document_pool_sizes, prompt_pool)
+    if default is None or any(pools is not None for pools in said):
+        return request, prompt_pool
+    documents = (request.document_ids, request.seq_idx, request.cu_seq_lens_q)
+    if inputs.training_step or any(given is not None for given in documents):
+        return request._replace(document_pool=default), None
+    return request, row_pools(
+        inputs.config, default, inputs.cache, inputs.inputs_embeds, inputs.attention_mask
+    )
+
+
+def pools_that_hold(
+    inputs: ForwardInputs,
+    request: PoolRequest,
+    prompt_pool: PromptPool | None,
+    masks: list[torch.Tensor | None],
+    *,
+    rank: int = 0,
+    generator: torch.Generator | None = None,
+) -> tuple[list[FrozenPool] | None, Sequence[Pools] | None]:
+    """The pools of each layer: those of prompts or of the cache, or else those of documents.
+
+    Args:
+        inputs (`ForwardInputs`): the inputs of the forward.
+        request (`PoolRequest`): what the caller said of documents and pools.
+        prompt_pool (`PromptPool`, *optional*): what pools of prompts are chosen from.
+        masks (`list[torch.Tensor | None]`): for each layer the experts (E,) that may be used.
+        rank (`int`, defaults to 0): the process among those that see different data, for drawn sizes.
+        generator (`torch.Generator`, *optional*): draws the sizes.
+
+    Returns:
+        `tuple`: pools that are kept in the cache, `None` if there are none; and the pools of each layer,
+        `None` if every expert may be used.
+
+    Raises:
+        ValueError: as `frozen_pools` and `document_pools`.
+
+    Example: see `EmoModel.forward`.
+    """
+    batch, length, _ = inputs.inputs_embeds.shape
+    frozen = None
+    if request.document_pool is None:
+        frozen = frozen_pools(inputs.cache, prompt_pool, inputs.config, (batch, length), masks)
+    if frozen:
+        return frozen, frozen
+    pools = document_pools(
+        inputs.config,
+        request,
+        training=inputs.training_step,
+        input_ids=inputs.input_ids,
+        position_ids=inputs.position_ids.expand(batch, length),
+        attention_mask=inputs.attention_mask,
+        rank=rank,
+        generator=generator,
+    )
+    return frozen, pools
+
+
+def attention_inputs(
+    inputs: ForwardInputs, request: PoolRequest, within_documents: bool | None, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The mask of the attention, and what flash attention is told instead of one.
+
+    Args:
+        inputs (`ForwardInputs`): the inputs of the forward.
+        request (`PoolRequest`): what the caller said of documents and pools.
+        within_documents (`bool`, *optional*): tokens attend to their own document only; by default as the
+            config says, in training.
+        kwargs (`dict[str, Any]`): further keyword arguments of the forward, for lengths of the caller's own.
+
+    Returns:
+        `tuple`: the mask, in the form that the attention implementation takes, `None` where it takes none;
+        and keyword arguments for the layers: the lengths of documents, or nothing.
+
+    Raises:
+        ValueError: if documents are told apart behind tokens in a cache, or the attention implementation
+            cannot keep them apart.
+
+    Example: see `EmoModel.forward`.
+    """
+    config, cache = inputs.config, inputs.cache
+    if within_documents is None:
+        within_documents = inputs.training_step and config.attention_within_documents
+    asked = within_documents or request.document_pool or request.document_pool_sizes is not None
+    if asked and cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "Documents are told apart as a whole: they cannot begin behind tokens in a cache. Give the whole "
+            "documents at once, without a cache, or leave out what asks for documents."
+        )
+    same_document = None
+    if within_documents:
+        # Here an EOS closes its own document: the token after it starts the next one.
+        segments_BS = find_segments(config, request, inputs.input_ids, inputs.position_ids, eos_opens=False)
+        segments_BS = segments_BS.expand(inputs.inputs_embeds.shape[:2])
+        if is_flash_attention_requested(config):  # given a mask, it does not look at lengths
+            return None, _flash_lengths(inputs, request, segments_BS, kwargs)
+        same_document = packed_sequence_mask_function(segments_BS)
+    causal_mask = create_causal_mask(
+        config=config,
+        inputs_embeds=inputs.inputs_embeds,
+        attention_mask=inputs.attention_mask,
+        position_ids=inputs.position_ids,
+        and_mask_function=same_document,
+        **{CACHE: cache},
+    )
+    if same_document is not None and (causal_mask is None or len(causal_mask.shape) != 4):
+        raise ValueError(
+            f"The attention implementation {config._attn_implementation!r} takes no mask that keeps "
+            "documents apart: use eager, sdpa, flex or flash attention for `attention_within_documents`."
+        )
+    return causal_mask, {}
+
+
+def _flash_lengths(
+    inputs: ForwardInputs, request: PoolRequest, segments_BS: torch.Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What keeps documents apart in flash attention: the caller's own lengths, or those of the segments."""
+    cache, mask = inputs.cache, inputs.attention_mask
+    if cache is not None and cache.is_compileable:
+        raise ValueError(
+            "A static cache has room behind the documents, which flash attention would take for theirs: use "
+            "a dynamic cache or none, or eager, sdpa or flex attention for `attention_within_documents`."
+        )
+    given = {name: kwargs.get(name) for name in _FLASH_LENGTHS}
+    if mask is None and request.document_ids is None and all(value is not None for value in given.values()):
+        return given
+    if mask is None and cache is None:
+        # As `create_causal_mask` does: positions that start again part documents too.
+        again = segments_from_positions(inputs.position_ids)
+        segments_BS = flatten_segments(segments_BS).view_as(segments_BS) + again
+    cumulative, longest = lengths_from_segments(segments_BS, mask)
+    return dict(zip(_FLASH_LENGTHS, (cumulative, cumulative, longest, longest), strict=True))
