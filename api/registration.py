@@ -8,16 +8,24 @@ kernels, but no network.
 
 from __future__ import annotations
 
+import sys
 from collections import UserDict
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .import_hook import AfterImport
 from .lazy_names import import_name
 from .modeling_emo.transformers_versions import check_names
 
+if TYPE_CHECKING:
+    from .modeling_emo.expert_switching import PackageHooks
+    from .subsets.loading import model_hooks
+
+    _checked: PackageHooks = model_hooks  # by the type checker: it has every function, as it is called
+
 _NETWORK = f"{__package__}.modeling_emo.modeling_emo"
+_HOOKS = f"{__package__}.subsets.loading.model_hooks"
 
 
 def register() -> None:
@@ -93,9 +101,19 @@ def _register_experts(moe: ModuleType) -> None:
 
 def _complete_network(network: ModuleType) -> None:
     from .modeling_emo.expert_switching import package
-    from .subsets.loading import model_hooks
 
-    package.hooks = model_hooks
+    package.hooks = cast("PackageHooks", _HooksOnFirstUse())
+
+
+class _HooksOnFirstUse:
+    """The hooks, imported when one is first used: they import the network, which is being imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        from .modeling_emo.expert_switching import package
+
+        value = import_name(_HOOKS, name)
+        package.hooks = cast("PackageHooks", sys.modules[_HOOKS])
+        return value
 
 
 _HOOK = AfterImport(

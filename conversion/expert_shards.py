@@ -25,7 +25,8 @@ from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import header_of, write_json
 from ..checkpoints.side_files import identity_of
 from ..configuration import EmoConfig
-from ..subsets.loading.wanted_tensors import EXPERT_TENSOR, lazy_parameters
+from ..modeling_emo.weight_names import EXPERT_MATRIX
+from ..subsets.loading.wanted_tensors import lazy_parameters
 from ..subsets.loading.weights_check import check_whole
 from .from_olmo_core import PROVENANCE
 from .source_folder import source_folder
@@ -151,7 +152,7 @@ def plan_expert_files(
                 "which takes them apart."
             )
         file = BACKBONE
-        if match := EXPERT_TENSOR.fullmatch(name):
+        if match := EXPERT_MATRIX.fullmatch(name):
             number, expert = int(match["layer"]), int(match["expert"])
             layer = config.layer_experts[number]
             if expert < layer.num_routed and expert not in layer.always_active:

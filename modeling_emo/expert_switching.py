@@ -133,8 +133,8 @@ class Package:
 
     ```python
     >>> from transformers_emo.modeling_emo.expert_switching import package
-    >>> package.needed().__name__
-    'transformers_emo.subsets.loading.model_hooks'
+    >>> package.needed().kept_experts.__module__
+    'transformers_emo.subsets.loading.masking'
 
     ```
     """

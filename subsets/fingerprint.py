@@ -31,6 +31,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.hub.names import is_repo_name
 from ..checkpoints.lazy_tensor import LazyTensor
+from ..modeling_emo.weight_names import ATTENTION_MATRIX
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +40,6 @@ _WEIGHTS = 64
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LEAST_AGREEMENT = 0.75
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ATTENTION = re.compile(r"(?:.*\.)?(layers\.\d+\.self_attn\.[qkvo]_proj)\.weight")
 
 
 class Fingerprinted(Protocol):
@@ -81,7 +81,9 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor | LazyTensor], num_layers:
 
     ```
     """
-    attention = {match[1]: tensors[name] for name in tensors if (match := _ATTENTION.fullmatch(name))}
+    attention = {
+        match["matrix"]: tensors[name] for name in tensors if (match := ATTENTION_MATRIX.fullmatch(name))
+    }
     bits = ""
     for layer in sorted({num_layers // 2, num_layers - 1}):
         for matrix in _MATRICES:
@@ -145,7 +147,7 @@ def attention_of(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
     ```
     """
-    return {name: checkpoint.lazy([name]) for name in checkpoint.tensors if _ATTENTION.fullmatch(name)}
+    return {name: checkpoint.lazy([name]) for name in checkpoint.tensors if ATTENTION_MATRIX.fullmatch(name)}
 
 
 def _numel(tensor: LazyTensor) -> int:

@@ -20,10 +20,11 @@ import torch
 
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoPreTrainedModel
+from ..modeling_emo.weight_names import SIZED_BY_EXPERTS
 from ..optional_packages import import_optional
 from ..subsets import ExpertSubset, SubsetError, present_experts
 from ..subsets.library import RECORD
-from ..subsets.loading.adapter_record import EXPERT_TENSOR, check_record, read_record
+from ..subsets.loading.adapter_record import check_record, read_record
 from ..subsets.reduced_config import held_experts
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def expand_adapter(
     expanded = {}
     for name, tensor in weights.items():
         match = _EXPERT_FACTOR.fullmatch(name)
-        if match is None and EXPERT_TENSOR.fullmatch(name):
+        if match is None and SIZED_BY_EXPERTS.fullmatch(name):
             raise SubsetError(
                 f"{name} of the adapter cannot be expanded to other experts: only LoRA on stacked experts "
                 "and on the router can (`target_parameters`). Merge it into the subset it was trained on."

@@ -7,20 +7,17 @@ ones.
 from __future__ import annotations
 
 import os
-import re
 from typing import Any
 
 from safetensors import safe_open
 from transformers.utils import cached_file
 
 from ...configuration import EmoConfig
+from ...modeling_emo.weight_names import SIZED_BY_EXPERTS
 from ..expert_subset import ExpertSubset
 from ..library import RECORD
 from ..reduced_config import held_experts
 from ..validation import SubsetError
-
-# What of an adapter has a size for each expert.
-EXPERT_TENSOR = re.compile(r".*\.layers\.\d+\.mlp\.(experts|gate)\..*")
 
 
 def read_record(adapter: str | os.PathLike, **hub) -> ExpertSubset | None:
@@ -125,7 +122,7 @@ def check_adapter(adapter: str | os.PathLike, config: EmoConfig, hub: dict[str, 
     if weights is None:
         return
     with safe_open(weights, framework="pt") as file:
-        expert_tensor = next(filter(EXPERT_TENSOR.fullmatch, file.keys()), None)
+        expert_tensor = next(filter(SIZED_BY_EXPERTS.fullmatch, file.keys()), None)
     if expert_tensor is not None:
         raise SubsetError(
             f"The adapter was trained on some of the experts that this model holds, and has sizes of theirs "

@@ -1,6 +1,6 @@
 """What the package adds to the network, which does not import this room: see `PackageHooks`.
 
-It is imported when the network is, and by `registration.py` alone.
+`registration.py` imports it when the network first uses one of them.
 """
 
 from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rotate

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ...checkpoints.errors import CheckpointError
 from ...configuration import EmoConfig, LayerExperts
+from ...modeling_emo.weight_names import EXPERT_PARAMETERS
 from ..expert_subset import ExpertSubset
 from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts
@@ -26,7 +27,6 @@ from ..validation import SubsetError
 from .model_source import KeptExperts, ModelSource, check_hub_kwargs
 from .tokenizer_copy import Origin
 
-_PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 # The settings of experts, and those that two models must share so that the experts of one fit the other.
 _EXPERT_SETTINGS = (
     "num_experts",
@@ -282,7 +282,7 @@ def _read(
         _check_same_model(model, place)
     lazies = {name[name.index("layers.") :]: lazy for name, lazy in parameters.items() if "layers." in name}
     new = [layer for layer in layers if layer.new_rows]
-    names = [f"layers.{layer.index}.mlp.{name}" for layer in new for name in _PARAMETERS]
+    names = [f"layers.{layer.index}.mlp.{name}" for layer in new for name in EXPERT_PARAMETERS]
     place.fetch([lazies[name] for name in names], progress=progress)
     for layer in tqdm(new, desc="Reading experts", unit="layer", delay=2, disable=not progress):
         for name, parameter in _parameters_of(model, layer.index).items():
@@ -332,7 +332,7 @@ def _check_plain(model: Any, caller: str) -> None:
 def _parameters_of(model: Any, index: int) -> dict[str, nn.Parameter]:
     """The parameters of a layer that have a row for each expert."""
     block = model.base_model.layers[index].mlp
-    return {name: block.get_parameter(name) for name in _PARAMETERS}
+    return {name: block.get_parameter(name) for name in EXPERT_PARAMETERS}
 
 
 def _set_parameter(model: Any, index: int, name: str, tensor: torch.Tensor) -> None:

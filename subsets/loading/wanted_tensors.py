@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from ...checkpoints.checkpoint import Checkpoint, rows_of
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
+from ...modeling_emo.weight_names import EXPERT_MATRIX, EXPERT_PARAMETERS, ROUTER, STACKED_EXPERTS
 from .weights_check import check_sizes
-
-EXPERT_TENSOR = re.compile(
-    r"(?P<block>|.*\.)layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight"
-)
-
-
-_STACKED_TENSOR = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.(experts\.(gate_up|down)_proj|gate\.weight)")
 
 
 def is_wanted(kept: list[list[int] | None], name: str) -> bool:
@@ -35,7 +27,7 @@ def is_wanted(kept: list[list[int] | None], name: str) -> bool:
 
     ```
     """
-    match = EXPERT_TENSOR.fullmatch(name)
+    match = EXPERT_MATRIX.fullmatch(name)
     if match is None or int(match["layer"]) >= len(kept):
         return True
     return int(match["expert"]) in (kept[int(match["layer"])] or ())
@@ -88,7 +80,7 @@ def lazy_parameters(
     block = ""  # what stands before `layers.` in the checkpoint's names
     lazies: dict[str, LazyTensor] = {}
     for name, span in checkpoint.tensors.items():
-        if match := EXPERT_TENSOR.fullmatch(name):
+        if match := EXPERT_MATRIX.fullmatch(name):
             separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
             block = match["block"]
             expected = (hidden, width) if match["part"] == "down" else (width, hidden)
@@ -96,7 +88,7 @@ def lazy_parameters(
                 raise CheckpointError(
                     f"{name} has shape {span.shape}, expected {expected}: config.json and the weights differ."
                 )
-        elif match := _STACKED_TENSOR.fullmatch(name):
+        elif match := STACKED_EXPERTS.fullmatch(name) or ROUTER.fullmatch(name):
             layer = int(match["layer"])
             _check_size(config, layer, span.shape[0] if span.shape else 0)
             ids = kept_ids[layer]
@@ -104,7 +96,7 @@ def lazy_parameters(
         else:
             lazies[name] = checkpoint.lazy([name])
     for name in checkpoint.elsewhere:
-        if match := EXPERT_TENSOR.fullmatch(name):
+        if match := EXPERT_MATRIX.fullmatch(name):
             separate.setdefault(int(match["layer"]), set()).add(int(match["expert"]))
     for layer, present in separate.items():
         _check_size(config, layer, len(present))
@@ -131,9 +123,7 @@ def _check_complete(lazies: dict[str, LazyTensor], config: EmoConfig) -> None:
     """Check that every expert layer has its three parameters."""
     names = {name[name.index("layers.") :] for name in lazies if "layers." in name}
     for index, layer in enumerate(config.layer_experts):
-        for parameter in (
-            () if layer.is_dense else ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
-        ):
+        for parameter in () if layer.is_dense else EXPERT_PARAMETERS:
             if f"layers.{index}.mlp.{parameter}" not in names:
                 raise CheckpointError(
                     f"The checkpoint lacks layers.{index}.mlp.{parameter}: config.json and the weights "

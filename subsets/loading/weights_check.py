@@ -7,7 +7,6 @@ allocated and filled at random first, and the error would come late.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +16,7 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.safetensors_header import TensorSpan
 from ...configuration import EmoConfig, LayerExperts
 from ...modeling_emo import EmoModel
-
-_IN_LAYER = re.compile(r"(?:.*\.)?layers\.(?P<layer>\d+)\.(?P<part>.+)")
+from ...modeling_emo.weight_names import IN_LAYER
 
 
 def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
@@ -52,7 +50,7 @@ def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
     layers = set()
     for name, span in tensors.items():
         expected = None
-        if match := _IN_LAYER.fullmatch(name):
+        if match := IN_LAYER.fullmatch(name):
             layers.add(int(match["layer"]))
             if int(match["layer"]) < len(shapes):
                 expected = shapes[int(match["layer"])].get(match["part"])

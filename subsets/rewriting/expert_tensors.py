@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
+from ...modeling_emo.weight_names import EXPERT_MATRIX, IN_LAYER, ROUTER, STACKED_EXPERTS
 from ..numbering import present_experts
 
 Part = Literal["routed", "shared", "router", "backbone"]
-
-_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
-_STACKED = re.compile(r"(?P<experts>.*\bmlp\.experts)\.(?P<kind>gate_up|down)_proj")
-_EXPERT = re.compile(
-    r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\.mlp)\.experts\.(?P<expert>\d+)\.(?P<matrix>.*)"
-)
-_ROUTER = re.compile(r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\.mlp)\.gate\.weight")
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ def released_tensors(parameters: dict[str, LazyTensor]) -> dict[str, LazyTensor]
     """
     tensors: dict[str, LazyTensor] = {}
     for name in sorted(parameters, key=_place):
-        match = _STACKED.fullmatch(name)
+        match = STACKED_EXPERTS.fullmatch(name)
         if match is None:
             tensors[name] = parameters[name]
         elif match["kind"] == "gate_up":
@@ -104,14 +97,14 @@ def parts_of_model(parameters: dict[str, LazyTensor], config: EmoConfig) -> dict
     parts: dict[str, PartOfModel] = {}
     for name, tensor in released_tensors(parameters).items():
         name = name.removeprefix("model.")
-        if match := _EXPERT.fullmatch(name):
-            index, local = int(match["index"]), int(match["expert"])
+        if match := EXPERT_MATRIX.fullmatch(name):
+            index, local = int(match["layer"]), int(match["expert"])
             layer = layers[index]
             shared = local >= layer.num_routed or local in layer.always_active
-            key = f"{match['layer']}.experts.{present[index][local]}.{match['matrix']}"
+            key = f"{match['mlp']}.experts.{present[index][local]}.{match['part']}_proj.weight"
             parts[key] = PartOfModel("shared" if shared else "routed", index, tensor)
-        elif match := _ROUTER.fullmatch(name):
-            index = int(match["index"])
+        elif match := ROUTER.fullmatch(name):
+            index = int(match["layer"])
             for local, root in enumerate(present[index]):
                 row = _matrix(tensor, local, 1)
                 parts[f"{name}[{root}]"] = PartOfModel("router", index, row)
@@ -131,7 +124,7 @@ def _matrix(tensor: LazyTensor, number: int, halves: int) -> LazyTensor:
 
 def _place(name: str) -> tuple[int, int]:
     """Where a parameter stands in a file: as it is needed, from the embeddings to the head."""
-    match = _LAYER.match(name)
+    match = IN_LAYER.fullmatch(name)
     if match:
-        return 1, int(match[1])
+        return 1, int(match["layer"])
     return (0, 0) if "embed" in name else (2, 0)
