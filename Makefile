@@ -2,25 +2,38 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-ROOMS := analysis checkpoints configuration conversion modeling_emo subsets tokenization training
+ROOMS := analysis checkpoints configuration conversion imports modeling_emo subsets tokenization training
 CODE := api $(ROOMS) benchmarks examples tests setup.py
 # What is compiled at installation: it is installed again when they change.
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools lint typecheck bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo test test-oldest test-slow test-tools lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
+# The package is installed as a tree of links to its files, under build/: editors and type checkers follow them. Files that
+# are added or removed have to be linked anew, which takes seconds: what is compiled stays. The list is written only if it changed.
+LINKED := build/__editable__.transformers_emo-*/transformers_emo/__init__.py
+$(VENV)/.files: FORCE
+	@mkdir -p $(VENV)
+	@ls $(LINKED) > /dev/null 2>&1 || rm -f $@
+	@find api $(ROOMS) -type f ! -name '*.pyc' ! -name '*.so' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+FORCE:
+
 # The stamps are made last, so that an interrupted installation is begun again.
-$(VENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[analysis]'
+NEEDED := pyproject.toml constraints.txt $(KERNELS) $(VENV)/.files
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict
+only_files = $(if $(filter-out %/.files,$?),,yes)
+$(VENV)/.installed: $(NEEDED)
+	$(if $(only_files),,$(PYTHON) -m venv $(VENV))
+	$(INSTALL) $(if $(only_files),--no-deps --editable .,--editable '.[analysis]')
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.installed-dev: $(NEEDED) | $(VENV)/.installed
+	$(if $(only_files),,$(INSTALL) --editable '.[dev]')
 	touch $@
 
 demo: $(VENV)/.installed  ## choose experts for a domain, load only those, generate, compare
@@ -61,7 +74,7 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 # headers (Debian: libpython3.14-dev).
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 OTHER = build/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-torch$(TORCH)
-SMOKE := api/test_cli.py api/test_import_hook.py api/test_lazy_names.py configuration conversion/olmo_core/test_pickled_metadata.py \
+SMOKE := api/test_cli.py api/test_import_hook.py imports/test_lazy_names.py configuration conversion/olmo_core/test_pickled_metadata.py \
   conversion/test_to_olmo_core.py modeling_emo/kernels/test_expert_kernels.py modeling_emo/test_goldens.py \
   modeling_emo/kernels/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/kernels/test_private_torch.py \
   modeling_emo/test_prompt_pool.py modeling_emo/kernels/test_quantised_experts.py subsets/loading/test_from_pretrained.py \
@@ -116,16 +129,16 @@ $(TOOLS)/.installed: pyproject.toml constraints.txt constraints-tools.txt
 test-tools: $(TOOLS)/.installed  ## lm_eval, `transformers serve` and `chat`, TRL, torchrun through `emo run`
 	$(TOOLS)/bin/python -m pytest -m tools tests/tools
 
-lint: $(VENV)/.installed-dev typecheck  ## style and types
+lint: $(VENV)/.installed-dev typecheck editor-imports  ## style, types, imports that editors find, which room may import which
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/lint-imports --no-cache
 
-# The type checker wants the package's modules where their imports say they are.
 typecheck: $(VENV)/.installed-dev
-	rm -rf build/typecheck && mkdir -p build/typecheck
-	cp -rs $(CURDIR)/api build/typecheck/transformers_emo
-	for room in $(ROOMS); do cp -rs $(CURDIR)/$$room build/typecheck/transformers_emo/$$room; done
-	$(BIN)/mypy build/typecheck/transformers_emo
+	$(BIN)/mypy --package transformers_emo
+
+editor-imports: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # BENCH="experts loading --quick" measures a selection; `python benchmarks/run.py --help` says what else.
 bench: $(VENV)/.installed-dev  ## measure what the README claims, into benchmarks/RESULTS.md

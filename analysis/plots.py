@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..optional_packages import require
+from ..imports.optional_packages import require
 from ..subsets import SubsetOverlap
 from .measurements import Retention
 from .topics import TopicCosine

@@ -1,13 +1,13 @@
-from .checkpoints import CheckpointError
-from .configuration import EmoConfig
-from .modeling_emo import (
+from transformers_emo.checkpoints import CheckpointError
+from transformers_emo.configuration import EmoConfig
+from transformers_emo.modeling_emo import (
     EmoForCausalLM,
     EmoForSequenceClassification,
     EmoForTokenClassification,
     EmoModel,
     EmoPreTrainedModel,
 )
-from .subsets import (
+from transformers_emo.subsets import (
     ExpertSubset,
     SubsetError,
     SubsetOverlap,
@@ -18,7 +18,8 @@ from .subsets import (
     subset_overlap,
     write_back,
 )
-from .tokenization import EmoTokenizer
+from transformers_emo.tokenization import EmoTokenizer
+
 from .version import __version__
 
 __all__ = [

@@ -316,7 +316,7 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
-    from .training.recipe_files import read_yaml
+    from transformers_emo.training.recipe_files import read_yaml
 
     try:
         return name, read_yaml(value)
@@ -325,13 +325,14 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from .training import Recipe, train  # imported here: the other commands start without a training stack
+    # Imported here: the other commands start without a training stack.
+    from transformers_emo.training import Recipe, train
 
     train(Recipe.read(parsed.recipe, dict(parsed.set)), resume=parsed.resume)
 
 
 def _convert_olmo_core(parsed: argparse.Namespace) -> None:
-    from .conversion import convert_olmo_core
+    from transformers_emo.conversion import convert_olmo_core
 
     config = convert_olmo_core(
         parsed.step_folder,
@@ -346,7 +347,7 @@ def _convert_olmo_core(parsed: argparse.Namespace) -> None:
 
 
 def _shard(parsed: argparse.Namespace) -> None:
-    from .conversion import shard_experts
+    from transformers_emo.conversion import shard_experts
 
     files = shard_experts(
         parsed.model, parsed.out, experts_per_file=parsed.experts_per_file, **_hub_kwargs(parsed)
@@ -355,15 +356,15 @@ def _shard(parsed: argparse.Namespace) -> None:
 
 
 def _push(parsed: argparse.Namespace) -> None:
-    from .subsets import push_folder
+    from transformers_emo.subsets import push_folder
 
     commit = push_folder(parsed.folder, parsed.repo, private=parsed.private, revision=parsed.revision)
     print(commit.commit_url)
 
 
 def _cache(parsed: argparse.Namespace) -> None:
-    from .checkpoints.hub.part_cache import cached_parts, clear_parts
-    from .checkpoints.output_folder import existing_folder
+    from transformers_emo.checkpoints.hub.part_cache import cached_parts, clear_parts
+    from transformers_emo.checkpoints.output_folder import existing_folder
 
     if parsed.cache_dir is not None:
         existing_folder(parsed.cache_dir)
@@ -379,7 +380,7 @@ def _cache(parsed: argparse.Namespace) -> None:
 
 
 def _convert_to_olmo_core(parsed: argparse.Namespace) -> None:
-    from .conversion import convert_to_olmo_core
+    from transformers_emo.conversion import convert_to_olmo_core
 
     convert_to_olmo_core(
         parsed.model,
@@ -392,7 +393,7 @@ def _convert_to_olmo_core(parsed: argparse.Namespace) -> None:
 
 
 def _upgrade(parsed: argparse.Namespace) -> None:
-    from .conversion import upgrade_checkpoint
+    from transformers_emo.conversion import upgrade_checkpoint
 
     config = upgrade_checkpoint(
         parsed.repo, parsed.out, settings=dict(parsed.set), link=parsed.link, **_hub_kwargs(parsed)
@@ -401,9 +402,9 @@ def _upgrade(parsed: argparse.Namespace) -> None:
 
 
 def _retention(parsed: argparse.Namespace) -> None:
-    from .analysis import measure_retention, read_domains, topic_cosine, write_report
-    from .analysis.plots import require_matplotlib
-    from .analysis.retention import METHODS, SHARES
+    from transformers_emo.analysis import measure_retention, read_domains, topic_cosine, write_report
+    from transformers_emo.analysis.plots import require_matplotlib
+    from transformers_emo.analysis.retention import METHODS, SHARES
 
     models = dict(parsed.models)
     names = [name for name, _ in parsed.models]
@@ -448,7 +449,7 @@ def _retention(parsed: argparse.Namespace) -> None:
 
 
 def _extract(parsed: argparse.Namespace) -> None:
-    from .subsets import extract_subset
+    from transformers_emo.subsets import extract_subset
 
     revision = {} if parsed.revision is None else {"revision": parsed.revision}
     config = extract_subset(
@@ -463,7 +464,7 @@ def _extract(parsed: argparse.Namespace) -> None:
 
 
 def _write_back(parsed: argparse.Namespace) -> None:
-    from .subsets import write_back
+    from transformers_emo.subsets import write_back
 
     result = write_back(
         parsed.full,

@@ -14,13 +14,14 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+from transformers_emo.imports.lazy_names import import_name
+from transformers_emo.modeling_emo.transformers_versions import check_names
+
 from .import_hook import AfterImport
-from .lazy_names import import_name
-from .modeling_emo.transformers_versions import check_names
 
 if TYPE_CHECKING:
-    from .modeling_emo.expert_switching import PackageHooks
-    from .subsets.loading import model_hooks
+    from transformers_emo.modeling_emo.expert_switching import PackageHooks
+    from transformers_emo.subsets.loading import model_hooks
 
     _checked: PackageHooks = model_hooks  # by the type checker: it has every function, as it is called
 
@@ -43,14 +44,14 @@ def register() -> None:
 
 
 def _register_configs(configuration_auto: ModuleType) -> None:
-    from .configuration import EmoConfig, LegacyEmoConfig
+    from transformers_emo.configuration import EmoConfig, LegacyEmoConfig
 
     for config in (EmoConfig, LegacyEmoConfig):
         configuration_auto.AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def _register_models(modeling_auto: ModuleType) -> None:
-    from .configuration import EmoConfig
+    from transformers_emo.configuration import EmoConfig
 
     check_names("auto models")
     for auto_class, name in (
@@ -79,8 +80,8 @@ class _ImportedOnAccess(UserDict):
 
 
 def _register_tokenizer(tokenization_auto: ModuleType) -> None:
-    from .configuration import EmoConfig
-    from .tokenization import EmoTokenizer
+    from transformers_emo.configuration import EmoConfig
+    from transformers_emo.tokenization import EmoTokenizer
 
     check_names("auto tokenizer")
     tokenization_auto.AutoTokenizer.register(EmoConfig, EmoTokenizer, exist_ok=True)
@@ -92,7 +93,10 @@ def _register_tokenizer(tokenization_auto: ModuleType) -> None:
 
 
 def _register_experts(moe: ModuleType) -> None:
-    from .modeling_emo.kernels.expert_kernels import emo_experts_forward, sorted_experts_forward
+    from transformers_emo.modeling_emo.kernels.expert_kernels import (
+        emo_experts_forward,
+        sorted_experts_forward,
+    )
 
     check_names("auto experts")
     moe.ALL_EXPERTS_FUNCTIONS.register("emo", emo_experts_forward)
@@ -100,7 +104,7 @@ def _register_experts(moe: ModuleType) -> None:
 
 
 def _complete_network(network: ModuleType) -> None:
-    from .modeling_emo.expert_switching import package
+    from transformers_emo.modeling_emo.expert_switching import package
 
     package.hooks = cast("PackageHooks", _HooksOnFirstUse())
 
@@ -109,7 +113,7 @@ class _HooksOnFirstUse:
     """The hooks, imported when one is first used: they import the network, which is being imported."""
 
     def __getattr__(self, name: str) -> Any:
-        from .modeling_emo.expert_switching import package
+        from transformers_emo.modeling_emo.expert_switching import package
 
         value = import_name(_HOOKS, name)
         package.hooks = cast("PackageHooks", sys.modules[_HOOKS])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .select_command import excluded_experts
 
 if TYPE_CHECKING:
-    from .subsets.loading.run_choice import RunChoice
+    from transformers_emo.subsets.loading.run_choice import RunChoice
 
 _STARTUP = Path(__file__).parent / "startup"
 # A repository of the Hub: which of several models will be loaded cannot be said beforehand.
@@ -119,7 +119,7 @@ def _choice(parsed: argparse.Namespace) -> RunChoice | None:
     import secrets
     import tempfile
 
-    from .subsets.loading.run_choice import RunChoice
+    from transformers_emo.subsets.loading.run_choice import RunChoice
 
     exclude = excluded_experts(parsed.exclude or [])
     by_layer = {str(layer): ids for layer, ids in exclude.items()} if isinstance(exclude, dict) else None
@@ -137,7 +137,7 @@ def _subset(name: str | None) -> str | None:
     if name is None:
         return None
     if os.path.isfile(name) or os.path.basename(name) != name:
-        from .subsets import ExpertSubset
+        from transformers_emo.subsets import ExpertSubset
 
         ExpertSubset.of(name)
         return os.path.abspath(name)
@@ -188,11 +188,11 @@ def _is_emo(folder: str) -> bool:
 
 
 def _check_model(choice: RunChoice, folder: str) -> None:
-    from .configuration import EmoConfig
-    from .modeling_emo.prompt_pool import pool_sizes
-    from .subsets.exclusion import named_exclusion, remaining_subset
-    from .subsets.library import library_of
-    from .subsets.reduced_config import subset_config
+    from transformers_emo.configuration import EmoConfig
+    from transformers_emo.modeling_emo.prompt_pool import pool_sizes
+    from transformers_emo.subsets.exclusion import named_exclusion, remaining_subset
+    from transformers_emo.subsets.library import library_of
+    from transformers_emo.subsets.reduced_config import subset_config
 
     config = EmoConfig.from_pretrained(folder)
     if choice.expert_subset is not None or choice.exclude_experts is not None:
@@ -205,7 +205,7 @@ def _check_model(choice: RunChoice, folder: str) -> None:
 
 def _environment(choice: RunChoice | None) -> dict[str, str]:
     """This process's environment, with what makes Python processes join in."""
-    from .subsets.loading.run_choice import VARIABLE
+    from transformers_emo.subsets.loading.run_choice import VARIABLE
 
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     before = environment.get("PYTHONPATH")

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers_emo.imports.lazy_names import import_name
+from transformers_emo.subsets.loading.run_choice import RunChoice
+
 from .import_hook import AfterImport
-from .lazy_names import import_name
-from .subsets.loading.run_choice import RunChoice
 
 _PACKAGE = __package__
 # Tools look for a model's classes in `transformers` by the names in its config (`transformers serve`, TRL).

@@ -123,8 +123,8 @@ def add_select(commands: Any) -> None:
 
 
 def _select(parsed: argparse.Namespace) -> None:
-    from .subsets import select_experts
-    from .subsets.numbering import size_range
+    from transformers_emo.subsets import select_experts
+    from transformers_emo.subsets.numbering import size_range
 
     paths = _paths(parsed)
     _check(parsed)
@@ -209,13 +209,13 @@ def _option(name: str) -> str:
 
 
 def _hidden_memory(size: str | None) -> int | None:
-    from .checkpoints.safetensors_writing import size_in_bytes
+    from transformers_emo.checkpoints.safetensors_writing import size_in_bytes
 
     return None if size is None else size_in_bytes(size, name="--hidden-memory")
 
 
 def _tokenizer(parsed: argparse.Namespace) -> Any:
-    from .subsets.choosing.calibration import tokenizer_of
+    from transformers_emo.subsets.choosing.calibration import tokenizer_of
 
     if parsed.tokenizer is None:
         return None
@@ -226,7 +226,7 @@ def _dataset(parsed: argparse.Namespace) -> Any:
     """The rows of the texts, or the file they are in."""
     if parsed.dataset is None:
         return parsed.data
-    from .optional_packages import import_optional
+    from transformers_emo.imports.optional_packages import import_optional
 
     return import_optional("datasets", "--dataset needs").load_dataset(
         parsed.dataset,

@@ -11,6 +11,7 @@ turns neighbours, and not halves, so that the rows of q and k change places.
 Shape suffixes: R routed experts, F expert width, D hidden size.
 """
 
+import importlib
 import json
 import mmap
 import sys
@@ -106,7 +107,7 @@ def gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, list[Array], boo
 
 def write(folder: Path, path: Path) -> None:
     """Write a checkpoint as GGUF, in its own dtype, without a copy of it in memory."""
-    import gguf
+    gguf = importlib.import_module("gguf")  # of llama.cpp's own environment, as below
 
     checkpoint = Checkpoint(folder)
     checkpoint.check()
@@ -148,8 +149,7 @@ class Server:
     """A model in llama.cpp."""
 
     def __init__(self, path: str, threads: int):
-        import llama_cpp
-
+        llama_cpp = importlib.import_module("llama_cpp")
         self.api, self.threads = llama_cpp, threads
         self.quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self.quiet, None)

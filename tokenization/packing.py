@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..optional_packages import import_optional
+from ..imports.optional_packages import import_optional
 from .tokenization_emo import EmoTokenizer
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..configuration import EmoConfig
+from ..imports.optional_packages import import_optional
 from ..modeling_emo import EmoPreTrainedModel
 from ..modeling_emo.weight_names import SIZED_BY_EXPERTS
-from ..optional_packages import import_optional
 from ..subsets import ExpertSubset, SubsetError, present_experts
 from ..subsets.library import RECORD
 from ..subsets.loading.adapter_record import check_record, read_record

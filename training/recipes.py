@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from transformers import TrainingArguments
 
-from ..optional_packages import require
+from ..imports.optional_packages import require
 
 RecipeName = Literal["pretrain", "anneal", "fine-tune"]
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from ..checkpoints.hub.names import folder_or_repo, pinned
 from ..configuration import EmoConfig
+from ..imports.optional_packages import require
 from ..modeling_emo import EmoForCausalLM
 from ..modeling_emo.transformers_versions import private_names
-from ..optional_packages import require
 from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
 from .collator import DocumentCollator
 from .fine_tuning import train_only

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...checkpoints.hub.names import folder_or_repo
-from ...optional_packages import import_optional
+from ...imports.optional_packages import import_optional
 
 # Above this many tokens with padding a batch gets no further text: activations stay below half a gigabyte at
 # EMO's width.

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 from unittest.mock import patch
@@ -17,9 +18,12 @@ from transformers.utils import TransformersKwargs
 
 from transformers_suite.upstream import test_fsdp_mixin, test_tensor_parallel_mixin
 from transformers_suite.upstream.generation.test_utils import GenerationTesterMixin
-from transformers_suite.upstream.test_configuration_common import ConfigTester
-from transformers_suite.upstream.test_modeling_common import ModelTesterMixin
-from transformers_suite.upstream.test_training_mixin import TrainingTesterMixin
+
+# Modules that are downloaded (`fetch.py`): before the first run no editor can find them.
+UPSTREAM = "transformers_suite.upstream"
+ConfigTester = import_module(f"{UPSTREAM}.test_configuration_common").ConfigTester
+ModelTesterMixin: Any = import_module(f"{UPSTREAM}.test_modeling_common").ModelTesterMixin
+TrainingTesterMixin: Any = import_module(f"{UPSTREAM}.test_training_mixin").TrainingTesterMixin
 
 _DISTRIBUTED = [test_tensor_parallel_mixin.TensorParallelTesterMixin, test_fsdp_mixin.FSDPTesterMixin]
 # Upstream runs its distributed tests for a few of its models only; None is its own way to say "every model".

@@ -5,7 +5,7 @@ from importlib.metadata import requires
 
 import pytest
 from transformers_emo import cli
-from transformers_emo.optional_packages import import_optional, require, requirement_of
+from transformers_emo.imports.optional_packages import import_optional, require, requirement_of
 
 
 def test_all_that_is_missing_is_said_at_once(monkeypatch):

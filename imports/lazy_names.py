@@ -30,7 +30,7 @@ def lazy_names(spec: ModuleSpec | None) -> tuple[Callable[[str], Any], Callable[
 
     ```python
     >>> from transformers_emo import subsets
-    >>> from transformers_emo.lazy_names import lazy_names
+    >>> from transformers_emo.imports.lazy_names import lazy_names
     >>> load, names, public = lazy_names(subsets.__spec__)
     >>> "ExpertSubset" in public and load("ExpertSubset").__name__
     'ExpertSubset'
@@ -42,7 +42,8 @@ def lazy_names(spec: ModuleSpec | None) -> tuple[Callable[[str], Any], Callable[
     module_of = {
         alias.name: importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
         for node in ast.parse(stub.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom) and node.level
+        if isinstance(node, ast.ImportFrom)
+        and (node.level or (node.module or "").startswith(f"{spec.parent}."))
         for alias in node.names
     }
     modules = set(module_of.values())
@@ -80,7 +81,7 @@ def import_name(module: str, name: str) -> Any:
     Example:
 
     ```python
-    >>> from transformers_emo.lazy_names import import_name
+    >>> from transformers_emo.imports.lazy_names import import_name
     >>> import_name("transformers_emo.version", "__version__").count(".")
     2
 

@@ -24,7 +24,7 @@ def import_optional(name: str, purpose: str) -> Any:
     Example:
 
     ```python
-    >>> from transformers_emo.optional_packages import import_optional
+    >>> from transformers_emo.imports.optional_packages import import_optional
     >>> import_optional("json", "Configs need").__name__
     'json'
 
@@ -48,7 +48,7 @@ def require(purpose: str, *names: str) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.optional_packages import require
+    >>> from transformers_emo.imports.optional_packages import require
     >>> try:
     ...     require("Dreaming needs", "json", "no_such_package")
     ... except ImportError as error:
@@ -81,7 +81,7 @@ def requirement_of(name: str) -> str:
     Example:
 
     ```python
-    >>> from transformers_emo.optional_packages import requirement_of
+    >>> from transformers_emo.imports.optional_packages import requirement_of
     >>> requirement_of("peft"), requirement_of("accelerate")
     ("'peft>=0.21'", 'accelerate')
 
