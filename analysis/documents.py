@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.output_folder import existing_folder
+from ..checkpoints.hub.names import existing_folder
 
 _SPLITS = ("calibration", "test")
 

@@ -14,7 +14,7 @@ from .evaluation import DocumentLosses, document_losses
 
 
 @dataclass(frozen=True)
-class PromptPool:
+class PromptMeasurement:
     """What follows a prompt, under experts chosen from it.
 
     Args:
@@ -42,7 +42,7 @@ def prompt_pools(
     method: str = "layerwise",
     seed: int = 0,
     progress: bool = True,
-) -> list[PromptPool]:
+) -> list[PromptMeasurement]:
     """Choose experts for each document from its first tokens, and measure the loss of the next ones.
 
     The prompt itself is read with the chosen experts, too, as a model loaded with them would read it. All
@@ -92,7 +92,7 @@ def prompt_pools(
         for length in prompt_lengths:
             read = [ids[: length + num_following] for ids in long]
             full = document_losses(model, read, after=length)
-            measured.append(PromptPool(length, all_experts, "full", full))
+            measured.append(PromptMeasurement(length, all_experts, "full", full))
             by_document: list[list[DocumentLosses]] = []
             for index, ids in enumerate(read):
                 subsets = select_experts(
@@ -113,5 +113,5 @@ def prompt_pools(
                     torch.cat([one.correct_N for one in losses]),
                     torch.cat([one.tokens_N for one in losses]),
                 )
-                measured.append(PromptPool(length, k, method, joined))
+                measured.append(PromptMeasurement(length, k, method, joined))
     return measured

@@ -6,13 +6,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import is_offline_mode
-from transformers.utils import cached_file
 
 from .errors import CheckpointError
 from .safetensors_writing import write_json
@@ -22,18 +19,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-TOKENIZER_FILES = (  # and patterns; see `side_files.side_files`
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-GENERATION_CONFIG = "generation_config.json"
 _PLAN = ".plan.json"
 
 
@@ -188,32 +173,6 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def existing_folder(path: str | os.PathLike) -> Path:
-    """See that a folder that is to be read is there.
-
-    Args:
-        path (`str` or `os.PathLike`): the folder.
-
-    Raises:
-        FileNotFoundError: if there is nothing of this name.
-        NotADirectoryError: if it is a file.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.checkpoints.output_folder import existing_folder
-    >>> existing_folder("model_cards/toy-emo").name
-    'toy-emo'
-
-    ```
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()}).")
-    if not os.path.isdir(path):
-        raise NotADirectoryError(f"{os.fspath(path)!r} is a file, expected a folder.")
-    return Path(path)
-
-
 def check_new(out: Path) -> None:
     """See that there is nothing of this name, not even a broken link.
 
@@ -260,60 +219,3 @@ def check_space(out: Path, needed: int) -> None:
             f"{out} will take {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left: make room, "
             "or name a folder on another disk."
         )
-
-
-def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
-    """A file that a model may have beside its weights.
-
-    Args:
-        model (`str` or `os.PathLike`): folder or Hub repository of the model.
-        name (`str`): its path there.
-        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
-
-    Returns:
-        `str`, *optional*: where it is on this machine, `None` if there is none.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.checkpoints.output_folder import optional_file
-    >>> optional_file("model_cards/toy-emo", "tokenizer.json")
-    'model_cards/toy-emo/tokenizer.json'
-    >>> optional_file("model_cards/toy-emo", "subsets/no-such-subset.json")
-
-    ```
-    """
-    try:
-        return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
-    except OSError:
-        # Offline, a file that the cache does not know of is taken as not there: other tools, which did not
-        # ask for it, may have filled the cache.
-        if hub_kwargs.get("local_files_only") or is_offline_mode():
-            return None
-        raise
-
-
-def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path, **hub_kwargs: Any) -> None:
-    """Copy files that a model has beside its weights; those that it has not are left out.
-
-    Args:
-        model (`str` or `os.PathLike`): folder or Hub repository of the model.
-        names (`Sequence[str]`): the files.
-        folder (`Path`): where to.
-        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.checkpoints.output_folder import copy_companions
-    >>> copy_companions("model_cards/toy-emo", ["tokenizer.json", "vocab.json"], tmp_path)
-    >>> sorted(path.name for path in tmp_path.iterdir())
-    ['tokenizer.json']
-
-    ```
-    """
-    for name in names:
-        found = optional_file(model, name, **hub_kwargs)
-        if found is not None:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, folder / name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,8 +14,19 @@ from transformers.utils import cached_file
 
 from .checkpoint import Checkpoint
 from .local_files import LocalFiles
-from .output_folder import GENERATION_CONFIG, TOKENIZER_FILES, optional_file
 
+TOKENIZER_FILES = (  # names and patterns, for `side_files`
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+GENERATION_CONFIG = "generation_config.json"
 SIDE_FILES = (
     "config.json",
     GENERATION_CONFIG,
@@ -77,7 +89,7 @@ def side_files(
         hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
 
     Returns:
-        `list[str]`: paths in the folder, or in the repository's `subfolder`, sorted; for `copy_companions`.
+        `list[str]`: paths in the folder, or in the repository's `subfolder`, sorted; for `copy_side_files`.
         Offline, of a repository, those in the cache.
 
     Raises:
@@ -128,3 +140,60 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return sorted(
         name for name in names if any(PurePosixPath("/", name).match(f"/{pattern}") for pattern in patterns)
     )
+
+
+def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
+    """A file that a model may have beside its weights.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        name (`str`): its path there.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `str`, *optional*: where it is on this machine, `None` if there is none.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.side_files import optional_file
+    >>> optional_file("model_cards/toy-emo", "tokenizer.json")
+    'model_cards/toy-emo/tokenizer.json'
+    >>> optional_file("model_cards/toy-emo", "subsets/no-such-subset.json")
+
+    ```
+    """
+    try:
+        return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
+    except OSError:
+        # Offline, a file that the cache does not know of is taken as not there: other tools, which did not
+        # ask for it, may have filled the cache.
+        if hub_kwargs.get("local_files_only") or is_offline_mode():
+            return None
+        raise
+
+
+def copy_side_files(model: str | os.PathLike, names: Sequence[str], folder: Path, **hub_kwargs: Any) -> None:
+    """Copy files that a model has beside its weights; those that it has not are left out.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        names (`Sequence[str]`): the files.
+        folder (`Path`): where to.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.side_files import copy_side_files
+    >>> copy_side_files("model_cards/toy-emo", ["tokenizer.json", "vocab.json"], tmp_path)
+    >>> sorted(path.name for path in tmp_path.iterdir())
+    ['tokenizer.json']
+
+    ```
+    """
+    for name in names:
+        found = optional_file(model, name, **hub_kwargs)
+        if found is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found, folder / name)

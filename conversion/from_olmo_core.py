@@ -13,15 +13,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..checkpoints import CheckpointError
-from ..checkpoints.output_folder import (
-    TOKENIZER_FILES,
-    check_new,
-    copy_companions,
-    existing_folder,
-    new_folder,
-)
+from ..checkpoints.hub.names import existing_folder
+from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import size_in_bytes, write_json
-from ..checkpoints.side_files import side_files
+from ..checkpoints.side_files import TOKENIZER_FILES, copy_side_files, side_files
 from ..checkpoints.tensor_writer import PlannedTensor, plan_shards, write_checkpoint
 from ..configuration import EmoConfig
 from .olmo_core.config_reader import read_config
@@ -103,7 +98,7 @@ def convert_olmo_core(
             config.dtype = wanted
             config.save_pretrained(folder)
             generation_config(config).save_pretrained(folder)
-            copy_companions(tokenizer or "", tokenizer_files, folder)
+            copy_side_files(tokenizer or "", tokenizer_files, folder)
             difference = verify_logits(folder, checkpoint, config, wanted) if verify else None
             write_json(folder / PROVENANCE, _provenance(step_folder, wanted, parts, hashes, difference))
     finally:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -77,6 +78,32 @@ def can_be_repo(name: str | os.PathLike) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def existing_folder(path: str | os.PathLike) -> Path:
+    """See that a folder that is to be read is there.
+
+    Args:
+        path (`str` or `os.PathLike`): the folder.
+
+    Raises:
+        FileNotFoundError: if there is nothing of this name.
+        NotADirectoryError: if it is a file.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import existing_folder
+    >>> existing_folder("model_cards/toy-emo").name
+    'toy-emo'
+
+    ```
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()}).")
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"{os.fspath(path)!r} is a file, expected a folder.")
+    return Path(path)
 
 
 @contextmanager

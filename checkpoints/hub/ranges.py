@@ -133,7 +133,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class Fetch:
+class FileRanges:
     """Ranges to be fetched from a file, and where to."""
 
     remote: RemoteFile
@@ -141,13 +141,13 @@ class Fetch:
     ranges: list[Range]
 
 
-def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
-    """Fetch ranges of files, several at a time, to the places where they stay.
+def fetch_ranges(fetches: list[FileRanges], *, progress: str | None = None) -> None:
+    """FileRanges ranges of files, several at a time, to the places where they stay.
 
     Every few megabytes are recorded as they come, so that a call after a failure or a kill fetches the rest.
 
     Args:
-        fetches (`list[Fetch]`): what to fetch; what is there already is left out.
+        fetches (`list[FileRanges]`): what to fetch; what is there already is left out.
         progress (`str`, *optional*): show a progress bar in bytes under this name.
 
     Raises:
@@ -162,7 +162,7 @@ def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
 
     ```
     """
-    missing = [Fetch(fetch.remote, fetch.part, fetch.part.missing(fetch.ranges)) for fetch in fetches]
+    missing = [FileRanges(fetch.remote, fetch.part, fetch.part.missing(fetch.ranges)) for fetch in fetches]
     wanted = sum(total_length(fetch.ranges) for fetch in fetches)
     left = sum(total_length(fetch.ranges) for fetch in missing)
     if left == 0:
@@ -195,7 +195,7 @@ def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
             piece.result()
 
 
-def _fetch_piece(fetch: Fetch, start: int, end: int, bar: tqdm, stop: threading.Event) -> None:
+def _fetch_piece(fetch: FileRanges, start: int, end: int, bar: tqdm, stop: threading.Event) -> None:
     """Fetch one range, going on where a connection broke."""
     position = recorded = start
     failures = 0
@@ -230,7 +230,7 @@ def _fetch_piece(fetch: Fetch, start: int, end: int, bar: tqdm, stop: threading.
             stop.wait(min(0.5 * 2**failures, 8))
 
 
-def _failure(fetch: Fetch, position: int, end: int, reason: Exception | None) -> str:
+def _failure(fetch: FileRanges, position: int, end: int, reason: Exception | None) -> str:
     return (
         f"Bytes {position} to {end} of {fetch.remote.file} of {fetch.remote.repo_id} could not be fetched "
         f"({reason or 'the connection closes without an answer'}). What has come is kept: the same call goes "

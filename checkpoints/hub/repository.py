@@ -23,10 +23,10 @@ with private_names("hub"):
 from ..byte_ranges import Range, bridge_gaps, merge_ranges, total_length
 from ..errors import CheckpointError
 from ..local_files import LocalFiles
-from ..output_folder import optional_file
 from ..safetensors_header import MAX_HEADER_BYTES
+from ..side_files import optional_file
 from .part_cache import PartialFile, clear_repo, find_part, part_folder, write_about
-from .ranges import WORKERS, Fetch, RangesIgnoredError, RemoteFile, fetch_ranges
+from .ranges import WORKERS, FileRanges, RangesIgnoredError, RemoteFile, fetch_ranges
 
 logger = logging.get_logger(__name__)
 
@@ -189,7 +189,7 @@ class HubFiles:
             missing += total_length(lacking)
             joined = bridge_gaps(parts, gap=_MAX_GAP, budget=budget) if lacking else parts
             budget -= total_length(joined) - total_length(parts)
-            fetches.append(Fetch(self._remote(file), part, joined))
+            fetches.append(FileRanges(self._remote(file), part, joined))
         if not missing:
             return
         if self.offline:

@@ -20,8 +20,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import optional_file
 from ...checkpoints.safetensors_header import TensorSpan
+from ...checkpoints.side_files import optional_file
 from ...configuration import EmoConfig, LayerExperts
 from ...modeling_emo import EmoModel
 

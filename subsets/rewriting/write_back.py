@@ -20,10 +20,16 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import folder_or_repo, pinned
 from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import check_new, check_space, copy_companions, new_folder, optional_file
+from ...checkpoints.output_folder import check_new, check_space, new_folder
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.safetensors_writing import write_json
-from ...checkpoints.side_files import SIDE_FILES, identity_of, side_files
+from ...checkpoints.side_files import (
+    SIDE_FILES,
+    copy_side_files,
+    identity_of,
+    optional_file,
+    side_files,
+)
 from ...configuration import EmoConfig
 from ..library import LIBRARY_FILES
 from ..loading.wanted_tensors import lazy_parameters, open_checkpoint
@@ -434,7 +440,7 @@ def _names_to_copy(base: _Model) -> list[str]:
 
 def _copy_rest(base: _Model, names: Sequence[str], work: Path) -> None:
     """The config and other files of the full model, as they are."""
-    copy_companions(base.label, names, work, **base.hub_kwargs)
+    copy_side_files(base.label, names, work, **base.hub_kwargs)
     config = json.loads((work / "config.json").read_text(encoding="utf-8"))
     if config.pop("auto_map", None) is not None:  # the code that it names stays behind: Transformers has it
         write_json(work / "config.json", config)
