@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_differences import CACHE
-from .calibration import Batch
+from .calibration_batches import Batch
 from .hidden_states import HiddenStates
 from .layer_sources import Layers, device_of
 from .scores import ExpertOutput, RouterProbability
@@ -47,16 +47,17 @@ def pass_full_model(
     Example:
 
     ```python
+    >>> import torch
     >>> from tqdm import tqdm
     >>> from transformers_emo import EmoModel
-    >>> from transformers_emo.subsets.choosing.calibration import ready_batches
+    >>> from transformers_emo.subsets.choosing.calibration_batches import ready_batches
     >>> from transformers_emo.subsets.choosing.hidden_states import HiddenStates
     >>> from transformers_emo.subsets.choosing.layer_sources import LoadedLayers
     >>> from transformers_emo.subsets.choosing.scores import new_score
     >>> from transformers_emo.subsets.choosing.layer_passes import pass_full_model
     >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
     >>> scores = [new_score("global", layer) for layer in layers.config.layer_experts]
-    >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
+    >>> batches = ready_batches([torch.tensor([[5, 6, 7]])])
     >>> pass_full_model(layers, batches, scores, HiddenStates(1e9), tqdm(disable=True))
     >>> round(float(scores[0].result()[:31].sum()), 6)
     1.0
@@ -143,14 +144,15 @@ def pass_layerwise(
     Example:
 
     ```python
+    >>> import torch
     >>> from tqdm import tqdm
     >>> from transformers_emo import EmoModel
-    >>> from transformers_emo.subsets.choosing.calibration import ready_batches
+    >>> from transformers_emo.subsets.choosing.calibration_batches import ready_batches
     >>> from transformers_emo.subsets.choosing.hidden_states import HiddenStates
     >>> from transformers_emo.subsets.choosing.layer_sources import LoadedLayers
     >>> from transformers_emo.subsets.choosing.layer_passes import pass_layerwise
     >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
-    >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
+    >>> batches = ready_batches([torch.tensor([[5, 6, 7]])])
     >>> best = lambda layer, scores_E, size: scores_E.topk(size).indices.sort().values.tolist()
     >>> [(scores, kept)] = pass_layerwise(layers, batches, [8], best, HiddenStates(1e9), tqdm(disable=True))
     >>> [len(ids) for ids in kept]
