@@ -1,4 +1,4 @@
-"""What a model's experts do: how quality falls as they go, and whether domains choose different ones."""
+"""What a model's experts do: how quality falls without them, and whether domains use different ones."""
 
 from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains

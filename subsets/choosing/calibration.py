@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -130,6 +131,42 @@ class CalibrationText:
                     f"`{name}` is given beside a `CalibrationText`: give it to the `CalibrationText` instead."
                 )
         return texts
+
+    @classmethod
+    def of_documents(cls, documents: Sequence[torch.Tensor], batch_size: int = 8) -> CalibrationText:
+        """Documents that are token ids already, padded into batches.
+
+        Args:
+            documents (`Sequence[torch.Tensor]`): the token ids (S,) of each document.
+            batch_size (`int`, defaults to 8): documents in one batch.
+
+        Raises:
+            ValueError: if a document is not (S,), or the batch size is below 1.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers_emo.subsets.choosing.calibration import CalibrationText
+        >>> documents = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+        >>> CalibrationText.of_documents(documents).attention_mask
+        [tensor([[1, 1, 1],
+                [1, 0, 0]])]
+
+        ```
+        """
+        if not is_id(batch_size) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}, expected an integer from 1.")
+        wrong = next((ids for ids in documents if ids.dim() != 1), None)
+        if wrong is not None:
+            raise ValueError(f"A document is of shape {tuple(wrong.shape)}, expected (S,): its token ids.")
+        groups = [documents[start : start + batch_size] for start in range(0, len(documents), batch_size)]
+        return cls(
+            input_ids=[pad_sequence(list(group), batch_first=True) for group in groups],
+            attention_mask=[
+                pad_sequence([torch.ones_like(ids) for ids in group], batch_first=True) for group in groups
+            ],
+        )
 
     @property
     def is_given(self) -> bool:
@@ -299,8 +336,8 @@ def _as_batches(name: str, value: Any) -> list[torch.Tensor]:
     wrong = next((batch for batch in batches if batch.dim() not in (1, 2)), None)
     if wrong is not None:
         raise ValueError(
-            f"`{name}` has a batch of shape {tuple(wrong.shape)}, expected (B, S): put the ids of one text in "
-            "a list of their own."
+            f"`{name}` has a batch of shape {tuple(wrong.shape)}, expected (B, S): put the ids of one text "
+            "in a list of their own."
         )
     return [torch.atleast_2d(batch) for batch in batches]
 
