@@ -1,4 +1,4 @@
-"""Safetensors files, written by their parts: headers, the division into shards, the index.
+"""The parts of writing safetensors files: sizes and dtypes, headers, the division into files, the index.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -61,13 +61,13 @@ def size_in_bytes(size: int | str, *, name: str = "max_shard_size") -> int:
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype as users give it.
+    """A dtype of floating-point numbers, as users give it.
 
     Args:
         dtype (`str` or `torch.dtype`): the dtype, or its name such as `"bfloat16"`.
 
     Raises:
-        ValueError: if it is none, or none of floating point.
+        ValueError: if it is no dtype, or one of integers.
 
     Example:
 
@@ -85,7 +85,7 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def length_of(layout: Layout) -> int:
-    """Bytes of a tensor of this dtype and shape.
+    """How many bytes a tensor of this dtype and shape has.
 
     Args:
         layout (`tuple[torch.dtype, tuple[int, ...]]`): the dtype and the shape.
@@ -133,7 +133,7 @@ def divide(lengths: Iterable[tuple[str, int]], max_shard_size: int) -> dict[str,
 
 
 def header_of(tensors: Mapping[str, Layout]) -> bytes:
-    """The beginning of a safetensors file that holds these tensors, one after the other.
+    """The header of a safetensors file that holds these tensors, one after the other.
 
     Args:
         tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): their dtypes and shapes.
@@ -163,10 +163,10 @@ def header_of(tensors: Mapping[str, Layout]) -> bytes:
 
 
 def encode_header(entries: Mapping[str, Any]) -> bytes:
-    """The beginning of a safetensors file, given its JSON object; padded so that tensors are aligned.
+    """The header of a safetensors file, from its JSON object. It is padded so that tensors are aligned.
 
     Args:
-        entries (`Mapping[str, Any]`): the object.
+        entries (`Mapping[str, Any]`): the JSON object.
 
     Example:
 
@@ -185,10 +185,10 @@ def encode_header(entries: Mapping[str, Any]) -> bytes:
 def write_index(
     folder: str | os.PathLike, shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Layout]
 ) -> None:
-    """Write the index of a checkpoint of several files; a single file needs none.
+    """Write the index of a checkpoint with several files. A single file needs none.
 
     Args:
-        folder (`str` or `os.PathLike`): where the files are.
+        folder (`str` or `os.PathLike`): the folder of the files.
         shards (`Mapping[str, Sequence[str]]`): from `divide`.
         tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): dtypes and shapes.
 
@@ -217,11 +217,11 @@ def write_index(
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write a JSON file as Transformers does.
+    """Write a JSON file in the form that Transformers writes.
 
     Args:
         path (`str` or `os.PathLike`): the file.
-        content (`dict`): what it holds.
+        content (`dict`): the JSON object.
 
     Example:
 

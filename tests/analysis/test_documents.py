@@ -36,7 +36,7 @@ def test_splits_in_lines(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{"], "line 1: no JSON"),
+        (["{"], "line 1 is no JSON"),
         (['{"text": "a", "split": "test"}', "[]"], "line 2: expected an object with a `text`"),
         (['{"text": 3}'], "expected an object with a `text`"),
         (['{"text": "a", "split": "test"}'], "has no calibration document"),

@@ -117,7 +117,7 @@ def test_other_settings_are_refused(tmp_path):
 
 def test_files_that_hold_something_else_are_refused(tmp_path):
     (tmp_path / Journal.NAME).write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match="line 1: no measurement"):
+    with pytest.raises(ValueError, match="line 1 is no measurement"):
         Journal(tmp_path / Journal.NAME)
     with pytest.raises(ValueError, match="no measurements in"):
         Retention.read(tmp_path / "elsewhere")

@@ -99,7 +99,7 @@ def test_cliffs_are_interpolated_in_the_logarithm_of_the_share():
     assert cliff(retention, "emo", "layerwise", 0.05) == pytest.approx(0.25)
     assert cliff(retention, "emo", "layerwise", 0.175) == pytest.approx(0.125 * 2**0.5)
     assert cliff(retention, "emo", "layerwise", 0.31) is None
-    with pytest.raises(ValueError, match="more than 0"):
+    with pytest.raises(ValueError, match="a number above 0"):
         cliff(retention, "emo", "layerwise", 0.0)
     with pytest.raises(ValueError, match="'reap' were not both measured"):
         cliff(retention, "emo", "reap", 0.1)

@@ -138,12 +138,12 @@ def test_a_trained_model_keeps_its_quality_with_chosen_experts(tmp_path):
     [
         ({"methods": ["best"]}, "Unknown method 'best'"),
         ({"methods": ["random", "random"]}, "name each once"),
-        ({"shares": [0.0]}, "more than 0 and at most 1"),
-        ({"shares": [1.5]}, "more than 0 and at most 1"),
+        ({"shares": [0.0]}, "a number above 0 and at most 1"),
+        ({"shares": [1.5]}, "a number above 0 and at most 1"),
         ({"seeds": []}, "no seeds"),
         ({"num_calibration": 0}, "at least 1 document"),
         ({"num_calibration": 5}, "every seed would draw the same 5"),
-        ({"window": 1}, "window is 1 tokens"),
+        ({"window": 1}, "`window` is 1 tokens"),
         ({"window": 10**6}, "the models' context"),
     ],
 )
