@@ -23,7 +23,7 @@ def cliff(retention: Retention, model: str, method: str, rise: float) -> float |
     crosses the limit several times, the crossing at the largest share counts.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         model (`str`): the model's name.
         method (`str`): how its experts were chosen.
         rise (`float`): nats per token above the full model.
@@ -79,7 +79,7 @@ def claims(
     """The retention curve in numbers.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         baseline (`str`, *optional*): the model that the others are compared with, such as a standard mixture
             of experts that was trained in the same way.
         shares (`Sequence[float]`): the shares of experts at which to compare.

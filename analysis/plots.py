@@ -51,7 +51,7 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
     The bands around the lines are `Retention.loss_error` wide to each side.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         path (`str` or `os.PathLike`): the picture's file. Its ending says the format.
 
     Raises:
@@ -85,7 +85,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
     """Draw the loss against the share of experts, a small picture for each domain.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         path (`str` or `os.PathLike`): the picture's file.
 
     Raises:

@@ -32,7 +32,7 @@ def write_report(
     With topics there is also `topics.png`, and their cosines are in `claims.json`.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         out (`str` or `os.PathLike`): the folder.
         baseline (`str`, *optional*): the model that the others are compared with; see `claims`.
         shares (`Sequence[float]`): the columns of the tables; see `markdown`.

@@ -23,7 +23,7 @@ def write_csv(retention: Retention, path: str | os.PathLike) -> None:
     share of tokens that were predicted correctly. The full model is the method `full`, which has no seed.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         path (`str` or `os.PathLike`): the file. It is replaced if it exists.
 
     Example:
@@ -65,7 +65,7 @@ def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str
     """The curve as tables: mean loss and accuracy for each method, and the loss in each domain.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         shares (`Sequence[float]`, *optional*): the columns; by default the shares that were measured. A note
             names the shares that a model cannot have, and those at which a token takes fewer experts than in
             the full model.

@@ -15,13 +15,13 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
 from .errors import CheckpointError
 from .lazy_tensor import LazyTensor
 from .local_files import LocalFiles
 from .safetensors_header import Source, TensorSpan, read_header, read_index
 
-_INDEX_NAME = "model.safetensors.index.json"
-_WEIGHTS_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -66,9 +66,8 @@ class Checkpoint:
         Example: see the class.
         """
         folder = Path(folder)
-        infix = "" if variant is None else f".{variant}"
-        weights = _WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
-        index = folder / _INDEX_NAME.replace(".index", f".index{infix}")
+        weights, index_name = weight_files(variant)
+        index = folder / index_name
         if (folder / weights).is_file():
             return cls.from_files(folder, [weights])
         if index.is_file():
@@ -217,6 +216,26 @@ class Checkpoint:
                 f"{tuple(shape)}: config.json and the weights are of different models. Download both again."
             )
         return LazyTensor(self.source, pieces, pieces[0].dtype, shape)
+
+
+def weight_files(variant: str | None = None) -> tuple[str, str]:
+    """The names that a model's files of weights have: of a single file, and of the index of several.
+
+    Args:
+        variant (`str`, *optional*): as in `from_pretrained`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.checkpoint import weight_files
+    >>> weight_files("fp16")
+    ('model.fp16.safetensors', 'model.safetensors.index.fp16.json')
+
+    ```
+    """
+    infix = "" if variant is None else f".{variant}"
+    single = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
+    return single, SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}")
 
 
 def rows_of(span: TensorSpan, rows: Sequence[int]) -> list[TensorSpan]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorSpan
 from ..checkpoints.output_folder import check_new, new_folder
@@ -32,7 +33,6 @@ from .from_olmo_core import PROVENANCE
 from .source_folder import source_folder
 
 BACKBONE = "model-backbone.safetensors"
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _BUFFER = 16 << 20
 _FREE = 64 << 20  # bytes of the disk that stay free
@@ -208,7 +208,7 @@ def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int)
     """Write everything but the weights: copied files, the conversion notes and the index."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        is_weights = path.name.endswith(_WEIGHTS) or path.name == _INDEX
+        is_weights = path.name.endswith(_WEIGHTS) or path.name == SAFE_WEIGHTS_INDEX_NAME
         if path.is_file() and not is_weights and not any(part.startswith(".") for part in name.parts):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, partial / name)
@@ -219,4 +219,6 @@ def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int)
             if isinstance(said, dict) and said.pop("sha256", None) is not None:
                 write_json(provenance, said)
     weight_map = {name: file for file, names in files.items() for name in names}
-    write_json(partial / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(
+        partial / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}
+    )

@@ -210,7 +210,7 @@ def _check_weights(weights: Checkpoint, parts: list[TensorPart]) -> None:
 def _pieces(
     weights: Checkpoint, parts: list[TensorPart], rows: int, padding: DistributedCheckpoint | None
 ) -> Iterator[_Piece]:
-    """All rows of all training tensors, tensor by tensor; what is not transposed is cut to chunks."""
+    """All rows of all training tensors, tensor by tensor. Rows that are not transposed come in chunks."""
     by_source: dict[str, list[TensorPart]] = {}
     for part in parts:
         by_source.setdefault(part.source, []).append(part)

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError
 from ..checkpoints.output_folder import check_new, new_folder
@@ -31,7 +32,7 @@ from .source_folder import name_and_commit, source_folder
 
 # All other files are copied, but for those that are written anew.
 _CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_WRITTEN_ANEW = {"config.json", "generation_config.json", "model.safetensors.index.json", PROVENANCE}
+_WRITTEN_ANEW = {"config.json", "generation_config.json", SAFE_WEIGHTS_INDEX_NAME, PROVENANCE}
 
 
 def upgrade_checkpoint(
@@ -117,7 +118,7 @@ def upgrade_checkpoint(
             else:
                 shutil.copyfile(folder / file, partial / file)
             hashing[file] = hasher.submit(_sha256, partial / file)
-        if len(files) > 1 or files[0] != "model.safetensors":
+        if len(files) > 1 or files[0] != SAFE_WEIGHTS_NAME:
             _write_index(folder, partial, names, weights)
         config.save_pretrained(partial)
         _generation_config(folder, config).save_pretrained(partial)
@@ -218,12 +219,12 @@ def _link(source: Path, target: Path) -> None:
 
 def _write_index(folder: Path, partial: Path, names: dict[str, str], weights: Checkpoint) -> None:
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
         metadata = index.get("metadata", {})
     except (OSError, ValueError, AttributeError):
         metadata = {}
     weight_map = {names[name]: span.file for name, span in weights.tensors.items()}
-    write_json(partial / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    write_json(partial / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _generation_config(folder: Path, config: EmoConfig) -> GenerationConfig:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, weight_files
 from ..errors import CheckpointError
 from ..lazy_tensor import LazyTensor, wanted_ranges
 from ..safetensors_header import Source, read_index
@@ -34,9 +32,7 @@ def open_part(
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    infix = "" if variant is None else f".{variant}"
-    single = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
-    sharded = SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}")
+    single, sharded = weight_files(variant)
     # With an index in the cache there is no single file, and the Hub, which may be offline, is not asked.
     if files.is_whole(single) or (not files.is_whole(sharded) and files.exists(single)):
         files.fetch_headers([single])

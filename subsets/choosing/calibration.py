@@ -110,7 +110,7 @@ class CalibrationText:
             settings: as for the class.
 
         Raises:
-            ValueError: as for the class; or if a `CalibrationText` comes with settings of its own beside it.
+            ValueError: as for the class; or if settings are given in addition to a `CalibrationText`.
 
         Example:
 
@@ -128,7 +128,7 @@ class CalibrationText:
             default = defaults[name]
             if value is not default and (default is None or value != default):
                 raise ValueError(
-                    f"`{name}` is given beside a `CalibrationText`: give it to the `CalibrationText` instead."
+                    f"`{name}` is given in addition to a `CalibrationText`: give it to that instead."
                 )
         return texts
 

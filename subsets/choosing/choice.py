@@ -74,12 +74,12 @@ class Choice:
         scores = [None if e in never else score for e, score in zip(present, scores_E.tolist(), strict=True)]
         return best_experts(scores, self.always[index], size)
 
-    def of_scores(self, scores: list[torch.Tensor | None], **said: Any) -> list[ExpertSubset]:
+    def of_scores(self, scores: list[torch.Tensor | None], **counted: Any) -> list[ExpertSubset]:
         """The subsets of the best experts, one for each size."""
         for index, score_E in enumerate(scores):
             if score_E is not None:
                 self._check_finite(index, score_E)
-        full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **said)
+        full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **counted)
         most = max(len(always) for always in self.always)
         return [
             full.top(size, budget=self.budget, least=max(1, min(self.least, size - most)))
@@ -87,7 +87,7 @@ class Choice:
         ]
 
     def subset(
-        self, scores: list[torch.Tensor | None], kept: list[list[int] | None], **said: Any
+        self, scores: list[torch.Tensor | None], kept: list[list[int] | None], **counted: Any
     ) -> ExpertSubset:
         """A subset of experts that are given in the layers' own numbering."""
         roots = root_experts(self.config)
@@ -114,7 +114,7 @@ class Choice:
             method=self.method,
             source=self.source,
             revision=self.revision,
-            **said,
+            **counted,
         )
 
     def _check_finite(self, index: int, scores_E: torch.Tensor) -> None:

@@ -113,8 +113,8 @@ class CheckpointLayers:
         checkpoint (`Checkpoint`): the weights.
         config (`EmoConfig`): their config.
         token_ids (`torch.Tensor`): the token ids that will be embedded.
-        dtype (`torch.dtype`, *optional*): what to run in. By default what the config says, or else what the
-            embedding is stored in.
+        dtype (`torch.dtype`, *optional*): the dtype to run in; by default that of the config, or else that of
+            the embedding.
         device (`str` or `torch.device`, defaults to `"cpu"`): where to run.
 
     Raises:

@@ -77,7 +77,7 @@ def select_experts(
 
     - `"layerwise"` is the paper's method and the default. It goes layer by layer, and keeps the experts with
       the largest mean router probability over all calibration tokens. That is the softmax over the routed
-      experts, not how often an expert is picked. The layers before have only their chosen experts by then.
+      experts, not how often an expert is picked. The layers before it then have only their chosen experts.
     - `"global"` does the same in the full model.
     - `"easy_ep"` (https://arxiv.org/abs/2504.06792) and `"reap"` (https://arxiv.org/abs/2510.13999) go by
       what experts contribute in the full model: see `transformers_emo.subsets.choosing.scores.ExpertOutput`.
@@ -126,7 +126,7 @@ def select_experts(
             left, other texts on the right. The model's context by default.
         batch_size (`int`, defaults to 8): texts in one batch; fewer where they are long.
         budget (`str`, defaults to `"uniform"`): `"uniform"` keeps `num_experts` in every layer. `"mass"`
-            keeps so many in the mean over layers: more in a layer that spreads its scores over more experts,
+            keeps as many on average over layers: more in a layer that spreads its scores over more experts,
             and in every layer at least as many as a token takes. `"layerwise"` cannot have it, since it knows
             the scores of a layer only after the layers before are chosen.
         exclude_experts (*optional*): experts never to choose, as in `use_experts`. The model in which scores
@@ -134,7 +134,7 @@ def select_experts(
         stop_when_settled (`float`, *optional*): take 1, 2, 4, 8 ... texts (or ready batches), and stop when
             the choice changes little: when the Jaccard index of the last two choices reaches this value twice
             in a row. `num_texts` and `settling` of the subset say how much text that took. `"layerwise"`
-            begins anew with each number of texts, which costs at most two passes over the text used. The
+            starts again with each number of texts, which costs at most two passes over the text used. The
             other methods go on with the texts that are new, but read a checkpoint again.
         dtype (`str` or `torch.dtype`, *optional*): for a folder or repository: what to run in; that of the
             model by default.

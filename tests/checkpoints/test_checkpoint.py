@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers_emo import CheckpointError
-from transformers_emo.checkpoints import Checkpoint, wanted_ranges
-from transformers_emo.checkpoints import lazy_tensor
+from transformers_emo.checkpoints import Checkpoint, lazy_tensor, wanted_ranges
 from transformers_emo.checkpoints.checkpoint import TensorSpan, rows_of
 from transformers_emo.checkpoints.local_files import LocalFiles
 
@@ -117,7 +116,7 @@ class TestDamage:
         path = folder / "model.safetensors"
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - 100)
-        with pytest.raises(CheckpointError, match="cut short while being read"):
+        with pytest.raises(CheckpointError, match="cut short while it was read"):
             [checkpoint.lazy([name])[...] for name in checkpoint.tensors]
 
     @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ def test_chats_go_through_the_template(tokenizer):
         ([CHAT], ["b"], "none for chats"),
     ],
 )
-def test_what_is_no_text_is_refused(texts, answers, message):
+def test_texts_that_are_no_texts_are_refused(texts, answers, message):
     with pytest.raises(ValueError, match=message):
         CalibrationText(texts, answers=answers)
 
 
-def test_batches_are_cut_by_texts_and_by_tokens():
+def test_batches_are_limited_by_texts_and_by_tokens():
     examples = [Example([7] * n, [True] * n) for n in (3, 1, 2, 8000, 300, 1)]
     batches = make_batches(examples, 2, "token")
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 3), (1, 2), (1, 8000), (2, 300)]
@@ -77,7 +77,7 @@ def test_batches_are_cut_by_texts_and_by_tokens():
         assert torch.equal(batch.weight, batch.attention_mask.double())
 
 
-def test_parts_double():
+def test_parts_double_the_text_taken():
     assert [len(part) for part in doubling(range(11))] == [1, 1, 2, 4, 3]
     assert doubling([]) == []
 
@@ -124,7 +124,7 @@ def test_calibration_text_is_checked_before_a_model_is_looked_for():
         select_experts("user/no-such-model", num_experts=4)
 
 
-def test_calibration_text_stands_for_the_arguments_of_select_experts():
+def test_calibration_text_can_replace_the_arguments_of_select_experts():
     arguments = {"answers": [" two.", " three."], "tokens": "answer", "max_texts": 1}
     texts = ["One and one is", "One and two is"]
     expected = select_experts(TOY, texts, 8, progress=False, **arguments)
@@ -132,9 +132,9 @@ def test_calibration_text_stands_for_the_arguments_of_select_experts():
     assert calibration.texts == texts[:1] and calibration.answers == [" two."]
     assert select_experts(TOY, calibration, 8, progress=False) == expected
     assert select_experts(TOY, calibration, 8, tokens="all", progress=False) == expected
-    with pytest.raises(ValueError, match="`max_length` is given beside a `CalibrationText`"):
+    with pytest.raises(ValueError, match="`max_length` is given in addition to a `CalibrationText`"):
         select_experts(TOY, calibration, 8, max_length=5)
-    with pytest.raises(ValueError, match="`input_ids` is given beside"):
+    with pytest.raises(ValueError, match="`input_ids` is given in addition"):
         select_experts(TOY, calibration, 8, input_ids=torch.tensor([[5, 6]]))
 
 
@@ -146,7 +146,7 @@ def test_a_dataset_is_checked_like_texts_once_it_is_read(make_model, tokenizer):
         CalibrationText(dataset=rows[:1], tokens="answer").batches(config, lambda: tokenizer)
 
 
-def test_the_tokenizer_of_the_model_is_looked_for_only_where_it_is_needed(tokenizer):
+def test_the_tokenizer_of_the_model_is_looked_for_only_if_it_is_needed(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(TOY)
     not_needed = lambda: pytest.fail("looked for")  # noqa: E731
     for calibration in (

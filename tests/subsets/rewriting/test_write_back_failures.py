@@ -242,7 +242,7 @@ except OSError as error:
         message = {"full disk": "disk is full", "damaged shard": "cut short"}[error]
         with (
             monkeypatch.context() as patch,
-            pytest.raises(OSError, match=rf"{message}.*\.out\.partial holds .*to go on"),
+            pytest.raises(OSError, match=rf"{message}.*\.out\.partial holds .*to continue"),
         ):
             patch.setattr(module, "_copy", failing)
             write_back(full, tuned, out=tmp_path / "out", progress=False)
