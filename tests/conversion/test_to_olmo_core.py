@@ -162,7 +162,7 @@ def test_the_user_is_told_of_settings_that_the_training_config_cannot_hold(make_
         convert_to_olmo_core(
             tmp_path / "part", tmp_path / "step", settings=POOLS | {"document_pool_max": 4}, progress=False
         )
-    assert "a subset of another's experts" in caplog.text and "conversion.json" in caplog.text
+    assert "a subset of another model's experts" in caplog.text and "conversion.json" in caplog.text
     said = json.loads((tmp_path / "step" / "conversion.json").read_text())
     assert (said["retained_experts"], said["root_experts_per_layer"]) == (subset, [12] * 3)
 
