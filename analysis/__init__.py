@@ -1,11 +1,11 @@
-"""What a model's experts do: how quality falls as they go, and whether domains choose different ones."""
+"""What a model's experts do: how quality falls without them, and whether domains use different ones."""
 
 from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains
 from .evaluation import DocumentLosses, document_losses
 from .measurements import Journal, Measurement, Retention
 from .plots import plot_domains, plot_overlap, plot_retention, plot_topics
-from .prompt_pools import PromptPool, prompt_pools
+from .prompt_pools import PromptMeasurement, prompt_pools
 from .report import write_report
 from .retention import measure_retention, num_experts_at
 from .tables import markdown, write_csv
@@ -17,7 +17,7 @@ __all__ = [
     "Domain",
     "Journal",
     "Measurement",
-    "PromptPool",
+    "PromptMeasurement",
     "Retention",
     "TopicCosine",
     "claims",

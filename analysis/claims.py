@@ -1,4 +1,4 @@
-"""The paper's claims as numbers: what removing experts costs a model, beside another (paper section 5).
+"""The paper's claims as numbers: what removing experts costs a model, compared with another one (section 5).
 
 Shape suffix: W resamplings of the documents.
 """
@@ -19,17 +19,18 @@ _RISES = (0.05, 0.1, 0.25, 0.5)
 def cliff(retention: Retention, model: str, method: str, rise: float) -> float | None:
     """The share of experts at which a model's mean loss has risen by a given amount.
 
-    Between two measured shares the loss is interpolated, linearly in the logarithm of the share; the first
-    crossing on the way down counts.
+    Between two measured shares the loss is interpolated, linearly in the logarithm of the share. If the loss
+    crosses the limit several times, the crossing at the largest share counts.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         model (`str`): the model's name.
         method (`str`): how its experts were chosen.
         rise (`float`): nats per token above the full model.
 
     Returns:
-        `float`, *optional*: the share; `None` if the loss has not risen so far at the smallest one measured.
+        `float`, *optional*: the share; `None` if the loss has not risen so much at the smallest share
+            measured.
 
     Raises:
         ValueError: if the rise is not positive, or the full model or this method was not measured.
@@ -49,14 +50,17 @@ def cliff(retention: Retention, model: str, method: str, rise: float) -> float |
     ```
     """
     if not rise > 0:
-        raise ValueError(f"The rise is {rise!r} nats, expected more than 0.")
+        raise ValueError(f"`rise` is {rise!r} nats, expected a number above 0.")
     points = [
         (share, loss)
         for share in retention.shares
         if (loss := retention.loss(model, method, share)) is not None
     ]
     if len(points) < 2 or points[0][0] < 1:
-        raise ValueError(f"The full model {model!r} and its subsets by {method!r} were not both measured.")
+        raise ValueError(
+            f"The full model {model!r} and its subsets by {method!r} were not both measured: measure them "
+            "with `measure_retention`."
+        )
     limit = points[0][1] + rise
     for (above, before), (below, after) in zip(points, points[1:], strict=False):
         if after >= limit:
@@ -72,22 +76,22 @@ def claims(
     rises: Sequence[float] = _RISES,
     num_resamplings: int = 1000,
 ) -> dict[str, Any]:
-    """What the curve says, in numbers.
+    """The retention curve in numbers.
 
     Args:
-        retention (`Retention`): what was measured.
-        baseline (`str`, *optional*): the model beside which the others stand, for example the standard
-            mixture of experts trained alike.
-        shares (`Sequence[float]`): where to compare.
-        rises (`Sequence[float]`): nats per token that make a cliff.
-        num_resamplings (`int`, defaults to 1000): of the documents, for the intervals.
+        retention (`Retention`): the measurements.
+        baseline (`str`, *optional*): the model that the others are compared with, such as a standard mixture
+            of experts that was trained in the same way.
+        shares (`Sequence[float]`): the shares of experts at which to compare.
+        rises (`Sequence[float]`): the rises of the loss, in nats per token, for which to find a cliff.
+        num_resamplings (`int`, defaults to 1000): how often documents are resampled for the intervals.
 
     Returns:
-        `dict[str, Any]`: JSON data. `models`: for each its full loss and accuracy and, by method, the rise of
-        the mean loss at each share, its ratio to the rise of random experts and the cliffs; `against`: for
-        each model but the baseline the gap of the full models and, by method, the ratio of the rises. `notes`
-        says what each is. Intervals are 95 % of the bootstrap over documents, the same documents for all
-        models and choices.
+        `dict[str, Any]`: JSON data. `models` has for each model the loss and accuracy with all experts, and
+        by method the rise of the mean loss at each share, its ratio to the rise with random experts, and the
+        cliffs. `against` has for each model but the baseline the gap between the full models, and by method
+        the ratio of the rises. `notes` explains each number. Intervals hold 95 % of the bootstrap over
+        documents. All models and choices see the same resampled documents.
 
     Raises:
         ValueError: if there is no such baseline.
@@ -228,13 +232,13 @@ def _against(retention: Retention, model: str, baseline: str, *, shares, num) ->
 def _resampled_rise(
     retention: Retention, model: str, method: str, share: float, num: int
 ) -> np.ndarray | None:
-    """The rise over the full model and, after it, the same under resampling, (1 + W,)."""
+    """The rise over the full model, followed by the rise in each resampling, (1 + W,)."""
     subset, full = (_resampled(retention, model, m, s, num) for m, s in ((method, share), (FULL, 1.0)))
     return None if subset is None or full is None else subset - full
 
 
 def _resampled(retention: Retention, model: str, method: str, share: float, num: int) -> np.ndarray | None:
-    """The mean loss and, after it, the same under resampling, (1 + W,)."""
+    """The mean loss, followed by the mean loss in each resampling, (1 + W,)."""
     loss = retention.loss(model, method, share)
     if loss is None:
         return None
@@ -247,7 +251,7 @@ def _interval(values: np.ndarray) -> dict[str, float]:
 
 
 def _ratio(rises: np.ndarray, others: np.ndarray) -> dict[str, float] | None:
-    """`None` where the other rise may be none at all: a ratio to it says nothing."""
+    """`None` if the other rise may be zero or less: a ratio to it means nothing."""
     return None if (others <= 0).any() else _interval(rises / others)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..checkpoints.output_folder import existing_folder
+from ..checkpoints.hub.names import existing_folder
 
 _SPLITS = ("calibration", "test")
 
@@ -22,9 +22,9 @@ class Domain:
     """Documents of one kind.
 
     Args:
-        name (`str`): of the domain.
+        name (`str`): the domain's name.
         calibration (`tuple[str, ...]`): texts to choose experts from.
-        test (`tuple[str, ...]`): other texts, to measure on.
+        test (`tuple[str, ...]`): other texts to measure on.
 
     Example: see `read_domains`.
     """
@@ -39,18 +39,19 @@ def read_domains(
 ) -> list[Domain]:
     """Read domains from JSON Lines files, one document a line with its text as `text`.
 
-    The files are `calibration/<domain>.jsonl` and `test/<domain>.jsonl`, or `<domain>.jsonl` whose lines name
-    their `split`, `"calibration"` or `"test"`; lines of other splits and empty texts are passed over.
+    The files are `calibration/<domain>.jsonl` and `test/<domain>.jsonl`. Or they are `<domain>.jsonl`, and
+    each line names its `split`: `"calibration"` or `"test"`. Lines of other splits and empty texts are
+    skipped.
 
     Args:
         folder (`str` or `os.PathLike`): where the files are.
-        names (`Sequence[str]`, *optional*): only these domains, in this order; all by default, by name.
-        max_test (`int`, *optional*): only the first so many test documents of each domain.
+        names (`Sequence[str]`, *optional*): the domains to read, in this order. By default all, sorted by
+            name.
+        max_test (`int`, *optional*): take only the first so many test documents of each domain.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if there is no such file or domain, a line is not such a document, or a domain lacks
-            documents of a split.
+        ValueError: if there is no such domain, a line is no document, or a domain has no document of a split.
 
     Example:
 
@@ -63,7 +64,7 @@ def read_domains(
     ```
     """
     if max_test is not None and max_test < 1:
-        raise ValueError(f"`max_test` is {max_test}, expected at least 1 test document a domain.")
+        raise ValueError(f"`max_test` is {max_test}, expected at least 1 test document for each domain.")
     folder = existing_folder(folder)
     splits = [folder / split for split in _SPLITS]
     apart = all(split.is_dir() for split in splits)
@@ -75,13 +76,16 @@ def read_domains(
         )
     unknown = [name for name in names or () if name not in found]
     if unknown:
-        raise ValueError(f"There is no domain {unknown[0]!r} in {os.fspath(folder)!r}: it has {found}.")
+        raise ValueError(f"There is no domain {unknown[0]!r} in {os.fspath(folder)!r}: name one of {found}.")
     domains = []
     for name in names or found:
         documents = {split: _read_split(folder, name, split, apart) for split in _SPLITS}
         for split, texts in documents.items():
             if not texts:
-                raise ValueError(f"The domain {name!r} in {os.fspath(folder)!r} has no {split} document.")
+                raise ValueError(
+                    f"The domain {name!r} in {os.fspath(folder)!r} has no {split} document: add one, or "
+                    "leave the domain out."
+                )
         domains.append(Domain(name, documents["calibration"], documents["test"][:max_test]))
     return domains
 
@@ -102,7 +106,9 @@ def _read_lines(path: Path) -> Iterator[dict]:
             try:
                 document = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{os.fspath(path)!r}, line {number}: no JSON ({error}).") from error
+                raise ValueError(
+                    f"{os.fspath(path)!r}, line {number} is no JSON: {error}. Correct it."
+                ) from error
             if not isinstance(document, dict) or not isinstance(document.get("text"), str):
                 raise ValueError(f"{os.fspath(path)!r}, line {number}: expected an object with a `text`.")
             yield document
@@ -116,10 +122,10 @@ def encode_documents(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
         texts (`Sequence[str]`): the documents.
-        window (`int`): tokens to keep of each, from its beginning.
+        window (`int`): how many tokens to keep of each document, from its beginning.
 
     Returns:
-        `list[torch.Tensor]`: int64 ids (S,), one tensor a document.
+        `list[torch.Tensor]`: int64 ids (S,), one tensor for each document.
 
     Example:
 
@@ -137,13 +143,13 @@ def encode_documents(
 
 
 def draw(documents: Collection, num: int, seed: int, domain: str) -> list:
-    """Draw documents of a domain, without replacement and in their order; all if there are no more.
+    """Draw documents of a domain at random, each once at most. They stay in their order.
 
     Args:
         documents (`Collection`): what to draw from.
-        num (`int`): how many.
-        seed (`int`): other seeds draw others; domains draw independently of each other.
-        domain (`str`): the domain's name.
+        num (`int`): how many to draw. If there are fewer, all are drawn.
+        seed (`int`): the seed. Another seed draws other documents.
+        domain (`str`): the domain's name. Each domain draws independently of the others.
 
     Example:
 

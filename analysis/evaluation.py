@@ -16,19 +16,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..modeling_emo import EmoForCausalLM
 
-# Logits at once: on a CPU what a core's cache holds, elsewhere half a gigabyte in float32.
+# The most logits made at a time. On a CPU they fit a core's cache; elsewhere they are half a gigabyte in
+# float32.
 _LOGITS_AT_ONCE = {"cpu": 2**20}
 _LOGITS_AT_ONCE_ELSEWHERE = 2**27
 
 
 @dataclass(frozen=True)
 class DocumentLosses:
-    """What a model makes of documents.
+    """Loss and correct predictions of a model for each of some documents.
 
     Args:
-        loss_N (`torch.Tensor`): float64 (N,), each document's summed loss in nats.
-        correct_N (`torch.Tensor`): int64 (N,), tokens that the model held the likeliest.
-        tokens_N (`torch.Tensor`): int64 (N,), tokens predicted: all of a document but its first.
+        loss_N (`torch.Tensor`): float64 (N,), the loss of each document in nats, summed over its tokens.
+        correct_N (`torch.Tensor`): int64 (N,), how many tokens the model predicted: those to which it gave
+            the largest probability.
+        tokens_N (`torch.Tensor`): int64 (N,), how many tokens were to be predicted: all but the first.
 
     Example: see `document_losses`.
     """
@@ -39,12 +41,12 @@ class DocumentLosses:
 
     @property
     def loss(self) -> float:
-        """Mean loss of a token, in nats."""
+        """The mean loss of a token, in nats."""
         return float(self.loss_N.sum() / self.tokens_N.sum())
 
     @property
     def accuracy(self) -> float:
-        """Share of the tokens that the model held the likeliest."""
+        """The share of tokens that the model predicted correctly."""
         return float(self.correct_N.sum() / self.tokens_N.sum())
 
 
@@ -60,16 +62,16 @@ def document_losses(
 ) -> DocumentLosses:
     """Loss and accuracy of the next token in every document, with all experts or with a subset of them.
 
-    Documents of like length share a batch, padded at the end: with causal attention padding changes nothing
-    before it, and it is not counted. Sums are float64.
+    Documents of similar length share a batch and are padded at the end. Padding is not counted, and with
+    causal attention it changes nothing before it. Sums are float64.
 
     Args:
-        model (`EmoForCausalLM`): the model; its training mode is left as it was.
+        model (`EmoForCausalLM`): the model. It is in evaluation mode meanwhile.
         documents (`Sequence[torch.Tensor]`): token ids (S,) of each.
         expert_subset (*optional*): route to these experts only, as `use_experts` does.
-        batch_tokens (`int`, defaults to 2048): tokens of a batch, padding included, at most (a longer
-            document is a batch of its own).
-        after (`int`, defaults to 0): do not count the first so many tokens of each document.
+        batch_tokens (`int`, defaults to 2048): the most tokens in a batch, padding included. A longer
+            document is a batch of its own.
+        after (`int`, defaults to 0): leave out the first so many tokens of each document when counting.
         on_batch (`Callable[[int], Any]`, *optional*): called after each batch with the number of its
             documents.
 
@@ -99,7 +101,8 @@ def document_losses(
     tokens_N = torch.tensor([max(len(ids) - first, 0) for ids in documents], dtype=torch.long)
     if not tokens_N.sum():
         raise ValueError(
-            f"No token to predict: each of the {len(documents)} documents has at most {first} tokens."
+            f"No token to predict: each of the {len(documents)} documents has at most {first} tokens. "
+            "Give longer ones."
         )
     training = model.training
     model.eval()
@@ -126,7 +129,7 @@ def document_losses(
 
 
 def _batches(documents: Sequence[torch.Tensor], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of documents that go together, the longest first."""
+    """The indices of the documents in each batch, the longest first."""
     rows: list[int] = []
     for row in sorted(range(len(documents)), key=lambda row: (-len(documents[row]), row)):
         if rows and (len(rows) + 1) * len(documents[rows[0]]) > batch_tokens:
@@ -140,7 +143,7 @@ def _batches(documents: Sequence[torch.Tensor], batch_tokens: int) -> Iterator[l
 def _predictions(
     model: EmoForCausalLM, hidden_CD: torch.Tensor, target_C: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss in nats of each token and whether it was the likeliest, (C,)."""
+    """The loss of each token in nats, and whether the model predicted it, (C,)."""
     head = model.get_output_embeddings()
     limit = _LOGITS_AT_ONCE.get(hidden_CD.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
     at_once = max(limit // model.config.vocab_size, 256)
@@ -150,7 +153,8 @@ def _predictions(
         target_C1 = target.to(logits_CV.device)[:, None]
         wanted_C1 = logits_CV.gather(-1, target_C1)
         largest_C1 = logits_CV.amax(-1, keepdim=True)
-        # In place: on a CPU twice as fast as `cross_entropy` and `argmax`. Of equal logits all count.
+        # In place, which is twice as fast on a CPU as `cross_entropy` and `argmax`. If several logits are the
+        # largest, each of their tokens counts as predicted.
         correct.append((wanted_C1 == largest_C1)[:, 0])
         normaliser_C1 = logits_CV.sub_(largest_C1).exp_().sum(-1, keepdim=True).log_() + largest_C1
         nats.append((normaliser_C1 - wanted_C1)[:, 0])

@@ -1,4 +1,4 @@
-"""Writing results: a file is whole or not there."""
+"""Writing results: a file appears under its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, in place of one that is there.
+    """Write a text file. A file that is there already is replaced.
 
     Args:
-        path (`str` or `os.PathLike`): the file; its folder is made.
+        path (`str` or `os.PathLike`): the file. Its folder is made if it does not exist.
         text (`str`): its contents, written as UTF-8.
 
     Example:

@@ -1,4 +1,4 @@
-"""What was measured, how it is kept, and its means and errors.
+"""Measurements of models with fewer experts: how they are kept, their means and their errors.
 
 Shape suffixes: N documents of a domain, W resamplings of the documents.
 """
@@ -21,20 +21,21 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Measurement:
-    """Test documents of one domain under one choice of experts.
+    """The losses of the test documents of one domain, with one choice of experts.
 
     Args:
         model (`str`): the model's name.
-        domain (`str`): the domain's.
+        domain (`str`): the domain's name.
         method (`str`): how the experts were chosen; `"full"` for all of them.
-        share (`float`): of the experts that was asked for.
+        share (`float`): the share of experts that was asked for.
         num_experts (`int`): experts kept in each layer, shared ones included.
-        seed (`int`, *optional*): of the calibration texts or the random choice; `None` for the full model.
-        loss (`list[float]`): each document's summed loss in nats.
-        correct (`list[int]`): its tokens that the model held the likeliest.
-        tokens (`list[int]`): its tokens that were predicted.
+        seed (`int`, *optional*): the seed that drew calibration texts or random experts; `None` for the full
+            model.
+        loss (`list[float]`): the loss of each document in nats, summed over its tokens.
+        correct (`list[int]`): how many tokens of each document the model predicted correctly.
+        tokens (`list[int]`): how many tokens of each document were to be predicted.
         num_experts_per_tok (`int`, defaults to 1): experts that a token takes in the full model.
-        min_experts (`int`, defaults to 1): experts that a subset of the model keeps at the least.
+        min_experts (`int`, defaults to 1): the fewest experts that a subset of the model can keep.
 
     Example: see `Retention`.
     """
@@ -58,12 +59,12 @@ class Measurement:
 
     @property
     def accuracy(self) -> float:
-        """Share of the tokens that the model held the likeliest."""
+        """The share of tokens that the model predicted correctly."""
         return sum(self.correct) / sum(self.tokens)
 
     @property
     def loss_error(self) -> float | None:
-        """Standard error of `mean_loss` over documents (of a ratio of two sums); `None` for one document."""
+        """The standard error of `mean_loss` over documents (of a ratio of sums); `None` for one document."""
         number = sum(tokens > 0 for tokens in self.tokens)
         if number < 2:
             return None
@@ -72,7 +73,7 @@ class Measurement:
 
 
 class Retention:
-    """Measurements of one or several models on the same documents.
+    """Measurements of one or more models on the same documents.
 
     Args:
         measurements (`Iterable[Measurement]`): all of them, in any order.
@@ -107,13 +108,14 @@ class Retention:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Retention:
-        """Read what `measure_retention` has left in a folder, whole or not.
+        """Read the measurements that `measure_retention` has written to a folder, also those of a run that is
+        not finished.
 
         Args:
-            folder (`str` or `os.PathLike`): its `out`.
+            folder (`str` or `os.PathLike`): the `out` of `measure_retention`.
 
         Raises:
-            ValueError: if there is nothing.
+            ValueError: if there are no measurements.
 
         Example: see `measure_retention`.
         """
@@ -125,42 +127,42 @@ class Retention:
         return cls(Journal(path).measurements.values())
 
     def choices(self, model: str, method: str, share: float) -> dict[int | None, dict[str, Measurement]]:
-        """For each seed the measurements by domain; at share 1 the full model.
+        """For each seed the measurements by domain. At share 1 they are those of the full model.
 
-        A seed counts only where all of `domains` were measured, so that means are over the same ones.
+        A seed counts only if all domains were measured with it, so that all means are over the same domains.
         """
         seeds = self._by_choice.get((model, FULL if share >= 1 else method, share), {})
         return {seed: ms for seed, ms in seeds.items() if len(ms) == len(self.domains)}
 
     def methods_of(self, model: str) -> list[str]:
-        """The methods by which experts of a model were chosen; without any, all there are."""
+        """The methods by which experts of a model were chosen; all methods, if none was used on it."""
         own = {m.method for m in self.measurements if m.model == model}
         return [method for method in self.methods if method in own] or self.methods
 
     def num_experts(self, model: str, share: float) -> int | None:
-        """Experts kept in each layer at a share, `None` where it was not measured."""
+        """How many experts were kept in each layer at a share; `None` if it was not measured."""
         return next((m.num_experts for m in self.measurements if (m.model, m.share) == (model, share)), None)
 
     def layer_size(self, model: str) -> tuple[int, int, int]:
-        """Experts of a layer in the full model, how few a subset may keep, and how many a token takes."""
+        """Experts of a layer in the full model, the fewest a subset can keep, and how many a token takes."""
         most = max((m for m in self.measurements if m.model == model), key=lambda m: m.num_experts)
         return most.num_experts, most.min_experts, most.num_experts_per_tok
 
     def loss(self, model: str, method: str, share: float) -> float | None:
-        """Mean over seeds and domains of the loss per token, in nats; `None` where it was not measured."""
+        """The mean over seeds and domains of the loss per token, in nats; `None` if it was not measured."""
         return _mean(m.mean_loss for m in self._all(model, method, share))
 
     def accuracy(self, model: str, method: str, share: float) -> float | None:
-        """Mean over seeds and domains of the next-token accuracy; `None` where it was not measured."""
+        """The mean over seeds and domains of the next-token accuracy; `None` if it was not measured."""
         return _mean(m.accuracy for m in self._all(model, method, share))
 
     def loss_error(self, model: str, method: str, share: float) -> float | None:
-        """How far `loss` can be trusted: its standard deviation over seeds, or over documents its error.
+        """How exact `loss` is: its standard deviation over seeds, or its standard error over documents.
 
         Returns:
-            `float`, *optional*: with several seeds the standard deviation of their mean losses (the full
-            model has none); with one the standard error over the documents; `None` where it was not
-            measured, or a domain has one document.
+            `float`, *optional*: with several seeds the standard deviation of their mean losses, which the
+            full model has not; with one seed the standard error over documents. `None` if nothing was
+            measured, or a domain has one document only.
         """
         seeds = self.choices(model, method, share)
         if share >= 1 and self.num_seeds > 1:
@@ -176,22 +178,25 @@ class Retention:
     def resampled_loss(
         self, model: str, method: str, share: float, *, num: int = 1000, seed: int = 0
     ) -> np.ndarray:
-        """`loss` under resampling of the documents of each domain (the bootstrap), (W,) float64.
+        """`loss` with the documents of each domain resampled (the bootstrap), (W,) float64.
 
-        With one `num` and `seed` all choices and models see the same documents resampled, so that differences
-        and ratios are taken before quantiles.
+        With the same `num` and `seed` all models and choices see the same resampled documents. So differences
+        and ratios can be taken first, and quantiles of them afterwards.
 
         Args:
             model, method, share: as for `loss`.
-            num (`int`, defaults to 1000): W, how often.
-            seed (`int`, defaults to 0): of the resampling.
+            num (`int`, defaults to 1000): how often documents are resampled (W).
+            seed (`int`, defaults to 0): the seed of the resampling.
 
         Raises:
             ValueError: if there is no such measurement.
         """
         seeds = self.choices(model, method, share)
         if not seeds:
-            raise ValueError(f"There is no measurement of {model!r} by {method!r} at the share {share:g}.")
+            raise ValueError(
+                f"There is no measurement of {model!r} by {method!r} at the share {share:g}: measure it with "
+                "`measure_retention`."
+            )
         total_W = np.zeros(num)
         for index, domain in enumerate(self.domains):
             tokens_N = np.array(next(iter(seeds.values()))[domain].tokens)
@@ -205,12 +210,12 @@ class Retention:
 
 
 def experts_at(share: float, available: int, least: int) -> int | None:
-    """How many experts a share of them is: the nearest number, or the next above if only that is enough.
+    """How many experts a share is: the nearest number, or the next larger one if the nearest is too small.
 
     Args:
         share (`float`): above 0, at most 1.
         available (`int`): experts of a layer, shared ones included.
-        least (`int`): how many of them a subset keeps at the least.
+        least (`int`): the fewest of them that a subset can keep.
 
     Returns:
         `int`, *optional*: the number; `None` if a subset cannot be so small.
@@ -233,9 +238,9 @@ def _mean(values: Iterable[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-@lru_cache(maxsize=64)  # one a domain
+@lru_cache(maxsize=64)  # one for each domain
 def _resampling(num_documents: int, num: int, seed: tuple[int, int]) -> np.ndarray:
-    """How often each document is drawn when as many are drawn as there are, (W, N)."""
+    """How often each document is drawn in each resampling, which draws N times, (W, N)."""
     even_N = np.full(num_documents, 1 / num_documents)
     return np.random.default_rng(seed).multinomial(num_documents, even_N, num)
 
@@ -244,15 +249,15 @@ Key = tuple[str, str, str, float, int | None]
 
 
 class Journal:
-    """Measurements on disk, one JSON line each, so that an interrupted run loses the one it was at.
+    """Measurements on disk, one in each line as JSON. An interrupted run loses at most one.
 
-    Settings stand before the first measurement that was made with them; a later run must have the same ones.
+    Settings come before the first measurement that was made with them. A later run must have the same ones.
 
     Args:
-        path (`str` or `os.PathLike`): the file; made when something is first written.
+        path (`str` or `os.PathLike`): the file. It is made with the first measurement.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file holds anything else.
 
     Example:
 
@@ -273,13 +278,13 @@ class Journal:
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
         self.measurements: dict[Key, Measurement] = {}
-        self._unwritten: dict[str, Any] = {}  # settings of a plan that may yet be refused
-        self._whole = 0  # bytes of whole lines
+        self._unwritten: dict[str, Any] = {}  # settings for which there is no measurement yet
+        self._whole = 0  # the bytes of complete lines
         if not self.path.exists():
             return
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
-                break  # an interrupted run was writing it
+                break  # an interrupted run did not finish this line
             self._whole += len(line)
             try:
                 data = json.loads(line)
@@ -290,18 +295,18 @@ class Journal:
                     self.measurements[_key(measurement)] = measurement
             except (ValueError, TypeError) as error:
                 raise ValueError(
-                    f"{os.fspath(self.path)!r}, line {number}: no measurement ({error}). Measure into "
+                    f"{os.fspath(self.path)!r}, line {number} is no measurement ({error}). Measure into "
                     "another folder."
                 ) from error
 
     def require(self, settings: Mapping[str, Any]) -> None:
-        """Note settings for the measurements that follow, written with the first of them.
+        """Note the settings of the measurements that follow. They are written with the first of these.
 
         Args:
             settings (`Mapping[str, Any]`): JSON data by name.
 
         Raises:
-            ValueError: if one of them was another for what is there.
+            ValueError: if the measurements in the file were made with another setting.
         """
         for name, value in settings.items():
             if name in self.settings and self.settings[name] != value:
@@ -313,7 +318,7 @@ class Journal:
         self.settings |= settings
 
     def add(self, measurement: Measurement) -> None:
-        """Keep a measurement, on disk at once.
+        """Add a measurement, and write it to disk at once.
 
         Args:
             measurement (`Measurement`): what was measured.

@@ -1,6 +1,6 @@
 """Pictures of the retention curve, of topics and of subsets, with matplotlib (the extra `analysis`).
 
-They stand on white of their own, so that they can be read on light and on dark pages.
+Their background is white, so that they can be read on light and on dark pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart too; the random choice in grey.
+# The colours of Okabe and Ito, which colour-blind people can tell apart too. The random choice is grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _RANDOM = "#7F7F7F"
 _STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
@@ -29,7 +29,7 @@ _DOTS_PER_INCH = 150
 
 
 def require_matplotlib() -> None:
-    """Find out whether pictures can be drawn.
+    """Check that pictures can be drawn.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -46,13 +46,13 @@ def require_matplotlib() -> None:
 
 
 def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
-    """Draw the mean loss against the share of experts, one line a model and method.
+    """Draw the mean loss against the share of experts, a line for each model and method.
 
-    Bands are the errors of `Retention.loss_error`.
+    The bands around the lines are `Retention.loss_error` wide to each side.
 
     Args:
-        retention (`Retention`): what was measured.
-        path (`str` or `os.PathLike`): the picture's file; its ending says the format.
+        retention (`Retention`): the measurements.
+        path (`str` or `os.PathLike`): the picture's file. Its ending says the format.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -82,10 +82,10 @@ def plot_retention(retention: Retention, path: str | os.PathLike) -> None:
 
 
 def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
-    """Draw the loss against the share of experts, one small picture a domain.
+    """Draw the loss against the share of experts, a small picture for each domain.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         path (`str` or `os.PathLike`): the picture's file.
 
     Raises:
@@ -111,7 +111,7 @@ def plot_domains(retention: Retention, path: str | os.PathLike) -> None:
 
 
 def plot_topics(topics: Mapping[str, TopicCosine], path: str | os.PathLike) -> None:
-    """Draw the cosine between domains as heat maps, one a model, on one scale.
+    """Draw the cosines between domains as heat maps, one for each model, on one scale.
 
     Args:
         topics (`Mapping[str, TopicCosine]`): from `topic_cosine`, by the models' names.
@@ -164,7 +164,7 @@ def plot_overlap(overlap: SubsetOverlap, path: str | os.PathLike) -> None:
 def _heat_maps(
     matrices: Mapping[str, tuple[Sequence[str], np.ndarray]], label: str, path: str | os.PathLike
 ) -> None:
-    """Square matrices of values from 0 to 1, under their titles; rows and columns bear the same names."""
+    """Draw square matrices of values from 0 to 1, by their titles. Rows and columns have the same names."""
     size = max(3.2, 0.32 * max(len(names) for names, _ in matrices.values()) + 1.2)
     figure, grid = new_figure(1, len(matrices), width=size * len(matrices) + 0.6, height=size + 0.3)
     for axes, (title, (names, matrix)) in zip(grid.flat, matrices.items(), strict=True):
@@ -177,7 +177,7 @@ def _heat_maps(
 
 
 def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of its own, apart from pyplot's state.
+    """A new figure that does not touch the state of pyplot.
 
     Args:
         rows, columns (`int`): of axes.
@@ -207,11 +207,12 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture, whole or not at all.
+    """Write a picture. It appears under its name only when it is whole.
 
     Args:
         figure (`Figure`): from `new_figure`.
-        path (`str` or `os.PathLike`): the file; its ending says the format, its folder is made.
+        path (`str` or `os.PathLike`): the file. Its ending says the format. Its folder is made if it does not
+            exist.
 
     Example: see `new_figure`.
     """
@@ -223,7 +224,7 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 
 
 def _draw_curves(axes: Axes, retention: Retention, *, bands: bool) -> None:
-    """Colour tells the model, line and mark the method."""
+    """Draw the curves. The colour shows the model, the line and its marks show the method."""
     named = [method for method in retention.methods if method != "random"]
     shares: Sequence[float] = ()
     for model, colour in zip(retention.models, COLOURS * len(retention.models), strict=False):

@@ -1,4 +1,4 @@
-"""Experts chosen for each document from its own beginning: what they keep of what follows."""
+"""Experts chosen for each document from its own beginning, and the loss of what follows with them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .evaluation import DocumentLosses, document_losses
 
 
 @dataclass(frozen=True)
-class PromptPool:
-    """What follows a prompt, under experts chosen from it.
+class PromptMeasurement:
+    """The losses of the text after a prompt, with experts chosen from the prompt.
 
     Args:
-        prompt_length (`int`): tokens that the experts were chosen from.
+        prompt_length (`int`): how many tokens the experts were chosen from.
         num_experts (`int`): experts kept in each layer, shared ones included; all of them for the full model.
-        method (`str`): how they were chosen.
-        losses (`DocumentLosses`): of the tokens after the prompt, document by document.
+        method (`str`): how they were chosen; `"full"` for the full model.
+        losses (`DocumentLosses`): the losses of the tokens after the prompt, for each document.
 
     Example: see `prompt_pools`.
     """
@@ -42,21 +42,22 @@ def prompt_pools(
     method: str = "layerwise",
     seed: int = 0,
     progress: bool = True,
-) -> list[PromptPool]:
+) -> list[PromptMeasurement]:
     """Choose experts for each document from its first tokens, and measure the loss of the next ones.
 
-    The prompt itself is read with the chosen experts, too, as a model loaded with them would read it. All
-    prompt lengths are measured on the same documents: those long enough for the longest and what follows.
+    The prompt too is read with the chosen experts, as a model that was loaded with them would read it. All
+    prompt lengths are measured on the same documents: those that are long enough for the longest prompt and
+    the tokens after it.
 
     Args:
         model (`EmoForCausalLM`): the model.
         documents (`Sequence[torch.Tensor]`): token ids (S,) of each.
-        num_experts (`Sequence[int]`): experts to keep in each layer, shared ones included; the full model is
-            measured besides.
-        prompt_lengths (`Sequence[int]`): tokens to choose from.
-        num_following (`int`, defaults to 192): tokens after the prompt to measure.
+        num_experts (`Sequence[int]`): experts to keep in each layer, shared ones included. The full model is
+            measured in any case.
+        prompt_lengths (`Sequence[int]`): from how many tokens to choose.
+        num_following (`int`, defaults to 192): how many tokens after the prompt to measure.
         method (`str`, defaults to `"layerwise"`): as for `select_experts`.
-        seed (`int`, defaults to 0): of the random choice, other experts for each document.
+        seed (`int`, defaults to 0): the seed of the random choice, which differs from document to document.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Raises:
@@ -84,7 +85,7 @@ def prompt_pools(
     if not long:
         raise ValueError(
             f"None of the {len(documents)} documents has {longest} tokens: give longer ones, or take a "
-            "shorter prompt or less behind it."
+            "shorter prompt or fewer tokens after it."
         )
     all_experts = max(layer.num_experts for layer in model.config.layer_experts)
     measured = []
@@ -92,7 +93,7 @@ def prompt_pools(
         for length in prompt_lengths:
             read = [ids[: length + num_following] for ids in long]
             full = document_losses(model, read, after=length)
-            measured.append(PromptPool(length, all_experts, "full", full))
+            measured.append(PromptMeasurement(length, all_experts, "full", full))
             by_document: list[list[DocumentLosses]] = []
             for index, ids in enumerate(read):
                 subsets = select_experts(
@@ -113,5 +114,5 @@ def prompt_pools(
                     torch.cat([one.correct_N for one in losses]),
                     torch.cat([one.tokens_N for one in losses]),
                 )
-                measured.append(PromptPool(length, k, method, joined))
+                measured.append(PromptMeasurement(length, k, method, joined))
     return measured

@@ -1,4 +1,4 @@
-"""Everything that `emo retention` leaves in its folder."""
+"""All files that `emo retention` writes to its folder."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def write_report(
     topics: Mapping[str, TopicCosine] | None = None,
     plots: bool = True,
 ) -> str:
-    """Write the curve as tables and pictures, and what it says in numbers.
+    """Write the curve as tables and pictures, and the paper's claims in numbers.
 
-    The files are `retention.csv`, `retention.md`, `retention.png`, `retention_domains.png` and `claims.json`;
-    with topics `topics.png` too, and their cosine in `claims.json`.
+    The files are `retention.csv`, `retention.md`, `retention.png`, `retention_domains.png` and `claims.json`.
+    With topics there is also `topics.png`, and their cosines are in `claims.json`.
 
     Args:
-        retention (`Retention`): what was measured.
+        retention (`Retention`): the measurements.
         out (`str` or `os.PathLike`): the folder.
         baseline (`str`, *optional*): the model that the others are compared with; see `claims`.
         shares (`Sequence[float]`): the columns of the tables; see `markdown`.
@@ -40,7 +40,7 @@ def write_report(
         plots (`bool`, defaults to `True`): draw pictures.
 
     Returns:
-        `str`: the summary: the table of mean losses and the claims, as markdown.
+        `str`: the table of mean losses and the claims, as markdown.
 
     Raises:
         ValueError: if there is no such baseline.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from ..checkpoints.hub.names import pinned
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import ExpertSubset, select_experts
+from ..subsets.choosing.calibration import CalibrationText
 from .documents import Domain, draw, encode_documents
 from .evaluation import DocumentLosses, document_losses
 from .measurements import FULL, Journal, Measurement, Retention, experts_at
@@ -28,10 +28,10 @@ SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 
 
 def num_experts_at(config: EmoConfig, share: float) -> int | None:
-    """How many experts of each layer a share of them is, shared ones included.
+    """How many experts of each layer a share is, shared ones included.
 
-    The nearest number, or the next above if only that leaves a routed expert. Where it is less than what a
-    token takes of the full model, a token takes all that are kept.
+    It is the nearest number, or the next larger one if the nearest would leave no routed expert. If fewer
+    experts are kept than a token takes in the full model, a token takes all that are kept.
 
     Args:
         config (`EmoConfig`): the model's.
@@ -55,7 +55,7 @@ def num_experts_at(config: EmoConfig, share: float) -> int | None:
     ```
     """
     if not 0 < share <= 1:
-        raise ValueError(f"The share of experts is {share!r}, expected more than 0 and at most 1.")
+        raise ValueError(f"`share` is {share!r}, expected a number above 0 and at most 1.")
     available, least, _ = _layer_size(config)
     return experts_at(share, available, least)
 
@@ -79,40 +79,41 @@ def measure_retention(
 ) -> Retention:
     """Measure test loss and next-token accuracy of models at shares of their experts, domain by domain.
 
-    For every method, seed and domain experts are chosen from calibration documents of that domain, and the
-    resident model is masked to them. Each seed draws other calibration documents, the same for every model.
-    Random choices differ from seed to seed and from domain to domain.
+    For every method, seed and domain, experts are chosen from calibration documents of that domain. The model
+    is loaded whole and uses only these experts, as in `use_experts`. Each seed draws other calibration
+    documents, which are the same for every model. Random choices differ between seeds and between domains.
 
-    Measurements are kept in `out/measurements.jsonl` one by one. What is there is not measured again, so an
-    interrupted run goes on where it was, and models, methods, shares and seeds can be added later.
+    Each measurement is written to `out/measurements.jsonl` at once, and is not made again. So an interrupted
+    run can be continued, and models, methods, shares and seeds can be added later.
 
     Args:
         models (`Mapping[str, EmoForCausalLM | str | os.PathLike]`): models, or the folders or repositories to
-            load them from (one at a time), by the names they shall have in the results.
+            load them from, by their names in the results. One is loaded at a time.
         domains (`Sequence[Domain]`): documents; see `read_domains`.
-        out (`str` or `os.PathLike`): folder of the measurements.
+        out (`str` or `os.PathLike`): the folder of the measurements.
         methods (`Sequence[str]`): as for `select_experts`.
-        shares (`Sequence[float]`): of the experts, 1 for all; see `num_experts_at`. All experts are always
-            measured, and impossible shares passed over.
-        seeds (`Sequence[int]`, defaults to `(0,)`): of the drawing of calibration documents and of the random
-            choice.
-        num_calibration (`int`, defaults to 8): calibration documents of a domain to choose from.
-        window (`int`, *optional*): cut documents to so many tokens; the (smallest) context by default.
-        batch_tokens (`int`, defaults to 2048): tokens of a batch, at most.
+        shares (`Sequence[float]`): the shares of experts to keep, 1 for all; see `num_experts_at`. All
+            experts are measured in any case. A share that a model cannot have is skipped.
+        seeds (`Sequence[int]`, defaults to `(0,)`): they draw the calibration documents and the random
+            experts.
+        num_calibration (`int`, defaults to 8): from how many calibration documents of a domain to choose.
+        window (`int`, *optional*): cut documents to so many tokens; by default to the smallest context of the
+            models.
+        batch_tokens (`int`, defaults to 2048): the most tokens in a batch.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): for all models; found beside each by default.
-        dtype (`torch.dtype` or `str`, *optional*): to load the models in; as they are saved by default.
-        device (`str`, *optional*): to load them to; a GPU where there is one by default.
+        dtype (`torch.dtype` or `str`, *optional*): the dtype to load models in; as they are saved by default.
+        device (`str`, *optional*): the device to load models to; by default a GPU, if there is one.
         visit (`Callable`, *optional*): called with each model's name, the model and the token ids of the test
-            documents by domain, once it is measured and before the next one is loaded.
+            documents by domain, after it is measured and before the next one is loaded.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Returns:
         `Retention`: all measurements in `out`, earlier ones included.
 
     Raises:
-        ValueError: before a model is measured, if a method is unknown, a domain has too few documents for
-            seeds to differ, `out` holds measurements of other texts, settings or weights, or the models cut
-            the same text into different tokens (their losses could not be compared).
+        ValueError: before a model is measured, if a method is unknown, a domain has so few documents that all
+            seeds would draw the same, `out` holds measurements of other texts, settings or weights, or the
+            models cut the same text into different tokens, so that losses cannot be compared.
 
     Example:
 
@@ -136,7 +137,7 @@ def measure_retention(
     context = min(config.max_position_embeddings for config in configs.values())
     window = window or context
     if not 2 <= window <= context:
-        raise ValueError(f"The window is {window} tokens, expected 2 to {context}, the models' context.")
+        raise ValueError(f"`window` is {window} tokens, expected 2 to {context}, the models' context.")
     encoded = _encode(models, domains, window, tokenizer)
     journal = Journal(Path(out) / Journal.NAME)
     journal.require({"window": window, "num_calibration": num_calibration})
@@ -168,7 +169,7 @@ def measure_retention(
 
 
 def _measure_model(network, name, plan, encoded, journal, num_calibration, batch_tokens, bar) -> None:
-    """Measure what is missing, one share after the other."""
+    """Make the measurements that are missing, one share after the other."""
     _, least, taken = _layer_size(network.config)
     measured: dict[tuple[str, str], DocumentLosses] = {}
     for domain, method, seed, missing in plan:
@@ -176,7 +177,7 @@ def _measure_model(network, name, plan, encoded, journal, num_calibration, batch
         drawn = [] if seed is None else draw(calibration, num_calibration, seed, domain.name)
         for share, k, subset in _subsets(network, method, seed, domain.name, drawn, missing, batch_tokens):
             key = (domain.name, "" if subset is None else str(subset.experts))
-            if key in measured:  # methods often agree; so do seeds
+            if key in measured:  # several methods or seeds often choose the same experts
                 bar.update(len(test))
             else:
                 measured[key] = document_losses(
@@ -226,26 +227,26 @@ def _config(model: EmoForCausalLM | str | os.PathLike) -> EmoConfig:
 
 
 def _layer_size(config: EmoConfig) -> tuple[int, int, int]:
-    """Experts of a layer, how many of them a subset keeps at the least, and how many a token takes."""
+    """The experts of a layer, the fewest that a subset can keep, and how many a token takes."""
     layers = [layer for layer in config.layer_experts if not layer.is_dense]
     sizes = sorted({layer.num_experts for layer in layers})
     if len(sizes) != 1:
         raise ValueError(
-            f"The model's layers have {sizes} experts: a share is a number of experts only where "
-            "all expert layers have the same."
+            f"The model's layers have {sizes} experts: a share is one number of experts only "
+            "if all layers have the same number. Choose with `select_experts` instead."
         )
     least = max(layer.num_shared + len(layer.always_active) for layer in layers) + 1
     return sizes[0], min(least, sizes[0]), layers[0].top_k
 
 
 def _sizes(config: EmoConfig, shares: Sequence[float]) -> dict[float, int]:
-    """Experts to keep at each share that is possible, all of them at 1."""
+    """How many experts to keep at each share that the model can have, with all of them at 1."""
     by_share = {share: num_experts_at(config, share) for share in {1.0, *map(float, shares)}}
     return {share: k for share, k in sorted(by_share.items(), reverse=True) if k is not None}
 
 
 def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Calibration and test documents of each domain, as token ids; the same for all models."""
+    """The calibration and test documents of each domain as token ids, which all models have in common."""
     first_name, first = "", None
     for name, model in models.items():
         source = model.name_or_path if isinstance(model, EmoForCausalLM) else model
@@ -266,16 +267,18 @@ def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Te
             for our_ids, their_ids in zip(ours, theirs, strict=True)
         ):
             raise ValueError(
-                f"The models {first_name!r} and {name!r} cut the same text into different tokens: losses per "
-                "token could not be compared. Measure them into different folders."
+                f"The models {first_name!r} and {name!r} cut the same text into different tokens: their "
+                "losses per token cannot be compared. Measure them into different folders."
             )
     assert first is not None
     return first
 
 
 def _missing(journal, model, domain, method, seed, sizes) -> dict[float, int]:
-    """Experts to keep at each share that is still to be measured; the full model has one share, the others
-    all but that."""
+    """How many experts to keep at each share that is not yet measured.
+
+    The full model has the share 1 only, and every method all other shares.
+    """
     return {
         share: k
         for share, k in sizes.items()
@@ -292,15 +295,10 @@ def _load(model: EmoForCausalLM | str | os.PathLike, dtype, device) -> EmoForCau
 
 
 def _try_methods(network: EmoForCausalLM, methods: Sequence[str], num_experts: int) -> None:
-    """An unknown method is an error now, and not when its turn comes."""
+    """Choose once by each method, so that an unknown one is an error before anything is measured."""
+    two_tokens = CalibrationText(input_ids=torch.tensor([[network.config.eos_token_id or 0] * 2]))
     for method in methods:
-        select_experts(
-            network,
-            input_ids=[torch.tensor([[network.config.eos_token_id or 0] * 2])],
-            num_experts=num_experts,
-            method=method,
-            progress=False,
-        )
+        select_experts(network, two_tokens, num_experts, method=method, progress=False)
 
 
 def _subsets(
@@ -312,18 +310,16 @@ def _subsets(
     sizes: Mapping[float, int],
     batch_tokens: int,
 ) -> Iterator[tuple[float, int, ExpertSubset | None]]:
-    """The share, the experts kept and the subset, for each size; the full model has no subset."""
+    """For each size the share, the number of experts and the subset, which is `None` for the full model."""
     if method == FULL:
         yield from ((share, k, None) for share, k in sizes.items())
         return
     rows = max(1, batch_tokens // max(map(len, calibration)))
-    batches = [calibration[start : start + rows] for start in range(0, len(calibration), rows)]
     chosen = select_experts(
         network,
-        num_experts=list(sizes.values()),
+        CalibrationText.of_documents(calibration, rows),
+        list(sizes.values()),
         method=method,
-        input_ids=[pad_sequence(batch, batch_first=True) for batch in batches],
-        attention_mask=[pad_sequence([torch.ones_like(ids) for ids in b], batch_first=True) for b in batches],
         seed=random.Random(f"{seed}/{domain}").getrandbits(31),
         progress=False,
     )
@@ -335,7 +331,7 @@ def _digest(*texts: Sequence[str]) -> str:
 
 
 def _fingerprint(network: EmoForCausalLM) -> str:
-    """Tells weights apart, at the price of reading them once; those that are offloaded do not count."""
+    """A digest that differs for other weights. It reads them all once, but for those that are offloaded."""
     digest = hashlib.sha256()
     for name, weight in network.state_dict().items():
         total = None if weight.is_meta else weight.sum(dtype=torch.float64).item()

@@ -17,14 +17,14 @@ COLUMNS = (
 
 
 def write_csv(retention: Retention, path: str | os.PathLike) -> None:
-    """Write one row a model, domain, method, share and seed.
+    """Write one row for each model, domain, method, share and seed.
 
-    `loss` is in nats per token, `loss_error` its standard error over the documents, `accuracy` a share of the
-    tokens; all experts are the method `full`, which has no seed.
+    `loss` is in nats per token, `loss_error` is its standard error over documents, and `accuracy` is the
+    share of tokens that were predicted correctly. The full model is the method `full`, which has no seed.
 
     Args:
-        retention (`Retention`): what was measured.
-        path (`str` or `os.PathLike`): the file, replaced as a whole.
+        retention (`Retention`): the measurements.
+        path (`str` or `os.PathLike`): the file. It is replaced if it exists.
 
     Example:
 
@@ -62,12 +62,13 @@ def write_csv(retention: Retention, path: str | os.PathLike) -> None:
 
 
 def markdown(retention: Retention, shares: Sequence[float] | None = None) -> str:
-    """The curve as tables: mean loss and accuracy by method, and the loss of every domain.
+    """The curve as tables: mean loss and accuracy for each method, and the loss in each domain.
 
     Args:
-        retention (`Retention`): what was measured.
-        shares (`Sequence[float]`, *optional*): the columns; the measured shares by default. A note says
-            which a model cannot have, and at which one token takes fewer experts than in the full model.
+        retention (`Retention`): the measurements.
+        shares (`Sequence[float]`, *optional*): the columns; by default the shares that were measured. A note
+            names the shares that a model cannot have, and those at which a token takes fewer experts than in
+            the full model.
 
     Returns:
         `str`: markdown.
@@ -140,7 +141,7 @@ def _loss_rows(retention: Retention, columns: Sequence[float]) -> list[list[str]
 
 
 def _small_shares(retention: Retention, columns: Sequence[float]) -> list[str]:
-    """Which columns a model cannot have, and at which a token takes fewer experts."""
+    """The notes on shares that a model cannot have, and on those at which a token takes fewer experts."""
     said = []
     for model in retention.models:
         available, least, taken = retention.layer_size(model)

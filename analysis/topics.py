@@ -1,4 +1,4 @@
-"""Whether domains choose different experts: cosine of their mean routed probabilities (paper section 5).
+"""Whether domains use different experts: the cosine of their mean router probabilities (paper section 5).
 
 Shape suffixes: M domains, P routed experts of all layers, one after the other.
 """
@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import present_experts, select_experts
+from ..subsets.choosing.calibration import CalibrationText
 
 
 @dataclass(frozen=True)
 class TopicCosine:
-    """How alike the routing of domains is.
+    """How alike the routing of several domains is.
 
     Args:
         domains (`list[str]`): their names.
@@ -32,7 +32,7 @@ class TopicCosine:
 
     @property
     def mean(self) -> float:
-        """Mean over pairs of different domains."""
+        """The mean over all pairs of different domains."""
         number = len(self.domains)
         return float((self.cosine_MM.sum() - self.cosine_MM.trace()) / (number * (number - 1)))
 
@@ -40,12 +40,12 @@ class TopicCosine:
 def mean_routing(
     model: EmoForCausalLM, documents: Sequence[torch.Tensor], *, batch_tokens: int = 2048
 ) -> torch.Tensor:
-    """Mean probability of every routed expert over the tokens of documents, layer after layer.
+    """The mean router probability of every routed expert over the tokens of documents, layer after layer.
 
     Args:
         model (`EmoForCausalLM`): the model.
         documents (`Sequence[torch.Tensor]`): token ids (S,) of each.
-        batch_tokens (`int`, defaults to 2048): tokens of a batch, at most.
+        batch_tokens (`int`, defaults to 2048): the most tokens in a batch.
 
     Returns:
         `torch.Tensor`: float64 (P,); the probabilities of each layer sum to 1.
@@ -67,15 +67,11 @@ def mean_routing(
     ```
     """
     rows = max(1, batch_tokens // max(map(len, documents), default=1))
-    batches = [documents[start : start + rows] for start in range(0, len(documents), rows)]
     layers = [layer for layer in model.config.layer_experts if not layer.is_dense]
     chosen = select_experts(
         model,
-        input_ids=[pad_sequence(list(batch), batch_first=True) for batch in batches],
-        attention_mask=[
-            pad_sequence([torch.ones_like(ids) for ids in batch], batch_first=True) for batch in batches
-        ],
-        num_experts=min(layer.num_experts for layer in layers),
+        CalibrationText.of_documents(documents, rows),
+        min(layer.num_experts for layer in layers),
         method="global",
         progress=False,
     )
@@ -104,7 +100,7 @@ def topic_cosine(
         model (`EmoForCausalLM`): the model.
         domains (`Mapping[str, Sequence[torch.Tensor]]`): for each domain token ids (S,) of its documents; see
             `encode_documents`.
-        batch_tokens (`int`, defaults to 2048): tokens of a batch, at most.
+        batch_tokens (`int`, defaults to 2048): the most tokens in a batch.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Raises:
@@ -124,7 +120,9 @@ def topic_cosine(
     ```
     """
     if len(domains) < 2:
-        raise ValueError(f"Domains are compared with each other: expected at least 2, got {list(domains)}.")
+        raise ValueError(
+            f"Domains are compared with each other: expected at least 2, got {list(domains)}. Add one."
+        )
     routing_MP = torch.stack(
         [
             mean_routing(model, documents, batch_tokens=batch_tokens)

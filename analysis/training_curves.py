@@ -1,4 +1,4 @@
-"""Loss curves of training, as data and as a picture."""
+"""The loss curves of a training run, as data and as a picture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NOT_LOGGED = ("epoch", "step")
 
 
 def read_training_log(run: str | os.PathLike) -> list[dict[str, float]]:
-    """What was logged in training, step by step.
+    """Read what was logged in training, step by step.
 
     Args:
-        run (`str` or `os.PathLike`): an `output_dir` of `Trainer`, or one checkpoint of it.
+        run (`str` or `os.PathLike`): an `output_dir` of `Trainer`, or one checkpoint in it.
 
     Returns:
-        `list[dict[str, float]]`: one report each, with its `step`; those of evaluation and of the end are
-        left out.
+        `list[dict[str, float]]`: the reports, each with its `step`. Those of evaluation and the last one, on
+        the whole run, are left out.
 
     Raises:
         ValueError: if there is no whole checkpoint, or nothing was logged.
@@ -41,7 +41,7 @@ def read_training_log(run: str | os.PathLike) -> list[dict[str, float]]:
 
     ```
     """
-    from ..training import last_checkpoint  # imported here: the other tools start without a training stack
+    from ..training import last_checkpoint  # imported here: the rest of `analysis` starts without `Trainer`
 
     run = Path(run)
     checkpoint = run if (run / "trainer_state.json").is_file() else last_checkpoint(run)
@@ -57,11 +57,11 @@ def read_training_log(run: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def write_training_csv(log: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Write a training log, one row a report.
+    """Write a training log, one row for each report.
 
     Args:
         log (`Sequence[Mapping]`): from `read_training_log`.
-        path (`str` or `os.PathLike`): the file, replaced as a whole.
+        path (`str` or `os.PathLike`): the file. It is replaced if it exists.
 
     Example:
 
@@ -87,11 +87,13 @@ def write_training_csv(log: Sequence[Mapping[str, Any]], path: str | os.PathLike
 
 
 def plot_training(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike) -> None:
-    """Draw the cross entropy (the loss, where it was not logged) and the balance loss against the step.
+    """Draw the cross entropy and the balance loss against the step.
+
+    If the cross entropy was not logged, the loss is drawn.
 
     Args:
         logs (`Mapping[str, Sequence[Mapping]]`): from `read_training_log`, by the runs' names.
-        path (`str` or `os.PathLike`): the picture's file; its ending says the format.
+        path (`str` or `os.PathLike`): the picture's file. Its ending says the format.
 
     Raises:
         ImportError: if matplotlib is not installed.

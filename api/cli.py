@@ -363,8 +363,8 @@ def _push(parsed: argparse.Namespace) -> None:
 
 
 def _cache(parsed: argparse.Namespace) -> None:
+    from transformers_emo.checkpoints.hub.names import existing_folder
     from transformers_emo.checkpoints.hub.part_cache import cached_parts, clear_parts
-    from transformers_emo.checkpoints.output_folder import existing_folder
 
     if parsed.cache_dir is not None:
         existing_folder(parsed.cache_dir)

@@ -1,4 +1,4 @@
-"""Model files: read in part, written whole. Nothing here knows of experts."""
+"""Model files: reading parts of them, and writing whole ones. Nothing here knows about experts."""
 
 from ..imports.lazy_names import lazy_names
 

@@ -1,4 +1,4 @@
-"""Sets of byte ranges of a file: joining them, taking them apart."""
+"""Sets of byte ranges of a file: joining, subtracting and splitting them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ Range = tuple[int, int]  # first byte and end, as in slices
 
 
 def merge_ranges(ranges: Iterable[Range], *, gap: int = 0) -> list[Range]:
-    """The same bytes in as few ranges as can be, sorted.
+    """The same bytes in as few ranges as possible, sorted.
 
     Args:
         ranges (`Iterable[tuple[int, int]]`): ranges `(start, end)`, in any order, perhaps overlapping.
-        gap (`int`, defaults to 0): merge ranges that are at most so many bytes apart; the bytes between them
-            are then part of the result.
+        gap (`int`, defaults to 0): also merge ranges that are at most so many bytes apart. The result then
+            has the bytes between them too.
 
     Example:
 
@@ -34,12 +34,12 @@ def merge_ranges(ranges: Iterable[Range], *, gap: int = 0) -> list[Range]:
 
 
 def bridge_gaps(ranges: list[Range], *, gap: int, budget: int) -> list[Range]:
-    """Fill gaps between ranges, the smallest first, for fewer requests at little cost.
+    """Fill the smallest gaps between ranges, so that fewer requests are needed.
 
     Args:
         ranges (`list[tuple[int, int]]`): sorted ranges that do not touch, from `merge_ranges`.
-        gap (`int`): no gap longer than this is filled.
-        budget (`int`): bytes that may be filled in all.
+        gap (`int`): the most bytes in a gap that is filled.
+        budget (`int`): the most bytes that are filled in all.
 
     Example:
 
@@ -63,7 +63,7 @@ def bridge_gaps(ranges: list[Range], *, gap: int, budget: int) -> list[Range]:
 
 
 def subtract_ranges(ranges: Iterable[Range], present: list[Range]) -> list[Range]:
-    """What of some ranges is not in others.
+    """The bytes of some ranges that are not in others.
 
     Args:
         ranges (`Iterable[tuple[int, int]]`): ranges `(start, end)`.
@@ -99,7 +99,7 @@ def split_ranges(ranges: Iterable[Range], size: int) -> list[Range]:
 
     Args:
         ranges (`Iterable[tuple[int, int]]`): ranges `(start, end)`.
-        size (`int`): bytes of a piece at most.
+        size (`int`): the most bytes in a piece.
 
     Example:
 
@@ -114,7 +114,7 @@ def split_ranges(ranges: Iterable[Range], size: int) -> list[Range]:
 
 
 def total_length(ranges: Iterable[Range]) -> int:
-    """Bytes in ranges that do not overlap.
+    """The number of bytes in ranges that do not overlap.
 
     Args:
         ranges (`Iterable[tuple[int, int]]`): ranges `(start, end)`.

@@ -1,10 +1,9 @@
-"""Reading part of a safetensors checkpoint: where every tensor lies, and its bytes without the rest of the
+"""Reading part of a safetensors checkpoint: where each tensor lies, and its bytes without the rest of the
 file.
 
-Three steps, each of its own: `Checkpoint` knows where tensors lie (from the headers alone); a `LazyTensor` is
-a parameter of the network made of pieces of files; a source gives bytes. `wanted_ranges` says which ranges of
-which files a set of lazy tensors needs, so that a source which has to fetch them (from the Hub) can do so
-beforehand.
+There are three parts. A `Checkpoint` knows from the headers where tensors lie. A `LazyTensor` is a parameter
+of the network, made of pieces of files. A `Source` gives the bytes. `wanted_ranges` says which ranges of
+which files some lazy tensors need, so that a source can fetch them from the Hub beforehand.
 
 The safetensors format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -16,23 +15,23 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
 from .errors import CheckpointError
 from .lazy_tensor import LazyTensor
 from .local_files import LocalFiles
 from .safetensors_header import Source, TensorSpan, read_header, read_index
 
-_INDEX_NAME = "model.safetensors.index.json"
-_WEIGHTS_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Checkpoint:
-    """A safetensors checkpoint of one or more files, known by its headers.
+    """A safetensors checkpoint of one or more files, of which the headers have been read.
 
     Args:
         source (`Source`): gives the bytes.
         tensors (`dict[str, TensorSpan]`): where each tensor lies.
-        elsewhere (`frozenset[str]`, *optional*): names of further tensors, in files that are not at hand.
+        elsewhere (`frozenset[str]`, *optional*): names of further tensors, in files that were not opened.
 
     Example:
 
@@ -62,21 +61,20 @@ class Checkpoint:
 
         Raises:
             CheckpointError: if there are no safetensors weights, the index is damaged or names a file outside
-                the folder, or a shard is missing, cut short or damaged.
+                the folder, or a file is missing, cut short or damaged.
 
         Example: see the class.
         """
         folder = Path(folder)
-        infix = "" if variant is None else f".{variant}"
-        weights = _WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
-        index = folder / _INDEX_NAME.replace(".index", f".index{infix}")
+        weights, index_name = weight_files(variant)
+        index = folder / index_name
         if (folder / weights).is_file():
             return cls.from_files(folder, [weights])
         if index.is_file():
             weight_map = read_index(index)
             return cls.from_index(weight_map, set(weight_map.values()), LocalFiles(folder))
         if not folder.is_dir():
-            raise CheckpointError(f"There is no folder '{folder}' (seen from {os.getcwd()}).")
+            raise CheckpointError(f"There is no folder '{folder}' (seen from {os.getcwd()}): check the path.")
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
         if pickled:
             raise CheckpointError(
@@ -84,19 +82,20 @@ class Checkpoint:
                 "run code: convert them to safetensors first."
             )
         raise CheckpointError(
-            f"There are no safetensors weights in {folder}: expected {weights} or {index.name}."
+            f"There are no safetensors weights in {folder}: expected {weights} or {index.name}. Name a "
+            "model's folder."
         )
 
     @classmethod
     def from_files(
         cls, folder: str | os.PathLike, files: Iterable[str], source: Source | None = None
     ) -> Checkpoint:
-        """Read the headers of the files named.
+        """Read the headers of some files.
 
         Args:
-            folder (`str` or `os.PathLike`): the folder they are in.
-            files (`Iterable[str]`): their names, relative to it.
-            source (`Source`, *optional*): gives their bytes; files on disk by default.
+            folder (`str` or `os.PathLike`): the folder that they are in.
+            files (`Iterable[str]`): their names, relative to the folder.
+            source (`Source`, *optional*): gives their bytes; by default the files on disk.
 
         Raises:
             CheckpointError: if one is missing, cut short or damaged, or two hold the same tensor.
@@ -117,7 +116,8 @@ class Checkpoint:
                 for name, span in read_header(source, file).items():
                     if name in tensors:
                         raise CheckpointError(
-                            f"{name} is in {tensors[name].file} and again in {file}: expected it once."
+                            f"{name} is in {tensors[name].file} and again in {file}: expected it once. "
+                            "Download the model again."
                         )
                     tensors[name] = span
         except CheckpointError:
@@ -131,12 +131,13 @@ class Checkpoint:
 
         Args:
             weight_map (`dict[str, str]`): the index: tensor names and the files they are in.
-            files (`Iterable[str]`): the files to be used; the tensors of the others are known by name alone.
-            source (`Source`): gives their bytes.
+            files (`Iterable[str]`): the files to open. Of the tensors in other files only the names are
+                known.
+            source (`Source`): gives the bytes of files.
 
         Raises:
-            CheckpointError: if a file is missing, cut short or damaged, or holds other tensors than the
-                index says.
+            CheckpointError: if a file is missing, cut short or damaged, or lacks a tensor that the index
+                names.
 
         Example:
 
@@ -165,11 +166,12 @@ class Checkpoint:
         return cls(source, checkpoint.tensors, frozenset(elsewhere))
 
     def lazy(self, names: Sequence[str], *, shape: Sequence[int] | None = None) -> LazyTensor:
-        """The tensors named, one after the other, as one lazy tensor.
+        """Some tensors, one after the other, as one lazy tensor.
 
         Args:
-            names (`Sequence[str]`): tensors of one dtype.
-            shape (`Sequence[int]`, *optional*): the shape of the whole; needed for more than one.
+            names (`Sequence[str]`): the names of tensors of one dtype.
+            shape (`Sequence[int]`, *optional*): the shape of the whole. It is needed for more than one
+                tensor.
 
         Raises:
             CheckpointError: if a tensor is missing, the dtypes differ or the shape does not fit.
@@ -179,7 +181,8 @@ class Checkpoint:
         missing = [name for name in names if name not in self.tensors]
         if missing:
             raise CheckpointError(
-                f"The checkpoint lacks {len(missing)} tensors it should have, such as {missing[0]}."
+                f"The checkpoint lacks {len(missing)} tensors that the model needs, such as {missing[0]}: "
+                "download it again, with the config.json that belongs to it."
             )
         pieces = [self.tensors[name] for name in names]
         return self.from_pieces(pieces, shape or pieces[0].shape)
@@ -210,13 +213,33 @@ class Checkpoint:
         if len(dtypes) != 1 or size != math.prod(shape) * pieces[0].dtype.itemsize:
             raise CheckpointError(
                 f"Tensors of {size} bytes and dtypes {sorted(map(str, dtypes))} do not make up one of shape "
-                f"{tuple(shape)}: config.json and the weights are of different models."
+                f"{tuple(shape)}: config.json and the weights are of different models. Download both again."
             )
         return LazyTensor(self.source, pieces, pieces[0].dtype, shape)
 
 
+def weight_files(variant: str | None = None) -> tuple[str, str]:
+    """The names that a model's files of weights have: of a single file, and of the index of several.
+
+    Args:
+        variant (`str`, *optional*): as in `from_pretrained`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.checkpoint import weight_files
+    >>> weight_files("fp16")
+    ('model.fp16.safetensors', 'model.safetensors.index.fp16.json')
+
+    ```
+    """
+    infix = "" if variant is None else f".{variant}"
+    single = SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
+    return single, SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}")
+
+
 def rows_of(span: TensorSpan, rows: Sequence[int]) -> list[TensorSpan]:
-    """Parts of a tensor: some rows of its first dimension, neighbours taken together.
+    """Some rows of a tensor's first dimension as parts of it. Rows that follow each other are one part.
 
     Args:
         span (`TensorSpan`): the tensor.

@@ -1,4 +1,4 @@
-"""What is wrong with model files."""
+"""The error for model files that cannot be used."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Memory for weights, in large pages.
 
 Weights are read again for every token. With pages of 2 MB instead of 4 KB the processor looks up fewer
-addresses and reads ahead further, and there are fewer pages to be had from the system while loading.
+addresses and reads ahead further. Loading is faster too, because the system has fewer pages to give.
 """
 
 import ctypes
@@ -16,17 +16,17 @@ _LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
 
 
 def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty` on the CPU, in large pages where the system has them and they are filled.
+    """`torch.empty` on the CPU, in large pages if the system has them and the tensor fills some.
 
     Args:
-        numel (`int`): how many numbers.
-        dtype (`torch.dtype`): of the tensor.
+        numel (`int`): the number of elements.
+        dtype (`torch.dtype`): their dtype.
 
     Returns:
         `torch.Tensor`: (numel,), uninitialised.
 
     Raises:
-        RuntimeError: PyTorch's, if there is no room for so many numbers.
+        RuntimeError: PyTorch's own, if there is not enough memory.
 
     Example:
 
@@ -42,20 +42,21 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     first = -(-tensor.data_ptr() // _PAGE) * _PAGE
     length = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - first
     if first > 0 and length > 0 and _LARGE_PAGES is not None:
-        with suppress(OSError, AttributeError):  # no C library to be had; what it answers does not matter
+        with suppress(OSError, AttributeError):  # without large pages the tensor is the same
             c_library().madvise(first, length, _LARGE_PAGES)
     return tensor
 
 
 @functools.cache
 def c_library() -> ctypes.CDLL:
-    """The C library's `mmap` and `madvise`, which Python offers for its own memory alone.
+    """The C library with `mmap` and `madvise`. Python's own functions work on memory of Python only.
 
     Returns:
-        `ctypes.CDLL`: with the types of their arguments.
+        `ctypes.CDLL`: the library, which knows the types of their arguments.
 
     Raises:
-        OSError, AttributeError: if this Python cannot load its C library, or that has no such functions.
+        OSError: if this Python cannot load its C library.
+        AttributeError: if the library has no such functions.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""A tensor that is read when it is indexed."""
+"""A tensor whose bytes are read when it is indexed."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .local_files import LocalFiles
 from .mapped_files import map_spans
 from .safetensors_header import DTYPE_NAMES, Source, TensorSpan
 
-_STAGED = 64 << 20  # bytes for a device that are in the host's memory at a time
+_STAGED = 64 << 20  # on their way to a device, so many bytes at a time are in the host's memory
 
 
 class LazyTensor:
-    """A tensor that is read when indexed, as Transformers' loader does with slices of safetensors files.
+    """A tensor that is read when it is indexed. Transformers' loader can take it in place of a tensor.
 
-    Its bytes are the concatenation of `pieces`, which may lie in several files. A slice of the first
-    dimension reads only its own rows.
+    Its bytes are those of its pieces, one after the other, which may lie in several files. Indexing with a
+    slice of the first dimension reads only those rows.
 
     Args:
         source (`Source`): gives the bytes.
-        pieces (`Sequence[TensorSpan]`): consecutive parts, all of `dtype`; only their file and range are
-            used.
+        pieces (`Sequence[TensorSpan]`): the parts in their order, all of one dtype. Only their file and range
+            are used.
         dtype (`torch.dtype`): the dtype on disk.
         shape (`Sequence[int]`): the shape of the whole.
-        cast_to (`torch.dtype`, *optional*): convert piece by piece while reading, so that the tensor is never
-            held in both dtypes.
+        cast_to (`torch.dtype`, *optional*): convert to this dtype, piece by piece while reading, so that
+            memory never holds the whole tensor in both dtypes.
 
     Attributes:
-        mapped (`bool`): may be set to have tensors be pages of their files where that is possible
-            (`mapped_files.py`); others who overwrite such a file in place then change the tensor.
-        device (`torch.device`, *optional*): may be set to have the tensor made there, filled part by part, so
-            that the host never holds it whole.
+        mapped (`bool`): set it to get tensors that are pages of their files, if that is possible (see
+            `mapped_files`). A program that overwrites such a file in place then changes the tensor.
+        device (`torch.device`, *optional*): set it to get tensors on this device. They are filled part by
+            part, so that the host's memory never holds them whole.
 
     Example:
 
@@ -68,11 +68,11 @@ class LazyTensor:
         self.device: torch.device | None = None
 
     def get_shape(self) -> list[int]:
-        """`list[int]`: the shape, by the name safetensors gives it."""
+        """`list[int]`: the shape, as safetensors' slices give it."""
         return list(self.shape)
 
     def get_dtype(self) -> str:
-        """`str`: the dtype on disk, by the name safetensors gives it, such as `"BF16"`."""
+        """`str`: the dtype on disk by its name in safetensors, such as `"BF16"`."""
         return DTYPE_NAMES[self.dtype]
 
     def __getitem__(self, index: EllipsisType | slice | tuple) -> torch.Tensor:
@@ -83,7 +83,9 @@ class LazyTensor:
         return self._read_rows(0, self.shape[0] if self.shape else 1)[index]
 
     def take(self, rows: Sequence[int]) -> LazyTensor:
-        """Some rows of the first dimension, as a lazy tensor of their own; neighbours are read together.
+        """Some rows of the first dimension as a lazy tensor of their own.
+
+        Rows that follow each other in a file are read together.
 
         Args:
             rows (`Sequence[int]`): row numbers.
@@ -114,7 +116,7 @@ class LazyTensor:
         return LazyTensor(self.source, parts, self.dtype, (len(rows), *self.shape[1:]), self.cast_to)
 
     def _read_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the first dimension (a scalar has one row)."""
+        """Read rows `start` to `stop` of the first dimension. A scalar has one row."""
         row_shape = self.shape[1:]
         row_numel = math.prod(row_shape)
         row_bytes = row_numel * self.dtype.itemsize
@@ -146,13 +148,15 @@ class LazyTensor:
             for first in range(span.start, span.end, staged.nbytes):
                 count = min(span.end - first, staged.nbytes) // itemsize
                 self.source.read_into(span.file, first, _bytes_of(staged[:count]))
-                rows[begin : begin + count].copy_(staged[:count])  # it waits: what is staged is used again
+                rows[begin : begin + count].copy_(
+                    staged[:count]
+                )  # waits for the copy, since `staged` is filled again
                 begin += count
         return rows
 
     def _spans(self, first: int, last: int) -> Iterator[TensorSpan]:
-        """The parts of the pieces that bytes `first` to `last` of the whole tensor are in."""
-        offset = 0  # of the piece in the whole tensor
+        """Where bytes `first` to `last` of the whole tensor lie."""
+        offset = 0  # where the piece begins in the whole tensor
         for piece in self.pieces:
             length = piece.end - piece.start
             begin, end = max(first - offset, 0), min(last - offset, length)
@@ -170,10 +174,10 @@ class LazyTensor:
 
 
 def wanted_ranges(tensors: Iterable[LazyTensor], *, gap: int = 0) -> dict[str, list[tuple[int, int]]]:
-    """The byte ranges of each file that these tensors need, sorted and merged.
+    """The byte ranges of each file that some tensors need, sorted and merged.
 
     Args:
-        tensors (`Iterable[LazyTensor]`): what will be read.
+        tensors (`Iterable[LazyTensor]`): the tensors that will be read.
         gap (`int`, defaults to 0): merge ranges that are at most so many bytes apart.
 
     Returns:
@@ -198,5 +202,5 @@ def wanted_ranges(tensors: Iterable[LazyTensor], *, gap: int = 0) -> dict[str, l
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, to be written to."""
+    """The memory of a contiguous CPU tensor, for writing to it."""
     return memoryview(tensor.view(torch.uint8).numpy().data) if tensor.numel() else memoryview(bytearray())

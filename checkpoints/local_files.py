@@ -1,4 +1,4 @@
-"""Files of a folder as a source of bytes."""
+"""The files of a folder as a source of bytes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from pathlib import Path
 
 from .errors import CheckpointError
 
-_MOST_OPEN = 256  # files kept open at once: expert shards are thousands, and a process may have 1024
-
-
+_MOST_OPEN = 256  # files kept open: there may be thousands of expert shards, and a process may open 1024
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
 
 
 class LocalFiles:
-    """Files of one folder, read with `pread`, so that only the bytes asked for come off the disk.
+    """The files of one folder, read with `pread`, so that only the wanted bytes come off the disk.
 
-    What is made into other tensors is read: of a memory map the kernel reads ahead around every fault, 1.6
-    times the bytes wanted from a cold disk, and mapped pages count as memory of the process beside the
-    tensors made of them. What stays as it is may be mapped: see `LazyTensor`.
+    A memory map would be worse for tensors that are made of what is read. The kernel reads ahead around every
+    page fault: 1.6 times the wanted bytes, from a disk of which nothing is in memory yet. And mapped pages
+    count as memory of the process, in addition to the tensors. Tensors that stay as they are in the file may
+    be mapped: see `LazyTensor`.
 
     Args:
-        folder (`str` or `os.PathLike`): the folder that file names are relative to.
+        folder (`str` or `os.PathLike`): the folder. Names of files are relative to it.
 
     Example:
 
@@ -44,12 +43,12 @@ class LocalFiles:
         self._lock = threading.Lock()
 
     def size(self, file: str) -> int:
-        """Size of `file` in bytes. Raises `CheckpointError` if it cannot be opened."""
+        """The size of a file in bytes. Raises `CheckpointError` if it cannot be opened."""
         with self.opened(file) as descriptor:
             return os.fstat(descriptor).st_size
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `start`, or raise `CheckpointError`."""
+        """Fill `buffer` with the bytes of a file from `start`. Raises `CheckpointError` if it cannot."""
         filled = 0
         with self.opened(file) as descriptor:
             while filled < len(buffer):
@@ -57,24 +56,26 @@ class LocalFiles:
                     got = os.preadv(descriptor, [buffer[filled : filled + _MAX_READ]], start + filled)
                 except OSError as error:
                     raise CheckpointError(
-                        f"Reading {self.folder / file} failed at byte {start + filled}: {error}."
+                        f"Reading {self.folder / file} failed at byte {start + filled}: {error}. Check the "
+                        "disk, or download the file again."
                     ) from error
                 if got == 0:
                     raise CheckpointError(
                         f"{self.folder / file} ends at byte {start + filled}, expected "
-                        f"{start + len(buffer)}: it was cut short while being read."
+                        f"{start + len(buffer)}: it was cut short while it was read. Load "
+                        "it again when it is whole."
                     )
                 filled += got
 
     def close(self) -> None:
-        """Close the files; they are opened again when needed."""
+        """Close the files. They are opened again when they are needed."""
         with self._lock:
             while self._open:
                 os.close(self._open.popitem()[1])
 
     @contextmanager
     def opened(self, file: str) -> Iterator[int]:
-        """The descriptor of `file`, opened for good, or for as long as it is used if many are already."""
+        """The descriptor of a file. It stays open, or if many are open already, is closed at the end."""
         with self._lock:
             descriptor = self._open.get(file)
             keep = descriptor is not None or len(self._open) < _MOST_OPEN
@@ -84,10 +85,11 @@ class LocalFiles:
                     descriptor = os.open(path, os.O_RDONLY)
                 except OSError as error:
                     raise CheckpointError(
-                        f"Cannot open the weights file {path}: {error.strerror}."
+                        f"Cannot open the weights file {path}: {error.strerror}. Download it again, or "
+                        "correct its permissions."
                     ) from error
                 if hasattr(os, "posix_fadvise"):
-                    # Experts lie scattered over the file: reading ahead would fetch the ones not wanted.
+                    # Experts lie scattered over the file: reading ahead would fetch others too.
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
                 if keep:
                     self._open[file] = descriptor

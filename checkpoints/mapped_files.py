@@ -1,15 +1,19 @@
-"""Tensors that are their files: pieces of files laid side by side in memory, without a copy.
+"""Tensors that are pages of their files: pieces of files side by side in memory, without a copy.
 
-New memory comes page by page, each cleared first and then written to; that takes longer than reading a file
-which the system has in memory already. Here the system's own pages of the file become the tensor's. Pieces of
-files begin anywhere in a page, but matrices are whole pages long, so that those of one file share where in a
-page they begin: one stacked parameter starts there too, its experts' pages are mapped one expert after the
-other, and only the page in which two experts meet is read and made of both.
+The system gives new memory page by page. It clears each page, and then the page is written to. That takes
+longer than reading a file that the system has in memory already. Here the system's own pages of the file
+become the tensor.
 
-What is written to is copied first, page by page (`MAP_PRIVATE`): files never change, and training works. What
-is not written to needs no memory of its own: processes share it, and the system may drop and read it again.
-Who shortens such a file in place ends the process that uses it (`SIGBUS`); a file that is replaced lives on.
-The price: a file's pages lie scattered over the memory, which was read at three quarters of its speed.
+A piece of a file can begin anywhere in a page. But matrices are whole pages long, so all those of a file
+begin at the same place in a page. A stacked parameter begins at this place too. The pages of its experts are
+mapped one expert after the other. Only the page in which two experts meet is read, and filled from both.
+
+A page that is written to is copied first (`MAP_PRIVATE`). So files never change, and training works. Other
+pages need no memory of their own: processes share them, and the system may drop them and read them again.
+
+If a program shortens such a file in place, the process that uses it ends (`SIGBUS`). A file that is replaced
+by another one stays as it was for this process. There is a price: the pages of a file lie scattered over
+memory, which was read at three quarters of the speed of other memory.
 """
 
 from __future__ import annotations
@@ -34,18 +38,18 @@ from .large_pages import c_library
 from .safetensors_header import TensorSpan
 
 PAGE = mmap.PAGESIZE
-LEAST_BYTES = 512 << 10  # shorter pieces are read: two mappings each are not worth it
-_READ_AHEAD = 128 << 10  # Linux may read less of what it is told will be needed, but not less than this
-# Not among the constants of Python's `mmap`.
+LEAST_BYTES = 512 << 10  # shorter pieces are read: each would need up to two mappings
+_READ_AHEAD = 128 << 10  # for one call Linux may read only the beginning, but at least so many bytes
+# Constants that Python's `mmap` does not have.
 _MAP_FIXED, _MAP_FAILED = 0x10, ctypes.c_void_p(-1).value
 _MADV_POPULATE_READ = 22  # since Linux 5.14
 
 _mappings = 0
-_lock = threading.RLock()  # a finalizer may run while its own thread holds it
+_lock = threading.RLock()  # reentrant: a finalizer may run in a thread that holds it
 
 
 class _Folder(Protocol):
-    """`LocalFiles`, as far as it is needed here."""
+    """The part of `LocalFiles` that is used here."""
 
     folder: Path
 
@@ -55,20 +59,20 @@ class _Folder(Protocol):
 
 
 def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | None:
-    """The bytes of parts of files, one after the other, mostly as pages of these files.
+    """The bytes of parts of files as one tensor, most of it pages of these files.
 
-    All of it has been read when this returns.
+    All bytes have been read when this returns.
 
     Args:
         files (`LocalFiles`): the folder of the files.
         spans (`Sequence[TensorSpan]`): the parts, of one dtype.
 
     Returns:
-        `torch.Tensor` or `None`: of that dtype, with one dimension; `None` if reading is the better way: the
-        parts are short, or begin in different places of a page, or cannot be mapped here.
+        `torch.Tensor`, *optional*: a tensor of that dtype with one dimension. `None` if it is better to read
+        the parts: they are short, begin at different places in a page, or cannot be mapped on this system.
 
     Raises:
-        CheckpointError: if a file cannot be opened or ends early.
+        CheckpointError: if a file cannot be opened or ends too early.
 
     Example:
 
@@ -92,11 +96,11 @@ def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | Non
     total = sum(run.end - run.start for run in runs)
     try:
         block = mmap.mmap(-1, shift + total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no room for all of it at once: PyTorch's own error says so
+    except OSError:  # not enough memory: PyTorch's own error says so
         _release(2 * len(runs))
         return None
     memory = (ctypes.c_char * len(block)).from_buffer(block)
-    # The tensor holds `memory`, and that the block, whose end is that of everything mapped into it.
+    # The tensor keeps `memory` alive, and `memory` the block. With the block all its mappings end.
     weakref.finalize(memory, _release, 2 * len(runs)).atexit = False
     view, place = memoryview(block), shift
     awaited = []
@@ -122,7 +126,7 @@ def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | Non
 
 
 def _merged(spans: Sequence[TensorSpan]) -> list[TensorSpan]:
-    """Parts that lie side by side in a file as one."""
+    """Join parts that follow each other in a file."""
     runs: list[TensorSpan] = []
     for span in spans:
         start = span.start
@@ -133,7 +137,7 @@ def _merged(spans: Sequence[TensorSpan]) -> list[TensorSpan]:
 
 
 def _place_in_page(runs: Sequence[TensorSpan]) -> int | None:
-    """Where in a page the whole has to begin, that most of it can be mapped."""
+    """Where in a page the tensor has to begin so that most of it can be mapped."""
     bytes_at: Counter[int] = Counter()
     place = 0
     for run in runs:
@@ -145,11 +149,13 @@ def _place_in_page(runs: Sequence[TensorSpan]) -> int | None:
 
 
 def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
-    """Put pages of a file at an address and have them read in the background; `False` if it cannot be."""
+    """Map pages of a file at an address, and start reading them. `False` if they cannot be mapped."""
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
     if c_library().mmap(address, length, protection, flags, descriptor, offset) == _MAP_FAILED:
         return False
-    for start in range(offset, offset + length, _READ_AHEAD):  # exactly these, which no page fault would do
+    for start in range(
+        offset, offset + length, _READ_AHEAD
+    ):  # exactly these pages: page faults would read others too
         size = min(_READ_AHEAD, offset + length - start)
         with suppress(OSError):
             os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
@@ -157,14 +163,14 @@ def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
 
 
 def _fetch(path: Path, offset: int, address: int, length: int) -> None:
-    """Wait until mapped pages are there. Using one that cannot be had would end the process."""
+    """Wait until mapped pages have been read. Using a page that cannot be read would end the process."""
     if not c_library().madvise(address, length, _MADV_POPULATE_READ):
         return
     problem = ctypes.get_errno()
-    if problem != errno.EINVAL:  # the file is shorter by now, or the disk fails: the system says no more
+    if problem != errno.EINVAL:  # the file is shorter now, or the disk fails: the system does not say which
         raise CheckpointError(
             f"Reading {path} failed between bytes {offset} and {offset + length}, expected them all: "
-            "was it cut short meanwhile? Load it again when it is whole."
+            "it may have been cut short meanwhile. Load it again when it is whole."
         )
     if path.stat().st_size < offset + length:
         raise CheckpointError(
@@ -175,7 +181,7 @@ def _fetch(path: Path, offset: int, address: int, length: int) -> None:
 
 
 def _reserve(count: int) -> bool:
-    """Whether the process may have so many mappings more: half of its own are for others."""
+    """Whether the process may have so many more mappings. Half of those allowed are left to other code."""
     global _mappings
     try:
         most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2

@@ -1,4 +1,4 @@
-"""Making the folder of a model: whole under its name, or not there; and what goes with the weights."""
+"""Writing a model's folder: it appears under its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import is_offline_mode
-from transformers.utils import cached_file
 
 from .errors import CheckpointError
 from .safetensors_writing import write_json
@@ -22,18 +19,6 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-TOKENIZER_FILES = (  # and patterns; see `side_files.side_files`
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-GENERATION_CONFIG = "generation_config.json"
 _PLAN = ".plan.json"
 
 
@@ -44,26 +29,26 @@ def new_folder(
     plan: Mapping[str, Any] | None = None,
     hopeless: tuple[type[BaseException], ...] = (),
 ) -> Iterator[Path]:
-    """A folder to write to, which gets its name when all went well and is removed otherwise.
+    """A folder to write to. It gets its name at the end if there was no error, and is removed otherwise.
 
-    It is `.<name>.partial` until then, and locked, so that two runs do not write to it at once. What a run
-    without a plan left of it, when it was killed, is removed first.
+    Until then its name is `.<name>.partial`. It is locked, so that two runs cannot write to it at the same
+    time. If an earlier run without a plan was killed, the files that it left are removed first.
 
     Args:
-        out (`str` or `os.PathLike`): the name; its parents are made too.
-        plan (`Mapping[str, Any]`, *optional*): what is made from what, in types of JSON, for runs that can be
-            gone on with; see `side_files.identity_of`. What an earlier run with the same plan left is kept
-            then, and so is what this one leaves if it fails.
-        hopeless (`tuple[type[BaseException], ...]`, *optional*): errors after which nothing is kept, since
-            the same run would only fail again.
+        out (`str` or `os.PathLike`): the folder's name. Its parents are made too.
+        plan (`Mapping[str, Any]`, *optional*): JSON data that says what is made from what, such as
+            `side_files.identity_of` the source. With a plan a run can be continued: the files that an earlier
+            run with the same plan left are kept, and so are the files of this run if it fails.
+        hopeless (`tuple[type[BaseException], ...]`, *optional*): errors after which nothing is kept, because
+            the same call would fail again.
 
     Yields:
-        `Path`: the folder, empty but for what an earlier run with the same plan left.
+        `Path`: the folder. It is empty, or holds the files that an earlier run with the same plan left.
 
     Raises:
-        FileExistsError: if `out` exists, or a run with another plan left something.
-        BlockingIOError: if another run is writing it.
-        OSError: whatever stopped the writing, with what is left and how to go on.
+        FileExistsError: if `out` exists, or a run with another plan left files.
+        BlockingIOError: if another run is writing to the folder.
+        OSError: if writing fails. The message says what is left on disk and how to continue.
 
     Example:
 
@@ -95,7 +80,7 @@ def new_folder(
             if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-                raise _told(error, out, partial if kept else None) from error
+                raise _with_what_is_left(error, out, partial if kept else None) from error
             raise
     finally:
         if lock is not None:
@@ -103,19 +88,19 @@ def new_folder(
 
 
 def _take_over(partial: Path, out: Path, plan: Mapping[str, Any] | None) -> None:
-    """Keep what an earlier run with the same plan left, remove what none can go on with."""
+    """Keep the files of an earlier run with the same plan, and remove those of a run without one."""
     ours, left = json.loads(json.dumps(plan)), _plan_of(partial)
     if left is not None and left != ours and _holds_work(partial):
         wanted = ours or {}
         differ = sorted(key for key in left.keys() | wanted.keys() if left.get(key) != wanted.get(key))
         raise FileExistsError(
-            f"{partial} holds what another job left that was to make {out}: it differs in "
-            f"{', '.join(differ)} (other arguments, or a source that has changed since). Repeat that call to "
-            "go on with it, or remove the folder to begin anew."
+            f"{partial} holds the files of another job for {out}, which differs in {', '.join(differ)} (it "
+            "had other arguments, or its source has changed since). Repeat that call to continue it, or "
+            "remove the folder to start again."
         )
     if left is None or left != ours:
         _empty(partial)
-        if plan is not None:  # under another name first: half a plan would lose the work of all runs before
+        if plan is not None:  # renamed when it is whole: with half a plan the earlier work would be lost
             write_json(partial / f"{_PLAN}.new", dict(plan))
             (partial / f"{_PLAN}.new").rename(partial / _PLAN)
 
@@ -124,18 +109,18 @@ def _holds_work(partial: Path) -> bool:
     return any(path.is_file() and not path.name.startswith(_PLAN) for path in partial.rglob("*"))
 
 
-def _told(error: OSError, out: Path, kept: Path | None) -> OSError:
-    """The same error with what is left."""
+def _with_what_is_left(error: OSError, out: Path, kept: Path | None) -> OSError:
+    """The error with a message that says what is left on disk and what to do."""
     what = str(error)
-    if error.errno is not None:  # from the system, and no sentence
+    if error.errno is not None:  # from the operating system: its message is no sentence
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "The disk is full." if full else f"Writing {out} failed: {error}."
     if kept is None:
         left = f"Nothing of {out} is left."
     else:
         left = (
-            f"{kept} holds what was finished: mend the cause and call again with the same arguments to go "
-            "on, or remove it."
+            f"{kept} holds what was finished: remove the cause and call again with the same arguments to "
+            "continue, or remove the folder."
         )
     told = (CheckpointError if isinstance(error, CheckpointError) else OSError)(f"{what} {left}")
     told.errno = error.errno
@@ -143,9 +128,9 @@ def _told(error: OSError, out: Path, kept: Path | None) -> OSError:
 
 
 def _claim(partial: Path, out: Path) -> int | None:
-    """Make the folder in progress and lock it. The lock ends with the process, however that ends."""
+    """Make the partial folder and lock it. The system removes the lock when the process ends."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise FileExistsError(f"{partial} is needed for writing {out} and is no folder: remove it.")
+        raise FileExistsError(f"{partial} is needed for writing {out}, but it is no folder: remove it.")
     partial.mkdir(exist_ok=True)
     if fcntl is None:
         return None
@@ -156,7 +141,7 @@ def _claim(partial: Path, out: Path) -> int | None:
         except BlockingIOError:
             raise
         except OSError:
-            pass  # NFS and some others do not lock folders: there it goes on without
+            pass  # NFS and some others cannot lock folders: there is no lock then
         if not _is(lock, partial):
             raise BlockingIOError
     except BlockingIOError as error:
@@ -168,7 +153,7 @@ def _claim(partial: Path, out: Path) -> int | None:
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether a path still names an open folder: another run may have renamed it meanwhile."""
+    """Whether a path still names an open folder. Another run may have renamed it meanwhile."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except OSError:
@@ -188,40 +173,14 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def existing_folder(path: str | os.PathLike) -> Path:
-    """See that a folder that is to be read is there.
-
-    Args:
-        path (`str` or `os.PathLike`): the folder.
-
-    Raises:
-        FileNotFoundError: if there is nothing of this name.
-        NotADirectoryError: if it is a file.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.checkpoints.output_folder import existing_folder
-    >>> existing_folder("model_cards/toy-emo").name
-    'toy-emo'
-
-    ```
-    """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()}).")
-    if not os.path.isdir(path):
-        raise NotADirectoryError(f"{os.fspath(path)!r} is a file, expected a folder.")
-    return Path(path)
-
-
 def check_new(out: Path) -> None:
-    """See that there is nothing of this name, not even a broken link.
+    """Check that nothing of this name exists, not even a broken link.
 
     Args:
         out (`Path`): the folder to be made.
 
     Raises:
-        FileExistsError: if there is.
+        FileExistsError: if something exists.
 
     Example:
 
@@ -232,18 +191,18 @@ def check_new(out: Path) -> None:
     ```
     """
     if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists already: name a folder that does not.")
+        raise FileExistsError(f"{out} exists already: name a folder that does not exist.")
 
 
 def check_space(out: Path, needed: int) -> None:
-    """See that the disk has room, before anything is written.
+    """Check that the disk has room, before anything is written.
 
     Args:
-        out (`Path`): the folder to be made; its parents may not exist yet.
-        needed (`int`): bytes.
+        out (`Path`): the folder to be made. Its parents need not exist yet.
+        needed (`int`): how many bytes are needed.
 
     Raises:
-        OSError: if it has not.
+        OSError: if there is less room.
 
     Example:
 
@@ -260,60 +219,3 @@ def check_space(out: Path, needed: int) -> None:
             f"{out} will take {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left: make room, "
             "or name a folder on another disk."
         )
-
-
-def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
-    """A file that a model may have beside its weights.
-
-    Args:
-        model (`str` or `os.PathLike`): folder or Hub repository of the model.
-        name (`str`): its path there.
-        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
-
-    Returns:
-        `str`, *optional*: where it is on this machine, `None` if there is none.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.checkpoints.output_folder import optional_file
-    >>> optional_file("model_cards/toy-emo", "tokenizer.json")
-    'model_cards/toy-emo/tokenizer.json'
-    >>> optional_file("model_cards/toy-emo", "subsets/no-such-subset.json")
-
-    ```
-    """
-    try:
-        return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
-    except OSError:
-        # Offline, a file that the cache does not know of is taken as not there: other tools, which did not
-        # ask for it, may have filled the cache.
-        if hub_kwargs.get("local_files_only") or is_offline_mode():
-            return None
-        raise
-
-
-def copy_companions(model: str | os.PathLike, names: Sequence[str], folder: Path, **hub_kwargs: Any) -> None:
-    """Copy files that a model has beside its weights; those that it has not are left out.
-
-    Args:
-        model (`str` or `os.PathLike`): folder or Hub repository of the model.
-        names (`Sequence[str]`): the files.
-        folder (`Path`): where to.
-        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.checkpoints.output_folder import copy_companions
-    >>> copy_companions("model_cards/toy-emo", ["tokenizer.json", "vocab.json"], tmp_path)
-    >>> sorted(path.name for path in tmp_path.iterdir())
-    ['tokenizer.json']
-
-    ```
-    """
-    for name in names:
-        found = optional_file(model, name, **hub_kwargs)
-        if found is not None:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, folder / name)

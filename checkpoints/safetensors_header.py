@@ -1,6 +1,6 @@
-"""What a safetensors file says of itself: dtypes, headers, and the index of several files.
+"""Reading the headers of safetensors files, and the index of a model with several files.
 
-All of it is input from strangers: whatever is wrong with it becomes a `CheckpointError`.
+Both may come from strangers: anything wrong with them is a `CheckpointError`.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -44,7 +44,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where a tensor lies: bytes `start` to `end` of `file`, of this dtype and shape."""
+    """Where a tensor lies: bytes `start` to `end` of `file`, with its dtype and shape."""
 
     file: str
     start: int
@@ -54,27 +54,27 @@ class TensorSpan:
 
 
 class Source(Protocol):
-    """Gives the bytes of a checkpoint's files."""
+    """Something that gives the bytes of a checkpoint's files: a folder, or a repository of the Hub."""
 
     def size(self, file: str) -> int:
-        """Size of `file` in bytes. Raises `CheckpointError` if there is no such file."""
+        """The size of a file in bytes. Raises `CheckpointError` if there is no such file."""
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `start`, or raise `CheckpointError`."""
+        """Fill `buffer` with the bytes of a file from `start`. Raises `CheckpointError` if it cannot."""
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
 
 
 def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
-    """The tensors of one safetensors file, which its header must describe to the last byte.
+    """Read where the tensors of a safetensors file lie. They must fill the file to its last byte.
 
     Args:
         source (`Source`): gives the file's size and its first bytes.
         file (`str`): the file's name.
 
     Raises:
-        CheckpointError: if the header is damaged, or the file is longer or shorter than it says.
+        CheckpointError: if the header is damaged, or the file is not as long as the header says.
 
     Example:
 
@@ -97,7 +97,7 @@ def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
     if length > min(size - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
             f"{file} is damaged or no safetensors file: its header would be {length} bytes long, and the "
-            f"file has {size}."
+            f"file has {size}. Download it again."
         )
     raw = bytearray(length)
     source.read_into(file, 8, memoryview(raw))
@@ -109,13 +109,14 @@ def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
         spans = {name: _span(file, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} has a damaged safetensors header ({type(error).__name__}: {error})."
+            f"{file} has a damaged safetensors header ({type(error).__name__}: {error}): download it again."
         ) from error
     position = 8 + length
     for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
         if span.start != position:
             raise CheckpointError(
-                f"{file} has a damaged header: {name} should begin at byte {position}, not {span.start}."
+                f"{file} has a damaged header: {name} should begin at byte {position}, not "
+                f"{span.start}. Download it again."
             )
         position = span.end
     if position != size:
@@ -140,13 +141,14 @@ def _span(file: str, entry: dict, data_start: int) -> TensorSpan:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight map of an index: tensor names and the files they are in, all in the index's own folder.
+    """Read the weight map of an index: for each tensor the file that it is in.
 
     Args:
         path (`Path`): the index, `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: if it is damaged, or names a file outside its folder or one that is not safetensors.
+        CheckpointError: if it is damaged, or names a file outside its own folder or one that is not
+            safetensors.
 
     Example:
 
@@ -167,15 +169,19 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(
             f"The index {path} is damaged ({type(error).__name__}: {error}): download it again."
         ) from error
-    folder = Path(os.path.abspath(path.parent))  # not resolved: the shards themselves may be links
+    folder = Path(os.path.abspath(path.parent))  # links are not followed: the shards may be links
     for name, file in pairs:
         if not isinstance(file, str) or not file or "\0" in file:
             raise CheckpointError(
-                f"The index {path} names no file for {name}: expected a file name, got {file!r}."
+                f"The index {path} names no file for {name}: expected a file name, got {file!r}. "
+                "Download it again."
             )
         inside = os.path.normpath(folder / file)
         if os.path.isabs(file) or os.path.commonpath([folder, inside]) != str(folder):
-            raise CheckpointError(f"The index {path} names {file!r}, a file outside its folder: refused.")
+            raise CheckpointError(
+                f"The index {path} names {file!r}, a file outside its folder: refused. Get the model from a "
+                "source that you trust."
+            )
         if not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"The index {path} names {file!r}, which is not a safetensors file: convert the weights to "

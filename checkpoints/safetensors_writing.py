@@ -1,4 +1,4 @@
-"""Safetensors files, written by their parts: headers, the division into shards, the index.
+"""The parts of writing safetensors files: sizes and dtypes, headers, the division into files, the index.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..modeling_emo.transformers_versions import private_names
 from .safetensors_header import DTYPE_NAMES
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+with private_names("model files"):
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+_SHARD_PATTERN = SAFE_WEIGHTS_NAME.replace(".safetensors", "{suffix}.safetensors")
 
 Layout = tuple[torch.dtype, tuple[int, ...]]
 
@@ -28,8 +32,8 @@ def size_in_bytes(size: int | str, *, name: str = "max_shard_size") -> int:
     """A size as users give it, in bytes.
 
     Args:
-        size (`int` or `str`): bytes, or a string such as `"5GB"` or `"300MiB"`.
-        name (`str`, defaults to `"max_shard_size"`): what it is the size of, for the error.
+        size (`int` or `str`): a number of bytes, or a string such as `"5GB"`, in powers of ten.
+        name (`str`, defaults to `"max_shard_size"`): the argument's name, for the error.
 
     Raises:
         ValueError: if it is neither, or not above 0.
@@ -43,24 +47,27 @@ def size_in_bytes(size: int | str, *, name: str = "max_shard_size") -> int:
 
     ```
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMG]I?B)\s*", str(size).upper())
     try:
-        number = int(float(match[1]) * _UNITS[match[2]]) if match else int(size)
-    except ValueError:
+        has_unit = isinstance(size, str) and not size.strip().isdecimal()
+        number = parse_size_to_int(str(size)) if has_unit else int(size)
+    except (TypeError, ValueError, OverflowError):
         number = 0
     if number <= 0:
-        raise ValueError(f"{name} is {size!r}, expected bytes, or a string such as '5GB'.")
+        raise ValueError(
+            f"{name} is {size!r}, expected bytes, or a string such as '5GB': give a number above 0, with or "
+            "without one of the units KB, MB, GB and TB."
+        )
     return number
 
 
 def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype as users give it.
+    """A dtype of floating-point numbers, as users give it.
 
     Args:
         dtype (`str` or `torch.dtype`): the dtype, or its name such as `"bfloat16"`.
 
     Raises:
-        ValueError: if it is none, or none of floating point.
+        ValueError: if it is no dtype, or one of integers.
 
     Example:
 
@@ -78,7 +85,7 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def length_of(layout: Layout) -> int:
-    """Bytes of a tensor of this dtype and shape.
+    """How many bytes a tensor of this dtype and shape has.
 
     Args:
         layout (`tuple[torch.dtype, tuple[int, ...]]`): the dtype and the shape.
@@ -98,11 +105,11 @@ def length_of(layout: Layout) -> int:
 
 
 def divide(lengths: Iterable[tuple[str, int]], max_shard_size: int) -> dict[str, list[str]]:
-    """Divide tensors, in their order, into files.
+    """Divide tensors, in their order, into files, as `save_pretrained` does.
 
     Args:
-        lengths (`Iterable[tuple[str, int]]`): names of tensors and their bytes.
-        max_shard_size (`int`): bytes of tensors in one file; a larger tensor has a file of its own.
+        lengths (`Iterable[tuple[str, int]]`): the name of each tensor and its number of bytes.
+        max_shard_size (`int`): the most bytes of tensors in one file. A larger tensor gets a file of its own.
 
     Returns:
         `dict[str, list[str]]`: file names, as Transformers expects them, and the tensors in them.
@@ -116,25 +123,17 @@ def divide(lengths: Iterable[tuple[str, int]], max_shard_size: int) -> dict[str,
 
     ```
     """
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, length in lengths:
-        if shards[-1] and size + length > max_shard_size:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += length
-    if len(shards) == 1:
-        return {SAFE_WEIGHTS_NAME: shards[0]}
-    stem = SAFE_WEIGHTS_NAME.removesuffix(".safetensors")
-    return {
-        f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": shard
-        for number, shard in enumerate(shards, start=1)
-    }
+    split = split_state_dict_into_shards_factory(
+        dict(lengths),
+        get_storage_size=lambda length: length,
+        filename_pattern=_SHARD_PATTERN,
+        max_shard_size=max_shard_size,
+    )
+    return split.filename_to_tensors
 
 
 def header_of(tensors: Mapping[str, Layout]) -> bytes:
-    """The beginning of a safetensors file that holds these tensors, one after the other.
+    """The header of a safetensors file that holds these tensors, one after the other.
 
     Args:
         tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): their dtypes and shapes.
@@ -164,10 +163,10 @@ def header_of(tensors: Mapping[str, Layout]) -> bytes:
 
 
 def encode_header(entries: Mapping[str, Any]) -> bytes:
-    """The beginning of a safetensors file, given its JSON object; padded so that tensors are aligned.
+    """The header of a safetensors file, from its JSON object. It is padded so that tensors are aligned.
 
     Args:
-        entries (`Mapping[str, Any]`): the object.
+        entries (`Mapping[str, Any]`): the JSON object.
 
     Example:
 
@@ -186,10 +185,10 @@ def encode_header(entries: Mapping[str, Any]) -> bytes:
 def write_index(
     folder: str | os.PathLike, shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Layout]
 ) -> None:
-    """Write the index of a checkpoint of several files; a single file needs none.
+    """Write the index of a checkpoint with several files. A single file needs none.
 
     Args:
-        folder (`str` or `os.PathLike`): where the files are.
+        folder (`str` or `os.PathLike`): the folder of the files.
         shards (`Mapping[str, Sequence[str]]`): from `divide`.
         tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): dtypes and shapes.
 
@@ -218,11 +217,11 @@ def write_index(
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write a JSON file as Transformers does.
+    """Write a JSON file in the form that Transformers writes.
 
     Args:
         path (`str` or `os.PathLike`): the file.
-        content (`dict`): what it holds.
+        content (`dict`): the JSON object.
 
     Example:
 

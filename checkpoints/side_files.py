@@ -1,9 +1,10 @@
-"""The files beside the weights of a model, and how a model is recognised."""
+"""The files beside the weights of a model: finding and copying them, and telling one model from another."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,8 +14,19 @@ from transformers.utils import cached_file
 
 from .checkpoint import Checkpoint
 from .local_files import LocalFiles
-from .output_folder import GENERATION_CONFIG, TOKENIZER_FILES, optional_file
 
+TOKENIZER_FILES = (  # names and patterns, for `side_files`
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+GENERATION_CONFIG = "generation_config.json"
 SIDE_FILES = (
     "config.json",
     GENERATION_CONFIG,
@@ -25,16 +37,17 @@ SIDE_FILES = (
 
 
 def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: Any) -> dict[str, Any]:
-    """What a model is recognised by: where any of it differs, it is another model, or has been changed.
+    """Data by which a model is recognised. If any of it differs, it is another model, or it has been changed.
 
     Args:
-        model (`str` or `os.PathLike`): its folder or Hub repository.
+        model (`str` or `os.PathLike`): the model's folder or Hub repository.
         checkpoint (`Checkpoint`): its weights.
         hub_kwargs: `subfolder` and so on, as for `from_pretrained`.
 
     Returns:
-        `dict[str, Any]`: the folder's path, or the repository and the commit; the hash of `config.json`, of
-        where every tensor lies, and of each file of weights the size and, in a folder, the time of change.
+        `dict[str, Any]`: the folder's path, or the repository and its commit; the hash of `config.json`; a
+        hash of where each tensor lies; and for each file of weights its size and, in a folder, when it was
+        changed last.
 
     Example:
 
@@ -68,17 +81,18 @@ def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: 
 def side_files(
     model: str | os.PathLike, patterns: Sequence[str] = SIDE_FILES, **hub_kwargs: Any
 ) -> list[str]:
-    """The files beside the weights that belong to a model: config, generation config, tokenizer, model card
-    and licence. Code is left out.
+    """List the files beside the weights: config, generation config, tokenizer, model card and licence.
+
+    Code is left out.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository of the model.
-        patterns (`Sequence[str]`, *optional*): only such files, as names or patterns like `"LICENSE*"`.
+        patterns (`Sequence[str]`, *optional*): the names of files to list, or patterns such as `"LICENSE*"`.
         hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
 
     Returns:
-        `list[str]`: paths in the folder, or in the repository's `subfolder`, sorted; for `copy_companions`.
-        Offline, of a repository, those in the cache.
+        `list[str]`: the sorted paths in the folder, or in the repository's `subfolder`, for
+        `copy_side_files`. Offline they are the files of the repository that are in the cache.
 
     Raises:
         OSError: if the repository cannot be reached.
@@ -110,7 +124,7 @@ def side_files(
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Those paths of a repository that one of some patterns describes from their beginning, sorted.
+    """The paths of a repository that fit one of some patterns as a whole, sorted.
 
     Args:
         names (`Iterable[str]`): the paths, with forward slashes.
@@ -128,3 +142,60 @@ def matching(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return sorted(
         name for name in names if any(PurePosixPath("/", name).match(f"/{pattern}") for pattern in patterns)
     )
+
+
+def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str | None:
+    """Find a file that a model may have beside its weights, and download it if need be.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        name (`str`): the file's path in the folder or repository.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Returns:
+        `str`, *optional*: where it is on this machine; `None` if the model has no such file.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.side_files import optional_file
+    >>> optional_file("model_cards/toy-emo", "tokenizer.json")
+    'model_cards/toy-emo/tokenizer.json'
+    >>> optional_file("model_cards/toy-emo", "subsets/no-such-subset.json")
+
+    ```
+    """
+    try:
+        return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
+    except OSError:
+        # Offline, a file that is not in the cache counts as not there. Another tool may have filled the cache
+        # without asking for it.
+        if hub_kwargs.get("local_files_only") or is_offline_mode():
+            return None
+        raise
+
+
+def copy_side_files(model: str | os.PathLike, names: Sequence[str], folder: Path, **hub_kwargs: Any) -> None:
+    """Copy files that a model has beside its weights. Files that it does not have are left out.
+
+    Args:
+        model (`str` or `os.PathLike`): folder or Hub repository of the model.
+        names (`Sequence[str]`): the paths of the files.
+        folder (`Path`): the folder to copy them to.
+        hub_kwargs: `revision`, `token`, `subfolder` and so on, as for `from_pretrained`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.side_files import copy_side_files
+    >>> copy_side_files("model_cards/toy-emo", ["tokenizer.json", "vocab.json"], tmp_path)
+    >>> sorted(path.name for path in tmp_path.iterdir())
+    ['tokenizer.json']
+
+    ```
+    """
+    for name in names:
+        found = optional_file(model, name, **hub_kwargs)
+        if found is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found, folder / name)

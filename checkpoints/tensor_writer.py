@@ -1,4 +1,4 @@
-"""Writes a safetensors checkpoint tensor by tensor: each file's header first, from shapes alone."""
+"""Writing a safetensors checkpoint tensor by tensor. Each file's header comes first: it needs shapes only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HASH_BYTES = 1 << 20  # stays in the processor's cache
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that will be written."""
+    """The name and shape of a tensor that will be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -33,12 +33,12 @@ class PlannedTensor:
 def plan_shards(
     tensors: Iterable[PlannedTensor], dtype: torch.dtype, max_shard_size: int
 ) -> dict[str, list[PlannedTensor]]:
-    """Divide tensors, in their order, into files.
+    """Divide tensors, in their order, into files, as `save_pretrained` does.
 
     Args:
         tensors (`Iterable[PlannedTensor]`): all tensors.
-        dtype (`torch.dtype`): what they will be written in.
-        max_shard_size (`int`): bytes of tensors in one file; a larger tensor has a file of its own.
+        dtype (`torch.dtype`): the dtype in which they will be written.
+        max_shard_size (`int`): the most bytes of tensors in one file. A larger tensor gets a file of its own.
 
     Returns:
         `dict[str, list[PlannedTensor]]`: file names, as Transformers expects them, and their tensors.
@@ -68,22 +68,23 @@ def write_checkpoint(
     done: Callable[[], object] | None = None,
     threads: int | None = None,
 ) -> dict[str, str]:
-    """Write planned files, and their index if there are several.
+    """Write the files that `plan_shards` planned, and their index if there are several.
 
     Args:
-        folder (`Path`): where to.
-        shards (`dict[str, list[PlannedTensor]]`): what `plan_shards` gave.
-        dtype (`torch.dtype`): what tensors are in.
-        write (`Callable[[str, int, int], None]`): writes the tensor of a name to an open file, given by its
-            descriptor, from a byte of it on: all its bytes, and no others. Called from several threads.
+        folder (`Path`): the folder to write to.
+        shards (`dict[str, list[PlannedTensor]]`): from `plan_shards`.
+        dtype (`torch.dtype`): the dtype of the tensors.
+        write (`Callable[[str, int, int], None]`): writes one tensor. It gets the tensor's name, the
+            descriptor of an open file and the byte at which the tensor begins, and must write all bytes of
+            the tensor and no others. It is called from several threads.
         done (`Callable[[], object]`, *optional*): called after each tensor.
-        threads (`int`, *optional*): threads that write; one a processor by default, at most 8.
+        threads (`int`, *optional*): how many threads write; by default one for each processor, at most 8.
 
     Returns:
-        `dict[str, str]`: the SHA-256 of each file of tensors, taken of what is in the files.
+        `dict[str, str]`: the SHA-256 of each file of tensors, of the bytes read back from it.
 
     Raises:
-        Whatever `write` raises; no further tensor is begun then.
+        Whatever `write` raises. No further tensor is begun then.
 
     Example:
 
@@ -101,7 +102,7 @@ def write_checkpoint(
     ```
     """
     threads = threads or min(8, os.cpu_count() or 1)
-    # Hashing takes about as long as copying: it goes on beside it, file by file, from the page cache.
+    # Hashing takes about as long as copying. It runs at the same time, and reads from the page cache.
     with (
         ExitStack() as files,
         ThreadPoolExecutor(threads) as writers,
@@ -133,7 +134,7 @@ def write_checkpoint(
                     done()
             hashes = {file: job.result() for file, job in hashing.items()}
         except BaseException:
-            stopped.set()  # what is under way ends, what waits does nothing
+            stopped.set()  # jobs that run now end by themselves, jobs that wait do nothing
             raise
     layouts = {tensor.name: (dtype, tensor.shape) for planned in shards.values() for tensor in planned}
     write_index(folder, {file: [t.name for t in planned] for file, planned in shards.items()}, layouts)
@@ -141,7 +142,7 @@ def write_checkpoint(
 
 
 def _hash_behind(descriptor: int, ends: list[tuple[int, Future]]) -> str:
-    """Hash a file in its order, behind those who write it. A file that ends too early is an error."""
+    """Hash a file from its beginning, each tensor once it is written. A file that ends early is an error."""
     digest = hashlib.sha256()
     buffer = bytearray(_HASH_BYTES)
     position = 0
@@ -151,19 +152,19 @@ def _hash_behind(descriptor: int, ends: list[tuple[int, Future]]) -> str:
             view = memoryview(buffer)[: min(len(buffer), end - position)]
             got = os.preadv(descriptor, [view], position)
             if got == 0:
-                raise OSError(f"A file of weights ends at byte {position}, expected {end}.")
+                raise OSError(f"A file of weights ends at byte {position}, expected {end}: check the disk.")
             digest.update(view[:got])
             position += got
     return digest.hexdigest()
 
 
 def rename_tensors(source: Path, target: Path, names: dict[str, str]) -> None:
-    """Copy a safetensors file under other names; the tensors' bytes are copied as they are.
+    """Copy a safetensors file, and give its tensors other names. Their bytes stay as they are.
 
     Args:
         source (`Path`): the file.
-        target (`Path`): the new one.
-        names (`dict[str, str]`): the new name of each tensor.
+        target (`Path`): the new file. It must not exist.
+        names (`dict[str, str]`): the new names of tensors by their old names. Others keep theirs.
 
     Example:
 

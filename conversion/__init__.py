@@ -1,4 +1,4 @@
-"""From training checkpoints to the released layout and back, and from that to expert shards."""
+"""Converting checkpoints: from OLMo-core's training layout to the released one and back, and to others."""
 
 from ..imports.lazy_names import lazy_names
 

@@ -1,11 +1,12 @@
-"""A checkpoint cut so that a subset of its experts needs only the files of those experts.
+"""Cutting a checkpoint by expert, so that a download of some experts needs only their files.
 
-The backbone (with the shared experts, which every subset keeps) is one file, each routed expert of each layer
-another. The index is the standard one, so that plain Transformers and other tools load the whole as usual.
+One file holds the backbone, with the shared experts, which every subset keeps. Each routed expert of each
+layer has a file of its own. The index is the standard one: Transformers and other tools load the whole model
+as usual.
 
-Why a file an expert: a subset keeps other experts in each layer, and whatever shares a file with one of them
-comes along. With two in a file, 16 random of 128 experts already cost 1.9 times their bytes, while the 2,033
-files of the 14B model are well below what the Hub advises (`benchmarks/expert_shards.py`).
+Why one expert in a file? A subset keeps other experts in each layer, and a download gets all that is in a
+file. With two experts in a file, 16 random experts of 128 already cost 1.9 times their bytes. The 2,033 files
+of the 14B model are well below the most that the Hub advises (`benchmarks/expert_shards.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorSpan
 from ..checkpoints.output_folder import check_new, new_folder
@@ -32,10 +34,9 @@ from .from_olmo_core import PROVENANCE
 from .source_folder import source_folder
 
 BACKBONE = "model-backbone.safetensors"
-_INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _BUFFER = 16 << 20
-_FREE = 64 << 20  # bytes of the disk that are left alone
+_FREE = 64 << 20  # bytes of the disk that stay free
 
 
 def shard_experts(
@@ -46,29 +47,30 @@ def shard_experts(
     progress: bool = True,
     **hub_kwargs: Any,
 ) -> dict[str, list[str]]:
-    """Cut a checkpoint into a backbone and experts, for downloads of only the chosen experts.
+    """Cut a checkpoint into a backbone and experts, so that only chosen experts need to be downloaded.
 
     Bytes are copied as they are, a few megabytes at a time. The folder appears under its name when it is
-    whole; a run that is killed leaves `.<name>.partial` beside it, and the same call goes on from there, if
-    the source is what it was.
+    whole. A run that is killed leaves `.<name>.partial` beside it. The same call continues from there, if the
+    source has not changed.
 
     Args:
         source (`str` or `os.PathLike`): folder or Hub repository of an EMO model.
-        out (`str` or `os.PathLike`): the folder to make; it must not exist.
-        experts_per_file (`int`, defaults to 1): neighbouring routed experts of a layer in one file. One a
-            file makes 2,033 files of 16 layers of 128 experts, and no waste; two make half as many, and 16
-            random experts fetch 1.58 times their bytes (`benchmarks/expert_shards.py`).
+        out (`str` or `os.PathLike`): the folder to make. It must not exist.
+        experts_per_file (`int`, defaults to 1): how many neighbouring routed experts of a layer are in one
+            file. With one, 16 layers of 128 experts are 2,033 files, and no byte is fetched in vain. With two
+            they are half as many files, and 16 random experts fetch 1.58 times their bytes
+            (`benchmarks/expert_shards.py`).
         progress (`bool`, defaults to `True`): show a progress bar in bytes.
         hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` and so on for a repository, as for
-            `from_pretrained`; it is downloaded first.
+            `from_pretrained`. The repository is downloaded first.
 
     Returns:
-        `dict[str, list[str]]`: the files of weights, with the names of their tensors.
+        `dict[str, list[str]]`: the files of weights, and the names of the tensors in each.
 
     Raises:
         CheckpointError: if the checkpoint is damaged, does not fit its config or has stacked experts.
-        FileExistsError: if `out` exists, or another job for it was interrupted.
-        ValueError: if `experts_per_file` is not at least 1.
+        FileExistsError: if `out` exists, or another job left files for it.
+        ValueError: if `experts_per_file` is below 1.
 
     Example:
 
@@ -84,17 +86,17 @@ def shard_experts(
     """
     out = Path(out)
     if type(experts_per_file) is not int or experts_per_file < 1:
-        raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected a number from 1.")
+        raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected an integer from 1.")
     check_new(out)
     without = [ending for ending in _WEIGHTS if ending != ".safetensors"]
     folder = source_folder(source, without=without, **hub_kwargs)
     config = EmoConfig.from_pretrained(folder)
     checkpoint = Checkpoint.from_folder(folder)
     try:
-        # Nothing is missing or of another shape.
+        # Refuses a checkpoint in which a tensor is missing or has another shape.
         check_whole(lazy_parameters(checkpoint, config, None), config, os.fspath(source))
         files = plan_expert_files(checkpoint.tensors, config, experts_per_file)
-        # The commit of a repository is in the folder's name.
+        # A downloaded folder has the commit in its name, so the plan has it too.
         with new_folder(out, plan={"source": identity_of(folder, checkpoint), "files": files}) as partial:
             for left in partial.glob("*.partial"):
                 left.unlink()
@@ -104,7 +106,8 @@ def shard_experts(
             there = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
             if free < total - there + _FREE:
                 raise CheckpointError(
-                    f"{out.parent} has room for {free} bytes, expected {total - there + _FREE}."
+                    f"{out.parent} has room for {free} bytes, expected "
+                    f"{total - there + _FREE}: make room, or name a folder on another disk."
                 )
             with tqdm(total=total, desc="Sharding", unit="B", unit_scale=True, disable=not progress) as bar:
                 for file, names in files.items():
@@ -118,18 +121,19 @@ def shard_experts(
 def plan_expert_files(
     names: Iterable[str], config: EmoConfig, experts_per_file: int = 1
 ) -> dict[str, list[str]]:
-    """Which tensors go into which file.
+    """Decide which tensors go into which file.
 
     Args:
         names (`Iterable[str]`): the tensors of a checkpoint.
         config (`EmoConfig`): its config.
-        experts_per_file (`int`, defaults to 1): neighbouring routed experts of a layer in one file.
+        experts_per_file (`int`, defaults to 1): how many neighbouring routed experts of a layer are in one
+            file.
 
     Returns:
-        `dict[str, list[str]]`: the tensors of each file, sorted by name; the backbone first.
+        `dict[str, list[str]]`: the tensors of each file, sorted by name. The backbone is the first file.
 
     Raises:
-        CheckpointError: if experts are stacked in one tensor.
+        CheckpointError: if all experts of a layer are in one tensor.
 
     Example:
 
@@ -149,7 +153,7 @@ def plan_expert_files(
         if ".mlp.experts.gate_up_proj" in name or ".mlp.experts.down_proj" in name:
             raise CheckpointError(
                 f"{name} holds all experts of a layer: load the model and save it with `save_pretrained`, "
-                "which takes them apart."
+                "which writes each expert by itself."
             )
         file = BACKBONE
         if match := EXPERT_MATRIX.fullmatch(name):
@@ -173,13 +177,13 @@ def _size(tensors: dict[str, TensorSpan]) -> int:
 
 
 def _header(names: list[str], tensors: dict[str, TensorSpan]) -> bytes:
-    """The header of a file with these tensors, those of the widest dtype first so that all are aligned."""
+    """The header of a file with these tensors. The widest dtypes come first, so that all are aligned."""
     names.sort(key=lambda name: -tensors[name].dtype.itemsize)
     return header_of({name: (tensors[name].dtype, tensors[name].shape) for name in names})
 
 
 def _write(path: Path, header: bytes, names: list[str], checkpoint: Checkpoint, bar: tqdm) -> None:
-    """Write a file under a passing name; one that is there already, in its size, is whole."""
+    """Write a file under another name and rename it. A file that has its full size already is skipped."""
     spans = [checkpoint.tensors[name] for name in names]
     size = len(header) + sum(span.end - span.start for span in spans)
     if path.exists() and path.stat().st_size == size:
@@ -202,18 +206,20 @@ def _write(path: Path, header: bytes, names: list[str], checkpoint: Checkpoint, 
 
 
 def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights: copied files, the conversion notes and the index."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        is_weights = path.name.endswith(_WEIGHTS) or path.name == _INDEX
+        is_weights = path.name.endswith(_WEIGHTS) or path.name == SAFE_WEIGHTS_INDEX_NAME
         if path.is_file() and not is_weights and not any(part.startswith(".") for part in name.parts):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, partial / name)
     provenance = partial / PROVENANCE
-    if provenance.is_file():  # how the source came to be; its hashes are of files that are not here
+    if provenance.is_file():  # how the source was converted; its hashes are those of other files
         with suppress(ValueError, RecursionError):
             said = json.loads(provenance.read_text(encoding="utf-8"))
             if isinstance(said, dict) and said.pop("sha256", None) is not None:
                 write_json(provenance, said)
     weight_map = {name: file for file, names in files.items() for name in names}
-    write_json(partial / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    write_json(
+        partial / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map}
+    )

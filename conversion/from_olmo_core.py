@@ -1,4 +1,4 @@
-"""Training checkpoints of OLMo-core to the released layout, tensor by tensor."""
+"""Converting training checkpoints of OLMo-core to the released layout, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,15 +13,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..checkpoints import CheckpointError
-from ..checkpoints.output_folder import (
-    TOKENIZER_FILES,
-    check_new,
-    copy_companions,
-    existing_folder,
-    new_folder,
-)
+from ..checkpoints.hub.names import existing_folder
+from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import size_in_bytes, write_json
-from ..checkpoints.side_files import side_files
+from ..checkpoints.side_files import TOKENIZER_FILES, copy_side_files, side_files
 from ..checkpoints.tensor_writer import PlannedTensor, plan_shards, write_checkpoint
 from ..configuration import EmoConfig
 from .olmo_core.config_reader import read_config
@@ -44,31 +39,31 @@ def convert_olmo_core(
     verify: bool = False,
     progress: bool = True,
 ) -> EmoConfig:
-    """Convert a training checkpoint to the released layout, for `from_pretrained`.
+    """Convert a training checkpoint to the released layout, which `from_pretrained` reads.
 
-    Tensors are read, converted and written a few at a time, in several threads. The folder appears under its
-    name when it is whole; a run that is killed leaves at most `.<name>.partial` beside it, which the next one
-    removes.
+    Several threads read, convert and write a few tensors at a time. The folder appears under its name when it
+    is whole. A run that is killed leaves `.<name>.partial` beside it, which the next run removes.
 
     Args:
-        step_folder (`str` or `os.PathLike`): a `step<N>` folder: `config.json` and `model_and_optim/`,
-            written by any number of ranks. EMO, standard mixtures of experts and dense models.
-        out (`str` or `os.PathLike`): the folder to make; it must not exist.
-        dtype (`torch.dtype` or `str`, defaults to `torch.float32`): what weights are saved in: float32,
+        step_folder (`str` or `os.PathLike`): a `step<N>` folder with `config.json` and `model_and_optim/`, by
+            any number of ranks. The model may be an EMO, a standard mixture of experts or dense.
+        out (`str` or `os.PathLike`): the folder to make. It must not exist.
+        dtype (`torch.dtype` or `str`, defaults to `torch.float32`): the dtype to save weights in: float32,
             bfloat16 or float16.
-        max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
-        tokenizer (`str` or `os.PathLike`, *optional*): a folder with tokenizer files to be copied.
-        verify (`bool`, defaults to `False`): check the sums that the checkpoint was saved with, and compare
-            the converted model's logits with those computed straight from the checkpoint's tensors. Loads the
-            converted model in float32.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): the most bytes of one file. A larger tensor gets
+            a file of its own.
+        tokenizer (`str` or `os.PathLike`, *optional*): a folder of which the tokenizer files are copied.
+        verify (`bool`, defaults to `False`): check the checksums of the training checkpoint, and compare the
+            logits of the converted model with those computed from the tensors of the training checkpoint.
+            This loads the converted model in float32.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Returns:
-        `EmoConfig`: the model's.
+        `EmoConfig`: the config of the converted model.
 
     Raises:
-        CheckpointError: if the checkpoint is incomplete, damaged, refused (`UnsafePickleError`), does not fit
-            its config, or has parameters that an EMO model has not. Nothing is written then.
+        CheckpointError: if the checkpoint is incomplete, damaged or refused (`UnsafePickleError`), does not
+            fit its config, or has parameters that an EMO model does not have. Nothing is written then.
         ValueError: if a setting is not supported, or the converted model computes something else.
         FileExistsError: if `out` exists.
 
@@ -103,7 +98,7 @@ def convert_olmo_core(
             config.dtype = wanted
             config.save_pretrained(folder)
             generation_config(config).save_pretrained(folder)
-            copy_companions(tokenizer or "", tokenizer_files, folder)
+            copy_side_files(tokenizer or "", tokenizer_files, folder)
             difference = verify_logits(folder, checkpoint, config, wanted) if verify else None
             write_json(folder / PROVENANCE, _provenance(step_folder, wanted, parts, hashes, difference))
     finally:
@@ -112,7 +107,7 @@ def convert_olmo_core(
 
 
 def _plan(config: EmoConfig, checkpoint: DistributedCheckpoint, progress: bool) -> list[TensorPart]:
-    """What is written, in order. Every tensor of the model is used, is of its shape and is whole."""
+    """The tensors to write, in order. All must be in the checkpoint, whole and in their shapes."""
     parts, shapes = training_layout(config)
     _check(shapes, config.vocab_size, checkpoint, progress)
     return parts
@@ -128,7 +123,7 @@ def _check(
     if unknown:
         raise CheckpointError(
             f"The checkpoint has {len(unknown)} parameters that its config does not explain, such as "
-            f"{unknown[0]}: it cannot be converted without losing them."
+            f"{unknown[0]}: they would be lost. Use the config.json of the same step."
         )
     for name, shape in tqdm(shapes.items(), "Checking", unit="tensor", disable=not progress):
         tensor = checkpoint[name]
@@ -138,9 +133,15 @@ def _check(
         )
         if not fits:
             shown = [f"{vocabulary} or more" if want is None else want for want in shape]
-            raise CheckpointError(f"{name} is of shape {list(got)}, expected {shown} by config.json.")
+            raise CheckpointError(
+                f"{name} is of shape {list(got)}, expected {shown} by config.json: use the config.json of "
+                "the same step."
+            )
         if not tensor.dtype.is_floating_point:
-            raise CheckpointError(f"{name} is of {tensor.dtype}, expected floating point numbers.")
+            raise CheckpointError(
+                f"{name} is of {tensor.dtype}, expected floating-point numbers: this is no checkpoint of "
+                "a model. Name a `step<N>` folder."
+            )
         tensor.check()
 
 
@@ -168,10 +169,10 @@ def _write(
 
 
 def generation_config(config: EmoConfig) -> GenerationConfig:
-    """As released, but the padding token under the name that `generate` reads (not `pad_token`).
+    """The generation config of the released models, with the padding token by the name that `generate` reads.
 
     Args:
-        config (`EmoConfig`): the model's, for the special tokens.
+        config (`EmoConfig`): the config of the model. It has the special tokens.
 
     Example:
 
@@ -202,7 +203,7 @@ def _provenance(
     try:
         version = json.loads(described.read_text(encoding="utf-8"))["version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        version = None  # the training library's own note: not needed
+        version = None  # only a note of the training library
     sources = ("config.json", "model_and_optim/.metadata")
     return {
         "converted_from": "OLMo-core",
@@ -232,5 +233,5 @@ def _tokenizer_files(folder: str | os.PathLike | None) -> list[str]:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise ValueError(f"dtype is {dtype}, expected one of {', '.join(_DTYPES)}.")
+        raise ValueError(f"`dtype` is {dtype}, expected one of {', '.join(_DTYPES)}.")
     return found

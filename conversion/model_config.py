@@ -1,4 +1,4 @@
-"""Reads the `config.json` of a model to be converted: one clear error for whatever is wrong with it."""
+"""Reading the `config.json` of a model that is converted. Anything wrong with it is one clear error."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ TRAINING_SETTINGS = (
     "router_z_loss_coef",
     "lm_z_loss_coef",
 )
-# Lists of these lengths are made before any weight is read.
+# Lists of these lengths are made before any weight is read, so the lengths must be sensible.
 _MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Read a `config.json` as data.
+    """Read a `config.json` as JSON data.
 
     Args:
-        folder (`Path`): the model's.
+        folder (`Path`): the folder of the model.
 
     Returns:
-        `dict[str, Any]`: its contents, with a `model_type`.
+        `dict[str, Any]`: the contents, with a `model_type`.
 
     Raises:
-        CheckpointError: if it cannot be read, is no config, or a size in it is none.
+        CheckpointError: if the file cannot be read, is no config, or has a size that is out of range.
 
     Example:
 
@@ -61,22 +61,28 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         value = content.get(name)
         least = 0 if "experts" in name else 1
         if value is not None and (type(value) is not int or not least <= value <= most):
-            raise CheckpointError(f"`{name}` in {path} is {value!r:.60}, expected {least} to {most}.")
+            raise CheckpointError(
+                f"`{name}` in {path} is {value!r:.60}, expected {least} to {most}: correct it."
+            )
     width, heads = content.get("hidden_size"), content.get("num_attention_heads")
     if width is not None and heads is not None and width % heads:
-        raise CheckpointError(f"`hidden_size` in {path} is {width}, not a multiple of {heads} heads.")
+        raise CheckpointError(
+            f"`hidden_size` in {path} is {width}, not a multiple of {heads} heads: correct it."
+        )
     return content
 
 
 def emo_config(content: Mapping[str, Any], settings: Mapping[str, Any]) -> EmoConfig:
-    """An `EmoConfig` of a config's contents and settings of training; it asks for no router logits.
+    """Make an `EmoConfig` of a config's contents and of settings for training.
+
+    It does not ask for router logits.
 
     Args:
-        content (`Mapping[str, Any]`): of `config.json`.
-        settings (`Mapping[str, Any]`): instead of the config's; of `TRAINING_SETTINGS`.
+        content (`Mapping[str, Any]`): the contents of `config.json`.
+        settings (`Mapping[str, Any]`): settings in place of the config's. `TRAINING_SETTINGS` names them.
 
     Raises:
-        ValueError: if a setting is none of these, or a value is wrong.
+        ValueError: if a setting has another name, or a value is wrong.
 
     Example:
 
@@ -94,7 +100,7 @@ def emo_config(content: Mapping[str, Any], settings: Mapping[str, Any]) -> EmoCo
         )
     try:
         config = EmoConfig.from_dict({**content, **settings, "output_router_logits": False})
-    # Transformers takes what it finds: a value of another kind fails wherever it is first used.
+    # Transformers does not check a config: a wrong value fails where it is first used.
     except (StrictDataclassError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(
             f"The config is not a model's, or the settings do not fit it ({type(error).__name__}): {error}"

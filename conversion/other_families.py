@@ -1,8 +1,9 @@
-"""Mixtures of experts of other families whose network is an EMO's, and why others' are not.
+"""Which mixtures of experts of other families compute what an EMO computes, and why others do not.
 
-An EMO's block: RMSNorm before attention and before the experts, no norm on queries and keys, SwiGLU experts,
-a softmax over all routed experts before the choice of the largest, renormalised or not. Mixtral is that,
-without shared experts and renormalised (https://arxiv.org/abs/2401.04088, section 2.1).
+An EMO's block has an RMSNorm before attention and one before the experts, but none on queries and keys. Its
+experts are SwiGLU. Its router takes the largest values of a softmax over all routed experts, and may
+normalise them again. Mixtral is such a model, without shared experts and normalised again
+(https://arxiv.org/abs/2401.04088, section 2.1).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REASONS = {
     "deepseek_v2": "its attention is another (latent keys and values)",
     "deepseek_v3": "its attention is another (latent keys and values), and its router a sigmoid",
 }
-# Copied where the config has them; what an EMO defaults to differs.
+# Copied if the config has them, since the defaults of an EMO differ.
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -66,17 +67,17 @@ _MIXTRAL_DEFAULTS = {
 
 
 def emo_settings(content: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The settings of an EMO that computes what a model of another family computes.
+    """The settings of the EMO that computes the same as a model of another family.
 
     Args:
         content (`dict[str, Any]`): that model's `config.json`.
         names (`Iterable[str]`): the names of its tensors.
 
     Returns:
-        `dict[str, Any]`: for `EmoConfig.from_dict`.
+        `dict[str, Any]`: settings for `EmoConfig.from_dict`.
 
     Raises:
-        ValueError: if there is no such EMO; the message says why.
+        ValueError: if there is no such EMO. The message says why.
 
     Example:
 
@@ -105,7 +106,9 @@ def emo_settings(content: dict[str, Any], names: Iterable[str]) -> dict[str, Any
         if found and kind == "mixtral":
             reasons.append(f"{reason} ({found[0]})")
     if reasons:
-        raise ValueError(f"A model of type {kind!r} cannot become an EMO: {'; '.join(reasons)}.")
+        raise ValueError(
+            f"A model of type {kind!r} cannot become an EMO: {'; '.join(reasons)}. Use it as it is."
+        )
     settings = _MIXTRAL_DEFAULTS | {name: content[name] for name in _SAME if name in content}
     if "rope_parameters" not in settings:
         settings.setdefault("rope_theta", 1e6)
@@ -120,11 +123,11 @@ def emo_settings(content: dict[str, Any], names: Iterable[str]) -> dict[str, Any
 
 
 def emo_name(kind: str, name: str) -> str:
-    """The name that a tensor of another family has in the released layout.
+    """The name in the released layout of a tensor of another family.
 
     Args:
         kind (`str`): the family, `"mixtral"`.
-        name (`str`): the tensor's name there.
+        name (`str`): the tensor's name in that family.
 
     Example:
 

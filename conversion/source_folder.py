@@ -1,4 +1,4 @@
-"""The folder of a model that is to be converted, downloaded where it is a repository of the Hub."""
+"""The folder of a model to convert. A repository of the Hub is downloaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..checkpoints.hub.names import folder_or_repo, is_hub_repo
 
 
 def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hub_kwargs: Any) -> Path:
-    """Where the files of a model are on this machine; those of a repository are downloaded, of one commit.
+    """The folder with the files of a model on this machine. A repository is downloaded, at one commit.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository.
-        without (`Iterable[str]`, *optional*): endings of files that are not downloaded, such as `".bin"`.
+        without (`Iterable[str]`, *optional*): endings of files not to download, such as `".bin"`.
         hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` and so on, as for `from_pretrained`.
 
     Returns:
@@ -53,11 +53,11 @@ def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hu
 
 
 def name_and_commit(model: str | os.PathLike, folder: Path) -> tuple[str, str | None]:
-    """What a model is called in the notes of a conversion.
+    """The name and commit of a model, for the notes of a conversion.
 
     Args:
         model (`str` or `os.PathLike`): folder or Hub repository, as given.
-        folder (`Path`): what `source_folder` gave for it.
+        folder (`Path`): from `source_folder`.
 
     Returns:
         `tuple[str, str | None]`: the folder's name and `None`, or the repository and its commit.

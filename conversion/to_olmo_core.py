@@ -1,4 +1,4 @@
-"""The released layout to a training checkpoint of OLMo-core, tensor by tensor: the reverse of `olmo_core`."""
+"""Converting the released layout to a training checkpoint of OLMo-core: the reverse of `from_olmo_core`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .olmo_core.layout import EMBEDDINGS, HEAD, TensorPart, training_layout
 logger = logging.getLogger(__name__)
 
 _MAX_CHUNK_BYTES = 256 << 20
-_OLMO_CORE_VERSION = "2.5.0"  # whose names and config.json these are
+_OLMO_CORE_VERSION = "2.5.0"  # the version whose names and config.json are written
 _PADDED_TO = 128  # OLMo-core pads the vocabulary to a multiple of it
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Consecutive rows of a training tensor, and what reads them, in any dtype."""
+    """Rows of a training tensor that follow each other, and a function that reads them in any dtype."""
 
     source: str
     start: int
@@ -53,28 +53,29 @@ def convert_to_olmo_core(
     verify: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Convert a model in the released layout to a training checkpoint that OLMo-core goes on from.
+    """Convert a model in the released layout to a checkpoint from which OLMo-core can continue training.
 
     `<out>/model_and_optim` is a torch.distributed.checkpoint of the parameters in float32, as OLMo-core
-    writes them. There is no state of an optimiser or trainer: load `<out>/model_and_optim` with
-    `load_optim_state=False` and `load_trainer_state=False`. Tensors are read and written 256 MB at a time.
-    The folder appears under its name when it is whole.
+    writes it. It has no state of an optimiser or trainer: load it with `load_optim_state=False` and
+    `load_trainer_state=False`. Tensors are read and written 256 MB at a time. The folder appears under its
+    name when it is whole.
 
-    Training pads the vocabulary (100,278 tokens to 100,352 rows), and the released layout has dropped those
-    rows. They come from `original`, and are zeros without it; no text leads to them. `conversion.json` says
-    which. There too is what OLMo-core's config has no place for: which experts of its root a subset is.
+    Training pads the vocabulary from 100,278 tokens to 100,352 rows, which the released layout does not have.
+    The additional rows come from `original`. Without it they are zeros. No text leads to these tokens.
+    `conversion.json` says which rows they are. It also has what OLMo-core's config cannot hold: which experts
+    of its root model a subset has.
 
     Args:
-        model_folder (`str` or `os.PathLike`): a folder with `config.json` and safetensors weights: EMO,
-            standard mixture of experts or dense. All layers must have equally many experts.
-        out (`str` or `os.PathLike`): the folder to make, such as `step0`; it must not exist.
+        model_folder (`str` or `os.PathLike`): a folder with `config.json` and safetensors weights of an EMO,
+            a standard mixture of experts or a dense model. All layers must have the same number of experts.
+        out (`str` or `os.PathLike`): the folder to make, such as `step0`. It must not exist.
         original (`str` or `os.PathLike`, *optional*): a step folder of the run that the model comes from. It
-            gives the padded rows, the rest of `config.json` (data, optimiser, schedule), and what the model's
-            own `config.json` does not say of training: released ones say nothing of pools.
-        settings (`Mapping[str, Any]`, *optional*): settings of training instead of those:
+            gives the padded rows, the rest of `config.json` (data, optimiser, schedule), and the settings of
+            training that the model's own `config.json` lacks: released ones do not name pools.
+        settings (`Mapping[str, Any]`, *optional*): settings of training in place of those:
             `document_pool_min`, `document_pool_max`, `document_pool_eval`, `attention_within_documents`,
             `attention_dropout`, `balance_loss_coef`, `router_z_loss_coef`, `lm_z_loss_coef`.
-        verify (`bool`, defaults to `False`): read all that was written and compare it, bit for bit.
+        verify (`bool`, defaults to `False`): read the new checkpoint and compare it, bit for bit.
         progress (`bool`, defaults to `True`): show a progress bar.
 
     Returns:
@@ -84,8 +85,8 @@ def convert_to_olmo_core(
         CheckpointError: if the weights are incomplete, damaged or not those that the config describes, or
             `original` is of another model. Nothing is written then.
         ValueError: if OLMo-core has no such model (tied embeddings, biases, several shared experts, layers
-            that differ, documents told apart otherwise than by EOS), a setting is unknown, or verification
-            finds a difference.
+            that differ, documents that do not begin at EOS), a setting is unknown, or verification finds a
+            difference.
         FileExistsError: if `out` exists.
 
     Example:
@@ -111,7 +112,8 @@ def convert_to_olmo_core(
         found = read_model_config(folder)
         if found["model_type"] not in (EmoConfig.model_type, LEGACY_MODEL_TYPE):
             raise ValueError(
-                f"The model is of type {found['model_type']!r}, expected 'emo': see `upgrade_checkpoint`."
+                f"The model is of type {found['model_type']!r}, expected 'emo': convert it with "
+                "`upgrade_checkpoint` first."
             )
         config = emo_config(found, {})
         padding = None
@@ -130,12 +132,12 @@ def convert_to_olmo_core(
         if config.document_pool_min is None and not config.layer_experts[0].is_dense:
             logger.warning(
                 "No document pools are set: config.json names the router of a standard mixture of experts. "
-                "To go on training an EMO set `document_pool_min` and `document_pool_max` (EMO: 8 and 128)."
+                "To train an EMO, set `document_pool_min` and `document_pool_max` (EMO has 8 and 128)."
             )
         if config.retained_experts is not None:
             logger.warning(
-                f"The model is a subset of another's experts: OLMo-core has no place for which. {PROVENANCE} "
-                "keeps it (`retained_experts`); a model converted back from training does not know it."
+                f"The model is a subset of another model's experts, and OLMo-core's config cannot say which. "
+                f"{PROVENANCE} does (`retained_experts`). A model that is converted back does not know them."
             )
         parts, shapes = training_layout(config)
         whole = {name: (rows, *shape[1:]) if shape[0] is None else shape for name, shape in shapes.items()}
@@ -165,25 +167,25 @@ def _check_original(config: EmoConfig, trained: EmoConfig, checkpoint: Distribut
     if checkpoint[EMBEDDINGS].shape != checkpoint[HEAD].shape:
         raise CheckpointError(
             f"The original's {EMBEDDINGS} is of shape {list(checkpoint[EMBEDDINGS].shape)} and its {HEAD} of "
-            f"{list(checkpoint[HEAD].shape)}: expected the same."
+            f"{list(checkpoint[HEAD].shape)}, expected the same: copy the checkpoint again."
         )
     for name in (EMBEDDINGS, HEAD):
         shape = checkpoint[name].shape
         if len(shape) != 2 or shape[0] < config.vocab_size or shape[1] != config.hidden_size:
             raise CheckpointError(
                 f"The original's {name} is of shape {list(shape)}, expected at least {config.vocab_size} "
-                f"rows of {config.hidden_size}."
+                f"rows of {config.hidden_size}: name a step of the run that the model comes from."
             )
         checkpoint[name].check()
 
 
 def _take_training_settings(config: EmoConfig, trained: EmoConfig) -> None:
-    """What `config.json` does not say, which is what has its default, is as in the original run."""
+    """Take over the settings of the original run that the model's config leaves at their defaults."""
     default = EmoConfig()
     has_pools = config.document_pool_min is not None
     for name in TRAINING_SETTINGS:
-        is_said = has_pools if name.startswith("document_pool") else False
-        if not is_said and getattr(config, name) == getattr(default, name):
+        is_set = has_pools and name.startswith("document_pool")
+        if not is_set and getattr(config, name) == getattr(default, name):
             setattr(config, name, getattr(trained, name))
 
 
@@ -193,7 +195,7 @@ def _check_weights(weights: Checkpoint, parts: list[TensorPart]) -> None:
     if unknown:
         raise CheckpointError(
             f"The model has {len(unknown)} tensors that its config does not explain, such as {unknown[0]}: "
-            "they would be lost."
+            "they would be lost. Use the config.json that belongs to the weights."
         )
     for name, shape in expected.items():
         lazy = weights.lazy([name])
@@ -208,7 +210,7 @@ def _check_weights(weights: Checkpoint, parts: list[TensorPart]) -> None:
 def _pieces(
     weights: Checkpoint, parts: list[TensorPart], rows: int, padding: DistributedCheckpoint | None
 ) -> Iterator[_Piece]:
-    """All rows of all training tensors, tensor by tensor; what is not transposed is cut to chunks."""
+    """All rows of all training tensors, tensor by tensor. Rows that are not transposed come in chunks."""
     by_source: dict[str, list[TensorPart]] = {}
     for part in parts:
         by_source.setdefault(part.source, []).append(part)
@@ -249,7 +251,7 @@ def _padded_rows(
 
 
 def _chunks(pieces: list[_Piece], update: Callable[[], Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Neighbouring pieces together, in float32, up to the size of a chunk."""
+    """Join pieces that follow each other, in float32, up to the size of a chunk."""
     first = 0
     while first < len(pieces):
         source, start, last = pieces[first].source, pieces[first].start, first + 1
@@ -278,15 +280,15 @@ def _verify(folder: Path, pieces: list[_Piece], progress: bool) -> None:
             expected = piece.read().float()
             if not _same_bits(written[piece.source].rows(piece.start, piece.stop), expected):
                 raise ValueError(
-                    f"{piece.source} reads back otherwise in rows {piece.start} to {piece.stop}: nothing was "
-                    "kept. Check the disk."
+                    f"Rows {piece.start} to {piece.stop} of {piece.source} are others when read back: "
+                    "nothing was kept. Check the disk."
                 )
     finally:
         written.close()
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether float32 tensors agree bit for bit; NaN and the sign of zero count."""
+    """Whether float32 tensors are the same, bit for bit, with NaN and the sign of zero."""
     return a.shape == b.shape and torch.equal(a.view(torch.int32), b.contiguous().view(torch.int32))
 
 

@@ -1,7 +1,7 @@
-"""Older repositories, and standard mixtures of experts of other families, as clean folders for this library.
+"""Converting older repositories, and mixtures of experts of other families, to clean EMO folders.
 
-Weights stay as they are, byte for byte. A model of another family is taken only where an EMO computes exactly
-what it computes; otherwise the reason is said.
+The bytes of weights stay as they are. A model of another family is converted only if an EMO computes exactly
+the same. Otherwise the error says why not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError
 from ..checkpoints.output_folder import check_new, new_folder
@@ -29,9 +30,9 @@ from .olmo_core.layout import training_layout
 from .other_families import emo_name, emo_settings
 from .source_folder import name_and_commit, source_folder
 
-# Beside these and what is written anew everything is kept.
+# All other files are copied, but for those that are written anew.
 _CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_WRITTEN_ANEW = {"config.json", "generation_config.json", "model.safetensors.index.json", PROVENANCE}
+_WRITTEN_ANEW = {"config.json", "generation_config.json", SAFE_WEIGHTS_INDEX_NAME, PROVENANCE}
 
 
 def upgrade_checkpoint(
@@ -43,38 +44,38 @@ def upgrade_checkpoint(
     progress: bool = True,
     **hub_kwargs: Any,
 ) -> EmoConfig:
-    """Make a clean folder for Transformers 5 of an older repository, or of a standard mixture of experts.
+    """Make a clean EMO folder for Transformers 5 of an older repository, or of a standard mixture of experts.
 
-    - EMO under any of its names, with remote code or without: `config.json` says `emo`, names no remote code
-      and asks for no router logits; code and pickles stay behind; the padding token of
-      `generation_config.json` stands under the name that `generate` reads.
-    - Mixtral: as an EMO without shared experts, with `norm_topk_prob`. Tensors are renamed, their bytes kept.
-      In float32 logits are equal.
-    - OLMoE and Qwen's mixtures of experts are refused: they normalise queries and keys, have biases or a
-      shared expert with a gate of its own, which an EMO has not.
+    - EMO by any of its names, with or without remote code: the new `config.json` says `emo`, names no remote
+      code and asks for no router logits. Code and pickles are not copied. In `generation_config.json` the
+      padding token has the name that `generate` reads.
+    - Mixtral becomes an EMO without shared experts and with `norm_topk_prob`. Its tensors get other names,
+      and their bytes stay. In float32 the logits are equal.
+    - OLMoE and Qwen's mixtures of experts are refused. They normalise queries and keys, have biases, or have
+      a shared expert with a gate of its own, and an EMO does not.
 
-    With `settings` the model is ready for annealing with document pools. `conversion.json` says what was
-    converted, and has the hashes of the weights.
+    With `settings` the model is ready for annealing with document pools. `conversion.json` names the source,
+    and has the hashes of the weights.
 
     Args:
         repo (`str` or `os.PathLike`): a folder, or a Hub repository, which is downloaded without its code.
-        out (`str` or `os.PathLike`): the folder to make; it must not exist.
+        out (`str` or `os.PathLike`): the folder to make. It must not exist.
         settings (`Mapping[str, Any]`, *optional*): settings of training, such as `document_pool_min` and
             `document_pool_max`; see `convert_to_olmo_core`.
-        link (`bool`, defaults to `False`): make hard links to the weights instead of copies, where tensors
-            are not renamed and the disk is the same. Whatever changes one then changes the other.
+        link (`bool`, defaults to `False`): make hard links to the weights instead of copies, if tensors keep
+            their names and the folder is on the same disk. A change to one file then changes the other too.
         progress (`bool`, defaults to `True`): show a progress bar.
         hub_kwargs: `revision`, `token`, `cache_dir`, `subfolder` and so on for a repository, as for
             `from_pretrained`.
 
     Returns:
-        `EmoConfig`: the new folder's.
+        `EmoConfig`: the config of the new folder.
 
     Raises:
         CheckpointError: if the weights are pickled, incomplete, damaged or not those that the config
             describes.
-        ValueError: if the model is of another family and an EMO does not compute the same; the message says
-            why. Also for an unknown setting.
+        ValueError: if the model is of another family and an EMO does not compute the same, or a setting is
+            unknown. The message says why.
         OSError: if there is no such folder or repository, or it may not be read.
         FileExistsError: if `out` exists.
 
@@ -106,7 +107,7 @@ def upgrade_checkpoint(
         )
     files = sorted({span.file for span in weights.tensors.values()})
     kept = _kept_files(folder)
-    # Hashing goes on beside copying, from the page cache.
+    # Hashing runs while the next file is copied, and reads from the page cache.
     with new_folder(out) as partial, ThreadPoolExecutor(1) as hasher:
         hashing = {}
         for file in tqdm(files, "Copying", unit="file", disable=not progress):
@@ -117,7 +118,7 @@ def upgrade_checkpoint(
             else:
                 shutil.copyfile(folder / file, partial / file)
             hashing[file] = hasher.submit(_sha256, partial / file)
-        if len(files) > 1 or files[0] != "model.safetensors":
+        if len(files) > 1 or files[0] != SAFE_WEIGHTS_NAME:
             _write_index(folder, partial, names, weights)
         config.save_pretrained(partial)
         _generation_config(folder, config).save_pretrained(partial)
@@ -164,7 +165,7 @@ def _check_weights(shapes: dict[str, tuple[int, ...]], config: EmoConfig) -> Non
     if unknown:
         raise CheckpointError(
             f"The checkpoint has {len(unknown)} tensors that config.json does not explain, such as "
-            f"{min(unknown)}: it is of another model."
+            f"{min(unknown)}: it is of another model. Use the one that belongs to the weights."
         )
     if missing:
         raise CheckpointError(
@@ -174,12 +175,13 @@ def _check_weights(shapes: dict[str, tuple[int, ...]], config: EmoConfig) -> Non
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise CheckpointError(
-                f"{name} is of shape {list(shapes[name])}, expected {list(shape)} by config.json."
+                f"{name} is of shape {list(shapes[name])}, expected {list(shape)} by config.json: use the "
+                "one that belongs to the weights."
             )
 
 
 def _kept_files(folder: Path) -> list[Path]:
-    """Also in folders, such as the subsets of `subsets/`."""
+    """The files to copy, also those in folders, such as the subsets in `subsets/`."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -192,7 +194,7 @@ def _kept_files(folder: Path) -> list[Path]:
 
 
 def _copy_without_code(source: Path, target: Path) -> None:
-    """A copy; `tokenizer_config.json` without the name of code that stays behind."""
+    """Copy a file. A `tokenizer_config.json` loses the name of code that is not copied."""
     if source.name != "tokenizer_config.json":
         shutil.copyfile(source, target)
         return
@@ -217,12 +219,12 @@ def _link(source: Path, target: Path) -> None:
 
 def _write_index(folder: Path, partial: Path, names: dict[str, str], weights: Checkpoint) -> None:
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
         metadata = index.get("metadata", {})
     except (OSError, ValueError, AttributeError):
         metadata = {}
     weight_map = {names[name]: span.file for name, span in weights.tensors.items()}
-    write_json(partial / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    write_json(partial / SAFE_WEIGHTS_INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def _generation_config(folder: Path, config: EmoConfig) -> GenerationConfig:
@@ -239,4 +241,4 @@ def _generation_config(folder: Path, config: EmoConfig) -> GenerationConfig:
         tokens = {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
         return GenerationConfig(**tokens | settings)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no generation config: {error}") from error
+        raise CheckpointError(f"{path} is no generation config: {error}. Download it again.") from error

@@ -320,6 +320,13 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         PrivateName("huggingface_hub.utils:validate_repo_id", "tells names of repositories", "repo_id"),
         PrivateName("huggingface_hub:get_hf_file_metadata", "size, etag and place", takes="retry_on_errors"),
     ],
+    "model files": [
+        PrivateName(
+            "huggingface_hub.serialization._base:parse_size_to_int",
+            "sizes such as '5GB', as `save_pretrained` reads them",
+            "size_as_str",
+        ),
+    ],
     "trainer": [
         PrivateName(
             _TRAINER,

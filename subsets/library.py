@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..checkpoints.hub.names import can_be_repo
-from ..checkpoints.output_folder import optional_file
+from ..checkpoints.side_files import optional_file
 from .validation import SubsetError
 
 LIBRARY = "subsets"

@@ -1,4 +1,4 @@
-"""What a path names: a folder, or a repository of the Hub."""
+"""What a path names: a folder on this machine, or a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -22,7 +23,7 @@ HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "rev
 
 
 def is_hub_repo(path: str | os.PathLike) -> bool:
-    """Whether a path given to `from_pretrained` is a repository and no folder or file.
+    """Whether a path given to `from_pretrained` names a repository: no folder or file has this name.
 
     Args:
         path (`str` or `os.PathLike`): the path.
@@ -40,10 +41,10 @@ def is_hub_repo(path: str | os.PathLike) -> bool:
 
 
 def is_repo_name(name: str) -> bool:
-    """Whether a name is that of a Hub repository with its owner, and of nothing on this machine.
+    """Whether a name has the form `owner/repository`, and nothing on this machine has it.
 
     Args:
-        name (`str`): where a model is said to be from; may be empty.
+        name (`str`): where a model is from, by its config; may be empty.
 
     Example:
 
@@ -58,7 +59,7 @@ def is_repo_name(name: str) -> bool:
 
 
 def can_be_repo(name: str | os.PathLike) -> bool:
-    """Whether the Hub could have a repository of this name.
+    """Whether a repository of the Hub could have this name.
 
     Args:
         name (`str` or `os.PathLike`): a name, or a path.
@@ -79,15 +80,45 @@ def can_be_repo(name: str | os.PathLike) -> bool:
     return True
 
 
-@contextmanager
-def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
-    """Have an error say both of what a path can be, where it is neither a folder here nor on the Hub.
+def existing_folder(path: str | os.PathLike) -> Path:
+    """Check that a folder to be read exists.
 
     Args:
-        path (`str` or `os.PathLike`): folder or Hub repository, about to be read.
+        path (`str` or `os.PathLike`): the folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder, and no repository can have such a name.
+        FileNotFoundError: if nothing has this name.
+        NotADirectoryError: if a file has it.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.names import existing_folder
+    >>> existing_folder("model_cards/toy-emo").name
+    'toy-emo'
+
+    ```
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()}): check the path."
+        )
+    if not os.path.isdir(path):
+        raise NotADirectoryError(
+            f"{os.fspath(path)!r} is a file, expected a folder: name the folder it is in."
+        )
+    return Path(path)
+
+
+@contextmanager
+def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
+    """Make errors name both that a path can be: a folder on this machine, and a repository of the Hub.
+
+    Args:
+        path (`str` or `os.PathLike`): the folder or repository that the block reads.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and no repository can have this name.
         OSError: if there is no such folder, and the repository cannot be read.
 
     Example:
@@ -105,7 +136,7 @@ def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
     """
     missing = f"There is no folder {os.fspath(path)!r} (seen from {os.getcwd()})"
     if not os.path.exists(path) and not can_be_repo(path):
-        raise FileNotFoundError(f"{missing}, and a Hub repository cannot have this name.")
+        raise FileNotFoundError(f"{missing}, and a Hub repository cannot have this name. Check the path.")
     try:
         yield
     except (OSError, ValueError) as error:
@@ -115,14 +146,14 @@ def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
 
 
 def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Where to download from, for several steps that must see one commit, even if the repository changes.
+    """Settle on one commit of a repository, for several steps that must read the same files.
 
     Args:
         path (`str` or `os.PathLike`): folder or Hub repository of a model.
         hub_kwargs (`dict[str, Any]`): `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
     Returns:
-        `dict[str, Any]`: the same, for a repository with the newest commit of its revision.
+        `dict[str, Any]`: `hub_kwargs`, in which for a repository the `revision` is its newest commit.
 
     Raises:
         OSError: if there is neither such a folder nor such a repository, or it may not be read.

@@ -1,14 +1,15 @@
-"""Parts of large files of the Hub, kept on disk beside the ordinary cache.
+"""A cache for parts of large files of the Hub, beside the ordinary cache.
 
-A file that is wanted in part lies in the cache folder of its repository, as
+A file that is wanted in part has a folder in the cache of its repository,
 `models--<user>--<name>/emo-ranges/<etag>/`:
 
-- `data`: a sparse file of the file's full size, filled where bytes have come;
-- `ranges`: which ones, a line `start end` for each piece, added once the piece is on the disk;
-- `about.json`: the file's name, and the commits it was seen in.
+- `data`: a sparse file of the file's full size. It holds the bytes that were fetched.
+- `ranges`: which bytes these are, a line `start end` for each piece. A line is added when its piece is on
+disk.
+- `about.json`: the file's name, and the commits in which it was seen.
 
-Processes may fill the same file at once: all of them write the same bytes to the same place. What a killed
-process had not recorded is fetched again.
+Several processes may fill a file at the same time: they write the same bytes to the same places. If a process
+is killed, the pieces that it had not recorded are fetched again.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ _sync = getattr(os, "fdatasync", os.fsync)
 
 
 class PartialFile:
-    """A file of which only some bytes are there.
+    """A file of which only some bytes have been fetched.
 
     Args:
-        folder (`Path`): where it is kept; made if need be.
-        size (`int`): bytes of the whole file. What was kept of a file of another size is thrown away.
+        folder (`Path`): the folder for its parts. It is made if it does not exist.
+        size (`int`): how many bytes the whole file has. Parts of a file with another size are thrown away.
 
     Raises:
         CheckpointError: if the folder cannot be written.
@@ -68,7 +69,8 @@ class PartialFile:
             self._data, self._journal = _again_if_cleared(lambda: _open(folder, size))
         except (OSError, OverflowError) as error:
             raise CheckpointError(
-                f"Cannot keep a part of a file of {size} bytes in {folder}: {error}."
+                f"Cannot keep a part of a file of {size} bytes in {folder}: {error}. Make room there, or set "
+                "another cache with `cache_dir` or HF_HUB_CACHE."
             ) from error
         self.ranges = self._read_journal()
 
@@ -79,36 +81,42 @@ class PartialFile:
         self.close()
 
     def is_of(self, etag: str | None, size: int | None) -> bool:
-        """Whether this is where parts of a file with this etag and size are kept."""
+        """Whether these are parts of the file with this etag and size."""
         return etag is not None and size == self.size and self.folder.name == _folder_name(etag)
 
     def missing(self, ranges: list[Range]) -> list[Range]:
-        """What of these ranges is not there."""
+        """The bytes of some ranges that have not been fetched."""
         with self._lock:
             return subtract_ranges(ranges, self.ranges)
 
     def write(self, start: int, data: bytes) -> None:
-        """Put bytes in their place. They count as there once `record` says so."""
+        """Write bytes to their place. They count as fetched once `record` is called for them."""
         view = memoryview(data)
         try:
             while view:
                 written = os.pwrite(self._data, view[:_MAX_CALL], start)
                 view, start = view[written:], start + written
         except OSError as error:  # a full disk
-            raise CheckpointError(f"Writing to {self.folder} failed: {error.strerror or error}.") from error
+            raise CheckpointError(
+                f"Writing to {self.folder} failed: {error.strerror or error}. Make room on the disk and call "
+                "again."
+            ) from error
 
     def record(self, start: int, end: int) -> None:
-        """Note that a range has been written, once the disk has it: true after a power cut too."""
+        """Note that a range has been written. It is on disk then, and survives a power cut."""
         try:
             _sync(self._data)
             os.write(self._journal, b"%d %d\n" % (start, end))
         except OSError as error:
-            raise CheckpointError(f"Writing to {self.folder} failed: {error.strerror or error}.") from error
+            raise CheckpointError(
+                f"Writing to {self.folder} failed: {error.strerror or error}. Make room on the disk and call "
+                "again."
+            ) from error
         with self._lock:
             self.ranges = merge_ranges([*self.ranges, (start, end)])
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start`, which are there."""
+        """Fill `buffer` with the bytes from `start`, which must have been fetched."""
         filled = 0
         while filled < len(buffer):
             got = os.preadv(self._data, [buffer[filled : filled + _MAX_CALL]], start + filled)
@@ -132,15 +140,15 @@ class PartialFile:
 
 @dataclass(frozen=True)
 class CachedPart:
-    """A file of the Hub that is kept in part.
+    """A file of the Hub of which a part is in the cache.
 
     Args:
         repo_id (`str`): its repository.
         file (`str`): its name there.
-        commits (`tuple[str, ...]`): the commits it was seen in.
-        size (`int`): bytes of the whole file.
-        present (`int`): bytes of it that are there.
-        folder (`Path`): where they are kept.
+        commits (`tuple[str, ...]`): the commits in which it was seen.
+        size (`int`): how many bytes the whole file has.
+        present (`int`): how many of them are in the cache.
+        folder (`Path`): the folder that holds them.
 
     Example: see `cached_parts`.
     """
@@ -154,11 +162,11 @@ class CachedPart:
 
 
 def part_folder(repo_folder: Path, etag: str) -> Path:
-    """Where parts of a file are kept.
+    """The folder for parts of a file.
 
     Args:
         repo_folder (`Path`): the repository's folder in the cache.
-        etag (`str`): the file's identity, from the server: whatever it is, the result is in `repo_folder`.
+        etag (`str`): the file's etag, as the server says. The result is inside `repo_folder` for any string.
 
     Example:
 
@@ -179,13 +187,13 @@ def _folder_name(etag: str) -> str:
 
 
 def write_about(folder: Path, file: str, commit: str, size: int) -> None:
-    """Note what a folder keeps a part of.
+    """Write down of which file a folder holds parts.
 
     Args:
         folder (`Path`): from `part_folder`.
         file (`str`): the file's name in its repository.
-        commit (`str`): a commit it is in.
-        size (`int`): its bytes.
+        commit (`str`): a commit that has the file.
+        size (`int`): how many bytes the file has.
 
     Example:
 
@@ -214,7 +222,7 @@ def write_about(folder: Path, file: str, commit: str, size: int) -> None:
 
 
 def find_part(repo_folder: Path, file: str, commit: str) -> CachedPart | None:
-    """What is kept of a file of a commit, found without asking the Hub.
+    """Find the cached part of a file in a commit, without asking the Hub.
 
     Args:
         repo_folder (`Path`): the repository's folder in the cache.
@@ -230,7 +238,7 @@ def find_part(repo_folder: Path, file: str, commit: str) -> CachedPart | None:
 
 
 def cached_parts(cache_dir: str | os.PathLike | None = None) -> list[CachedPart]:
-    """All files of the Hub of which parts are kept.
+    """All files of the Hub of which parts are in the cache.
 
     Args:
         cache_dir (`str` or `os.PathLike`, *optional*): the cache; `HF_HUB_CACHE` by default.
@@ -250,14 +258,14 @@ def cached_parts(cache_dir: str | os.PathLike | None = None) -> list[CachedPart]
 
 
 def clear_parts(repo_id: str | None = None, cache_dir: str | os.PathLike | None = None) -> int:
-    """Throw away what is kept of files in part; whole files stay.
+    """Delete all parts of files from the cache. Whole files stay.
 
     Args:
-        repo_id (`str`, *optional*): only of this repository; of all by default.
+        repo_id (`str`, *optional*): delete those of this repository only; of all by default.
         cache_dir (`str` or `os.PathLike`, *optional*): the cache; `HF_HUB_CACHE` by default.
 
     Returns:
-        `int`: the bytes thrown away.
+        `int`: how many bytes were deleted.
 
     Example:
 
@@ -274,15 +282,15 @@ def clear_parts(repo_id: str | None = None, cache_dir: str | os.PathLike | None 
 
 
 def clear_repo(repo_folder: Path) -> int:
-    """Throw away what is kept of a repository's files in part, even if others load from it or fill it now.
+    """Delete all parts of a repository's files from the cache.
 
-    They keep what they have opened.
+    Other processes may load from them or fill them at this moment. They keep the files that they have opened.
 
     Args:
         repo_folder (`Path`): the repository's folder in the cache.
 
     Returns:
-        `int`: the bytes thrown away.
+        `int`: how many bytes were deleted.
 
     Example:
 
@@ -299,7 +307,7 @@ def clear_repo(repo_folder: Path) -> int:
     for folder in sorted((repo_folder / _FOLDER).glob("*")):
         cleared = folder
         if not folder.name.startswith("."):
-            # Under another name first: who comes meanwhile begins a folder that is not being emptied.
+            # Renamed first: a process that comes meanwhile makes a new folder and does not use this one.
             cleared = folder.with_name(f".{os.getpid()}.{threading.get_ident()}.{folder.name}")
             try:
                 folder.rename(cleared)
@@ -316,7 +324,7 @@ def _repo_id(repo_folder: Path) -> str:
 
 
 def _open(folder: Path, size: int) -> tuple[int, int]:
-    """Data and journal, both of one folder, even if it is cleared meanwhile and another takes its name."""
+    """Open the data and the journal. Both are in the same folder, even if it is replaced at this moment."""
     folder.mkdir(parents=True, exist_ok=True)
     inside = os.open(folder, os.O_RDONLY)
     try:
@@ -325,7 +333,7 @@ def _open(folder: Path, size: int) -> tuple[int, int]:
             if os.fstat(data).st_size != size:
                 with suppress(FileNotFoundError):
                     os.unlink("ranges", dir_fd=inside)
-                # Nothing is wiped: another process may have given it its size, and filled it, since.
+                # Nothing is erased: another process may have set the size and written data meanwhile.
                 os.ftruncate(data, size)
             return data, os.open("ranges", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666, dir_fd=inside)
         except BaseException:
@@ -336,7 +344,7 @@ def _open(folder: Path, size: int) -> tuple[int, int]:
 
 
 def _again_if_cleared(make: Callable[[], _T]) -> _T:
-    """What makes something in a folder, once more if the folder goes meanwhile."""
+    """Make something in a folder. Try again if another process removes the folder meanwhile."""
     for _ in range(_TRIES):
         with suppress(FileNotFoundError):
             return make()
@@ -355,11 +363,11 @@ def _ranges(journal: bytes, size: int) -> list[Range]:
 def _parts(repo_folder: Path) -> list[CachedPart]:
     found = []
     for folder in sorted((repo_folder / _FOLDER).glob("*")):
-        about = None if folder.name.startswith(".") else _read_about(folder)  # those are being cleared
+        about = None if folder.name.startswith(".") else _read_about(folder)  # a folder that is being cleared
         if about is not None:
             file, commits, size = about
             present = 0
-            with suppress(OSError):  # none yet, or cleared at this moment
+            with suppress(OSError):  # nothing fetched yet, or cleared at this moment
                 if (folder / "data").stat().st_size == size:
                     present = total_length(_ranges((folder / "ranges").read_bytes(), size))
             found.append(CachedPart(_repo_id(repo_folder), file, tuple(commits), size, present, folder))
@@ -367,7 +375,7 @@ def _parts(repo_folder: Path) -> list[CachedPart]:
 
 
 def _read_about(folder: Path) -> tuple[str, list[str], int] | None:
-    """Name, commits and size from `about.json`; `None` if it is not there or not whole."""
+    """Name, commits and size from `about.json`; `None` if the file is missing or damaged."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         file, commits, size = about["file"], about["commits"], about["size"]

@@ -1,9 +1,9 @@
-"""Fetching byte ranges of files of the Hub: in parallel, retried, to be gone on with after an interruption.
+"""Fetching byte ranges of files of the Hub: in parallel, with retries, and continued after an interruption.
 
-Addresses, tokens, mirrors, proxies, offline mode and redirects are huggingface_hub's business: its session,
-headers and metadata are used. A large file is served from a signed address elsewhere, which is asked for once
-and again when it has expired; the user's token is not sent there. That address takes ranges for files in Xet
-storage too.
+huggingface_hub handles addresses, tokens, mirrors, proxies, offline mode and redirects: its session, headers
+and metadata are used here. The Hub serves a large file from a signed address on another server. This address
+is asked for once, and again when it has expired. The user's token is not sent to it. It takes ranges for
+files in Xet storage too.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ..errors import CheckpointError
 from .part_cache import PartialFile
 
 WORKERS = 8  # requests at a time, as many as huggingface_hub downloads files
-_PIECE = 16 << 20  # bytes of one request at most: what is shared out among the workers
+_PIECE = 16 << 20  # the most bytes of one request: a worker fetches one piece at a time
 _RECORD = 4 << 20  # bytes after which progress is recorded within a request
-_RETRIES = 5  # without any progress
-_EXPIRED = (401, 403, 404, 410)  # what storage answers for a signed address that holds no longer
+_RETRIES = 5  # in a row, without a byte
+_EXPIRED = (401, 403, 404, 410)  # what storage answers when a signed address has expired
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -76,26 +76,27 @@ class RemoteFile:
         self._metadata: HfFileMetadata | None = None
 
     def metadata(self, outdated: HfFileMetadata | None = None) -> HfFileMetadata:
-        """Size, etag and address, asked for once, and again if they are the `outdated` ones."""
+        """Size, etag and address. They are asked for once, and again if they are `outdated`."""
         with self._lock:
             if self._metadata is None or self._metadata is outdated:
                 self._metadata = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
             return self._metadata
 
     def stream(self, start: int, end: int, part: PartialFile) -> Iterator[bytes]:
-        """The bytes from `start` to `end`, to be put into `part`; fewer if the connection breaks.
+        """The bytes from `start` to `end`, for `part`. There are fewer if the connection breaks.
 
         Raises:
             RangesIgnoredError: if the server sends the whole file instead.
-            CheckpointError: if it refuses, sends other bytes, or has another file than `part` is of.
+            CheckpointError: if the server refuses, sends other bytes, or has another file now than when
+                `part` was begun.
         """
         metadata = self.metadata()
         for last in (False, True):
             if not part.is_of(metadata.etag, metadata.size):
                 raise CheckpointError(
                     f"The server of {self.repo_id} has another {self.file} than the one of which "
-                    f"{part.folder} keeps parts (now {metadata.size} bytes, etag {metadata.etag}): nothing "
-                    f"of it was taken. `emo cache clear {self.repo_id}` throws the old parts away."
+                    f"{part.folder} holds parts (now {metadata.size} bytes, etag {metadata.etag}): nothing "
+                    f"of it was used. `emo cache clear {self.repo_id}` deletes the old parts."
                 )
             location = urljoin(self.url, metadata.location)
             headers = build_hf_headers(token=self.token, library_name="transformers-emo")
@@ -107,52 +108,61 @@ class RemoteFile:
                 location,
                 headers=headers,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                retry_on_exceptions=(),  # those come while the body is read too: see `_fetch_piece`
+                retry_on_exceptions=(),  # they also come while the body is read: `_fetch_piece` retries
             ) as response:
                 if response.status_code in _EXPIRED and not last:
                     metadata = self.metadata(outdated=metadata)
                     continue
                 if response.status_code == 416:
-                    raise CheckpointError(f"{self.file} of {self.repo_id} is shorter than expected.")
+                    raise CheckpointError(
+                        f"{self.file} of {self.repo_id} is shorter than expected: clear its parts with `emo "
+                        f"cache clear {self.repo_id}` and load again."
+                    )
                 hf_raise_for_status(response)
                 self._check(response, start, metadata.size)
-                # As it comes: with a chunk size, what waits to fill one is lost where the connection breaks.
+                # Without a chunk size, so that no bytes wait to fill a chunk when the connection breaks.
                 yield from response.iter_raw()
                 return
 
     def _check(self, response: Any, start: int, size: int | None) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         if response.status_code != 206 or encoding != "identity":
-            raise RangesIgnoredError(f"The server of {self.repo_id} sends {self.file} as a whole only.")
+            raise RangesIgnoredError(f"The server of {self.repo_id} sends {self.file} only as a whole.")
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start or match[3] not in ("*", str(size)):
             raise CheckpointError(
                 f"The server of {self.repo_id} sent {response.headers.get('Content-Range')!r} of "
-                f"{self.file}, expected bytes from {start} of {size}."
+                f"{self.file}, expected bytes from {start} of {size}: call again, or use another server."
             )
 
 
 @dataclass(frozen=True)
-class Fetch:
-    """Ranges to be fetched from a file, and where to."""
+class FileRanges:
+    """Ranges of a file of the Hub, and the cached part that they belong to.
+
+    Args:
+        remote (`RemoteFile`): the file.
+        part (`PartialFile`): where its bytes are written to.
+        ranges (`list[tuple[int, int]]`): the ranges `(start, end)`.
+    """
 
     remote: RemoteFile
     part: PartialFile
     ranges: list[Range]
 
 
-def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
-    """Fetch ranges of files, several at a time, to the places where they stay.
+def fetch_ranges(wanted: list[FileRanges], *, progress: str | None = None) -> None:
+    """Fetch ranges of files into the cache, several at a time.
 
-    Every few megabytes are recorded as they come, so that a call after a failure or a kill fetches the rest.
+    Every few megabytes are recorded. So after a failure or a kill the next call fetches only the rest.
 
     Args:
-        fetches (`list[Fetch]`): what to fetch; what is there already is left out.
+        wanted (`list[FileRanges]`): what to fetch. Bytes that are in the cache are not fetched again.
         progress (`str`, *optional*): show a progress bar in bytes under this name.
 
     Raises:
         RangesIgnoredError: if a server sends whole files only.
-        CheckpointError: if bytes cannot be had, after retries; what has come stays.
+        CheckpointError: if bytes cannot be fetched, after retries. Those that were fetched stay in the cache.
 
     Example:
 
@@ -162,17 +172,17 @@ def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
 
     ```
     """
-    missing = [Fetch(fetch.remote, fetch.part, fetch.part.missing(fetch.ranges)) for fetch in fetches]
-    wanted = sum(total_length(fetch.ranges) for fetch in fetches)
-    left = sum(total_length(fetch.ranges) for fetch in missing)
+    missing = [FileRanges(file.remote, file.part, file.part.missing(file.ranges)) for file in wanted]
+    total = sum(total_length(file.ranges) for file in wanted)
+    left = sum(total_length(file.ranges) for file in missing)
     if left == 0:
         return
     stop = threading.Event()
     with (
         tqdm(
             desc=progress,
-            total=wanted,
-            initial=wanted - left,
+            total=total,
+            initial=total - left,
             unit="B",
             unit_scale=True,
             disable=True if progress is None else None,
@@ -181,13 +191,13 @@ def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
         ThreadPoolExecutor(WORKERS, "emo-ranges") as workers,
     ):
         pieces = [
-            workers.submit(_fetch_piece, fetch, start, end, bar, stop)
-            for fetch in missing
-            for start, end in split_ranges(fetch.ranges, _PIECE)
+            workers.submit(_fetch_piece, file, start, end, bar, stop)
+            for file in missing
+            for start, end in split_ranges(file.ranges, _PIECE)
         ]
         try:
             done, _ = wait(pieces, return_when=FIRST_EXCEPTION)
-        finally:  # also when interrupted: the others give up at their next bytes
+        finally:  # also after Ctrl-C: the other workers stop at their next bytes
             stop.set()
             for piece in pieces:
                 piece.cancel()
@@ -195,51 +205,51 @@ def fetch_ranges(fetches: list[Fetch], *, progress: str | None = None) -> None:
             piece.result()
 
 
-def _fetch_piece(fetch: Fetch, start: int, end: int, bar: tqdm, stop: threading.Event) -> None:
-    """Fetch one range, going on where a connection broke."""
+def _fetch_piece(file: FileRanges, start: int, end: int, bar: tqdm, stop: threading.Event) -> None:
+    """Fetch one range. If the connection breaks, continue at the same byte."""
     position = recorded = start
     failures = 0
     while position < end and not stop.is_set():
         before, reason = position, None
         try:
-            for data in fetch.remote.stream(position, end, fetch.part):
+            for data in file.remote.stream(position, end, file.part):
                 data = data[: end - position]
-                fetch.part.write(position, data)
+                file.part.write(position, data)
                 position += len(data)
                 bar.update(len(data))
                 if position - recorded >= _RECORD:
-                    fetch.part.record(recorded, position)
+                    file.part.record(recorded, position)
                     recorded = position
                 if position == end or stop.is_set():
                     break
         except httpx.TransportError as error:
             reason = error
-        except httpx.HTTPError as error:  # an answer that retrying does not change
-            raise CheckpointError(_failure(fetch, position, end, error)) from error
+        except httpx.HTTPError as error:  # the server answered: trying again does not help
+            raise CheckpointError(_failure(file, position, end, error)) from error
         finally:
             if position > recorded:
-                fetch.part.record(recorded, position)
+                file.part.record(recorded, position)
                 recorded = position
         if position > before:
             failures = 0
         elif not stop.is_set():
             failures += 1
             if failures > _RETRIES:
-                raise CheckpointError(_failure(fetch, position, end, reason)) from reason
+                raise CheckpointError(_failure(file, position, end, reason)) from reason
         if position < end and failures:
             stop.wait(min(0.5 * 2**failures, 8))
 
 
-def _failure(fetch: Fetch, position: int, end: int, reason: Exception | None) -> str:
+def _failure(file: FileRanges, position: int, end: int, reason: Exception | None) -> str:
     return (
-        f"Bytes {position} to {end} of {fetch.remote.file} of {fetch.remote.repo_id} could not be fetched "
-        f"({reason or 'the connection closes without an answer'}). What has come is kept: the same call goes "
-        "on."
+        f"Bytes {position} to {end} of {file.remote.file} of {file.remote.repo_id} could not be fetched "
+        f"({reason or 'the connection closes without an answer'}). What was fetched is kept: call again "
+        "to continue."
     )
 
 
 def _takes_token(location: str, url: str) -> bool:
-    """Whether a file's address is the Hub's own, and no storage elsewhere."""
+    """Whether an address is on the Hub itself, and not on a storage server."""
     trusted = (url, constants.ENDPOINT, "https://huggingface.co")
     return _origin(location) in map(_origin, trusted)
 

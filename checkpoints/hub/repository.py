@@ -1,4 +1,4 @@
-"""The files of a commit of a Hub repository, some whole in the ordinary cache and others there in part."""
+"""The files of one commit of a repository. Some are in the ordinary cache as a whole, others in part."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ with private_names("hub"):
 from ..byte_ranges import Range, bridge_gaps, merge_ranges, total_length
 from ..errors import CheckpointError
 from ..local_files import LocalFiles
-from ..output_folder import optional_file
 from ..safetensors_header import MAX_HEADER_BYTES
+from ..side_files import optional_file
 from .part_cache import PartialFile, clear_repo, find_part, part_folder, write_about
-from .ranges import WORKERS, Fetch, RangesIgnoredError, RemoteFile, fetch_ranges
+from .ranges import WORKERS, FileRanges, RangesIgnoredError, RemoteFile, fetch_ranges
 
 logger = logging.get_logger(__name__)
 
-# A gap is cheaper to read over than to ask around, if it is no longer than this ...
+# A gap between two ranges is fetched too if it is no longer than this: that is cheaper than two requests.
 _MAX_GAP = 256 << 10
-_GAP_SHARE = 0.01  # ... and all of them are no more than this part of what is wanted
-_FREE = 64 << 20  # bytes of the disk that are left alone
+_GAP_SHARE = 0.01  # and if all such gaps together are at most this share of the wanted bytes
+_FREE = 64 << 20  # bytes of the disk that stay free
 
 
 class HubFiles:
-    """Gives the bytes of a commit's files, and fetches those that are not there.
+    """The files of one commit as a source of bytes. Bytes that are not in the cache are fetched.
 
     Args:
         repo_id (`str`): the repository.
@@ -45,7 +45,7 @@ class HubFiles:
             `from_pretrained`.
 
     Raises:
-        OSError: as `from_pretrained` does, if there is no such repository or revision, or it may not be read.
+        OSError: if there is no such repository or revision, or it may not be read.
 
     Example:
 
@@ -66,11 +66,11 @@ class HubFiles:
         force = self.hub_kwargs.pop("force_download", False)
         self.subfolder = self.hub_kwargs.get("subfolder") or ""
         self.offline = bool(self.hub_kwargs.get("local_files_only")) or is_offline_mode()
-        # From here on one commit, even if the repository changes meanwhile.
+        # From here on it is one commit, even if the repository changes.
         config = cached_file(repo_id, "config.json", **self.hub_kwargs, force_download=force)
         commit = extract_commit_hash(config, None)
         if commit is None:
-            raise CheckpointError(f"The cache does not say which commit {config} is of: download it again.")
+            raise CheckpointError(f"The cache does not say of which commit {config} is: download it again.")
         self.commit: str = commit
         self.hub_kwargs["revision"] = commit
         self.cache = Path(
@@ -80,21 +80,21 @@ class HubFiles:
         if force:
             clear_repo(self.cache)
         self._force = force
-        self.folder = self.cache / "snapshots" / self.commit / self.subfolder  # of files that are whole
+        self.folder = self.cache / "snapshots" / self.commit / self.subfolder  # of whole files
         self._local = LocalFiles(self.folder)
         self._remotes: dict[str, RemoteFile] = {}
         self._parts: dict[str, PartialFile] = {}
         self._whole: set[str] = set()
         self._lock = threading.Lock()
 
-    # As a source of bytes
+    # As a source of bytes.
 
     def size(self, file: str) -> int:
-        """Size of `file` in bytes."""
+        """The size of a file in bytes."""
         return self._local.size(file) if self.is_whole(file) else self._part(file).size
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `file` from `start`, fetching what is not there."""
+        """Fill `buffer` with the bytes of a file from `start`, and fetch those that are not in the cache."""
         if self.is_whole(file):
             return self._local.read_into(file, start, buffer)
         part, wanted = self._part(file), (start, start + len(buffer))
@@ -105,21 +105,21 @@ class HubFiles:
         part.read_into(start, buffer)
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
         self._local.close()
         with self._lock:
             while self._parts:
                 self._parts.popitem()[1].close()
 
-    # What is there, and getting more
+    # What is in the cache, and fetching more.
 
     def find(self, file: str) -> Path | None:
-        """A small file, downloaded if need be; `None` if the repository has none of this name."""
+        """The path of a small file, which is downloaded if need be; `None` if there is no such file."""
         path = optional_file(self.repo_id, file, **self.hub_kwargs, force_download=self._force)
         return None if path is None else Path(path)
 
     def exists(self, file: str) -> bool:
-        """Whether the repository has a file, found without downloading it."""
+        """Whether the repository has a file. The file is not downloaded."""
         if self.is_whole(file) or find_part(self.cache, self._path(file), self.commit) is not None:
             return True
         if self.offline:
@@ -129,11 +129,13 @@ class HubFiles:
         except EntryNotFoundError:
             return False
         except httpx.HTTPError as error:
-            raise CheckpointError(f"Cannot look up {file} of {self.repo_id}: {error}") from error
+            raise CheckpointError(
+                f"Cannot look up {file} of {self.repo_id}: {error}. Try again later."
+            ) from error
         return True
 
     def is_whole(self, file: str) -> bool:
-        """Whether the ordinary cache has the file as a whole: with `force_download`, since this began."""
+        """Whether the whole file is in the ordinary cache. With `force_download` only new downloads count."""
         if file not in self._whole:
             if self._force:
                 return False
@@ -149,10 +151,10 @@ class HubFiles:
         return True
 
     def download(self, files: Iterable[str]) -> None:
-        """Get whole files into the ordinary cache.
+        """Download whole files into the ordinary cache.
 
         Raises:
-            CheckpointError: if they are not there and cannot be had, as when offline.
+            CheckpointError: if files are not in the cache, and this machine is offline.
         """
         missing = [file for file in sorted(set(files)) if not self.is_whole(file)]
         if not missing:
@@ -166,30 +168,30 @@ class HubFiles:
         self._whole.update(missing)
 
     def fetch_headers(self, files: Iterable[str]) -> None:
-        """Get the headers of safetensors files, several at a time."""
+        """Fetch the headers of safetensors files, several at a time."""
         with ThreadPoolExecutor(WORKERS) as workers:
             list(workers.map(self._fetch_header, files))
 
     def fetch(self, ranges: dict[str, list[Range]], *, progress: str | None = None) -> None:
-        """Get byte ranges of files, joining those with small gaps between them.
+        """Fetch byte ranges of files. Ranges with small gaps between them are fetched as one.
 
         Args:
-            ranges (`dict[str, list[tuple[int, int]]]`): for each file its ranges.
+            ranges (`dict[str, list[tuple[int, int]]]`): the ranges of each file.
             progress (`str`, *optional*): show a progress bar in bytes under this name.
 
         Raises:
-            CheckpointError: if they are not there and cannot be had, or the disk is too full.
+            CheckpointError: if bytes are not in the cache and cannot be fetched, or the disk is too full.
         """
         wanted = {file: merge_ranges(part) for file, part in ranges.items() if not self.is_whole(file)}
         budget = int(_GAP_SHARE * sum(map(total_length, wanted.values())))
-        fetches, missing = [], 0
+        file_ranges, missing = [], 0
         for file, parts in wanted.items():
             part = self._part(file)
             lacking = part.missing(parts)
             missing += total_length(lacking)
             joined = bridge_gaps(parts, gap=_MAX_GAP, budget=budget) if lacking else parts
             budget -= total_length(joined) - total_length(parts)
-            fetches.append(Fetch(self._remote(file), part, joined))
+            file_ranges.append(FileRanges(self._remote(file), part, joined))
         if not missing:
             return
         if self.offline:
@@ -200,11 +202,11 @@ class HubFiles:
         free = shutil.disk_usage(self.cache).free
         if free < missing + _FREE:
             raise CheckpointError(
-                f"{self.cache} has room for {free} bytes, expected {missing + _FREE}: `emo cache` shows "
-                "what can be cleared."
+                f"{self.cache} has room for {free} bytes, expected {missing + _FREE}: make room. `emo cache` "
+                "shows what can be cleared."
             )
         try:
-            fetch_ranges(fetches, progress=progress)
+            fetch_ranges(file_ranges, progress=progress)
         except RangesIgnoredError as error:
             self._fall_back(wanted, error)
 
@@ -250,7 +252,9 @@ class HubFiles:
             try:
                 metadata = self._remote(file).metadata()
             except httpx.HTTPError as error:
-                raise CheckpointError(f"Cannot look up {file} of {self.repo_id}: {error}") from error
+                raise CheckpointError(
+                    f"Cannot look up {file} of {self.repo_id}: {error}. Try again later."
+                ) from error
             if metadata.size is None or metadata.etag is None:
                 raise RangesIgnoredError(f"The server of {self.repo_id} does not say how long {file} is.")
             folder, size = part_folder(self.cache, metadata.etag), metadata.size

@@ -1,4 +1,4 @@
-"""The place that files are uploaded to: a repository, and a branch of it."""
+"""The place to upload files to: a repository, and a branch of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from huggingface_hub import HfApi
 
 
 def make_place(api: HfApi, repo_id: str, repo_type: str, revision: str | None, private: bool | None) -> None:
-    """Make the repository and the branch where they do not exist.
+    """Make the repository and the branch if they do not exist.
 
-    A branch of a pull request (`refs/pr/...`) is left alone: the Hub makes it when that is opened.
+    The branch of a pull request (`refs/pr/...`) is not made: the Hub does that when it is opened.
 
     Args:
         api (`HfApi`): the Hub.
         repo_id (`str`): the repository, `user/name`.
         repo_type (`str`): `"model"` or `"dataset"`.
         revision (`str`, *optional*): the branch.
-        private (`bool`, *optional*): make the repository private, if it is made.
+        private (`bool`, *optional*): whether a new repository is private.
 
     Example: see `transformers_emo.subsets.push_folder`.
     """

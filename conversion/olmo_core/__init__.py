@@ -1,1 +1,1 @@
-"""The training checkpoint's own format, read and written."""
+"""The format of OLMo-core's training checkpoints: reading it without unpickling, and writing it."""

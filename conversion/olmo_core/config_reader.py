@@ -1,8 +1,8 @@
-"""The `config.json` of a training checkpoint, read as data, to an `EmoConfig`.
+"""Reading the `config.json` of a training checkpoint into an `EmoConfig`.
 
-Every dict in it says with `_CLASS_` which class of the training library it was; these are strings, never
-imported. A setting that changes what the network computes and that `EmoForCausalLM` does not have is an
-error, whatever its value means: a converted model that computes something else is worse than none.
+In it every dict names its class of the training library as `_CLASS_`. These names are compared as strings,
+and never imported. A setting that changes what the network computes, and that `EmoForCausalLM` does not have,
+is an error: a converted model that computes something else would be worse than none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ _DENSE_BLOCKS = ("default",)
 _MOE_BLOCKS = ("moe",)
 
 SHARED_EXPERTS_DIFFER = (
-    "in training each has the weight 1, in released EMO models their weights are a softmax of the token's "
-    "logits and sum to 1. They agree for one shared expert only: no conversion keeps what the model computes"
+    "in training each has the weight 1, while in released EMO models their weights are a softmax of the "
+    "token's logits and sum to 1. Both agree for one shared expert only, so no conversion keeps what the "
+    "model computes"
 )
 
 
@@ -40,12 +41,12 @@ def read_config(path: Path) -> EmoConfig:
         path (`Path`): the file.
 
     Returns:
-        `EmoConfig`: of the model as released: the tokenizer's vocabulary, no router logits asked for; pool
-        sizes and the coefficients of training are kept.
+        `EmoConfig`: the config of the released model, with the tokenizer's vocabulary and without router
+        logits. It keeps the pool sizes and the coefficients of training.
 
     Raises:
         CheckpointError: if the file cannot be read or is no such config.
-        ValueError: if a setting is missing, wrong or not supported; the message names it.
+        ValueError: if a setting is missing, wrong or not supported. The message names it.
 
     Example:
 
@@ -76,18 +77,18 @@ def read_config(path: Path) -> EmoConfig:
 
 
 class _Settings:
-    """A dict of the config that knows its own name, for errors."""
+    """A dict of the config that knows its name in the config, for errors."""
 
     def __init__(self, values: dict, name: str):
         self.values, self.name = values, name
 
     def get(self, key: str, wanted: type | tuple[type, ...], default: Any = ...) -> Any:
-        """The value of a key, which is of a type, or null or missing where there is a default."""
+        """The value of a key. It must be of a type; with a default it may be null or missing."""
         value = self.values.get(key)
         name = f"{self.name}{key}"
         if value is None:
             if default is ...:
-                raise ValueError(f"The training config has no `{name}`: it is needed.")
+                raise ValueError(f"The training config has no `{name}`: add it.")
             return default
         kinds = wanted if isinstance(wanted, tuple) else (wanted,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -109,7 +110,7 @@ class _Settings:
         return value
 
     def only(self, **supported: tuple) -> None:
-        """Refuse values other than these, null and a missing key."""
+        """Refuse all values but these. A key may also be null or missing."""
         for key, values in supported.items():
             value = self.values.get(key)
             if value is not None and value not in values:
@@ -139,7 +140,9 @@ def _config(root: _Settings) -> EmoConfig:
     for one in norms:
         one.only(name=("rms", "fused_rms"), bias=(False,), elementwise_affine=(True,))
     if norms[0].get("eps", (int, float), 1e-5) != norms[1].get("eps", (int, float), 1e-5):
-        raise ValueError("`layer_norm.eps` differs between the blocks and the head: expected the same.")
+        raise ValueError(
+            "`layer_norm.eps` differs between the blocks and the head: an EMO model has one for both."
+        )
     head.only(name=("default",), bias=(False,))
     rows, vocabulary = model.whole("vocab_size"), tokenizer.whole("vocab_size")
     if vocabulary > rows:
@@ -214,7 +217,7 @@ def _dense(block: _Settings, layers: int) -> dict[str, Any]:
 
 def _experts(moe: _Settings, layers: int) -> dict[str, Any]:
     router = moe.at("router")
-    # The default kind drops tokens over an expert's capacity in training; the network is the same.
+    # In training the default kind drops tokens beyond an expert's capacity. The network is the same.
     moe.only(name=("default", "dropless"), shared_mlp=(), feed_forward=())
     router.only(
         name=("default",),
@@ -244,7 +247,7 @@ def _experts(moe: _Settings, layers: int) -> dict[str, Any]:
             f"`{router.name}normalize_expert_weights` is {normed}: supported are null and, without shared "
             "experts, 1."
         )
-    # Training adds up the layers' losses, each perhaps divided by their number; ours is a mean.
+    # Training sums the layers' losses, and may divide each by their number. Ours is their mean.
     times = 1 if moe.get("scale_loss_by_num_layers", bool, True) else layers
     settings = {
         "num_experts": experts,

@@ -1,4 +1,4 @@
-"""The `config.json` of a training checkpoint, from an `EmoConfig`: the reverse of `config_reader`."""
+"""Writing the `config.json` of a training checkpoint from an `EmoConfig`: the reverse of `config_reader`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _PLAIN_ROUTER = "olmo_core.nn.moe.router_lbreducedp.MoELinearLBReduceDPRouterCon
 
 
 def check_can_be_trained(config: EmoConfig) -> None:
-    """Refuse a model that OLMo-core cannot hold as it is.
+    """Refuse a model that OLMo-core does not have.
 
     Args:
-        config (`EmoConfig`): the model's.
+        config (`EmoConfig`): the config of the model.
 
     Raises:
-        ValueError: with the setting, and why.
+        ValueError: if there is a setting that OLMo-core cannot have. The message says which and why.
 
     Example:
 
@@ -41,7 +41,7 @@ def check_can_be_trained(config: EmoConfig) -> None:
     """
     layers = config.layer_experts
     reasons = {
-        "tie_word_embeddings": "OLMo-core's models have a head of their own, and would train it apart",
+        "tie_word_embeddings": "OLMo-core's models have a head of their own, which would be trained apart",
         "attention_bias": "its attention would lose the biases",
         "dense_mlp_bias": "its feed-forward networks would lose the biases",
     }
@@ -50,7 +50,9 @@ def check_can_be_trained(config: EmoConfig) -> None:
             raise ValueError(f"`{name}` is True: {reason}. It cannot be written for OLMo-core.")
     rope = config.to_dict()["rope_scaling"]
     if rope is not None:
-        raise ValueError(f"`rope_scaling` is {rope}: EMO was trained without, and it cannot be written.")
+        raise ValueError(
+            f"`rope_scaling` is {rope}: EMO was trained without it, and it cannot be written. Remove it."
+        )
     if not 0 <= (config.attention_dropout or 0.0) < 1:
         raise ValueError(
             f"`attention_dropout` is {config.attention_dropout}, expected a probability below 1."
@@ -58,8 +60,8 @@ def check_can_be_trained(config: EmoConfig) -> None:
     eos = config.eos_token_id
     if eos is None or (isinstance(eos, list) and len(eos) != 1):
         raise ValueError(
-            f"`eos_token_id` is {eos}: OLMo-core needs the one token that ends a document; set it in "
-            "config.json (others that end a text belong into generation_config.json)."
+            f"`eos_token_id` is {eos}: OLMo-core needs the one token that ends a document. Set it in "
+            "config.json. Other tokens that end a text belong in generation_config.json."
         )
     if config.hidden_act != "silu":
         raise ValueError(f"`hidden_act` is {config.hidden_act!r}: OLMo-core's experts have 'silu'.")
@@ -75,26 +77,26 @@ def check_can_be_trained(config: EmoConfig) -> None:
     if in_attention or (config.document_pool_min is not None and boundaries != "eos"):
         raise ValueError(
             f"`document_boundaries` is {boundaries!r}: OLMo-core tells documents apart by EOS tokens only, "
-            "of which each opens a document for the pools; set 'eos' in config.json to train so."
+            "and each EOS begins a document for the pools. Set 'eos' in config.json to train in this way."
         )
     if config.document_pool_min is not None and layers[0].num_shared != 1:
         raise ValueError("Document pools need one shared expert in OLMo-core; the model has none.")
 
 
 def training_config(config: EmoConfig, rows: int, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The contents of a training checkpoint's `config.json`.
+    """Make the contents of a training checkpoint's `config.json`.
 
     Args:
-        config (`EmoConfig`): the model's, with pool sizes and coefficients of training.
+        config (`EmoConfig`): the config of the model, with pool sizes and coefficients of training.
         rows (`int`): rows of the padded vocabulary.
-        base (`dict[str, Any]`, *optional*): the config of another run, of which all is kept that is not said
-            here: data, optimiser, schedule. A few lines that hold the model's own settings by default.
+        base (`dict[str, Any]`, *optional*): the config of another run. Its data, optimiser and schedule are
+            kept. Without it the result has the model's own settings only.
 
     Returns:
-        `dict[str, Any]`: JSON values.
+        `dict[str, Any]`: JSON data.
 
     Raises:
-        ValueError: as `check_can_be_trained`.
+        ValueError: as from `check_can_be_trained`.
 
     Example:
 
@@ -144,7 +146,7 @@ def _model(config: EmoConfig, rows: int, eos: int | None) -> dict[str, Any]:
             "no_global_rope": False,
             "_CLASS_": "olmo_core.nn.rope.RoPEConfig",
         },
-        # The only one of OLMo-core's that keeps attention inside documents.
+        # The only backend of OLMo-core that keeps attention inside documents.
         "backend": "flash_2" if config.attention_within_documents else None,
         "dtype": "float32",
         "use_head_qk_norm": False,

@@ -1,8 +1,8 @@
-"""Reads tensors of a torch.distributed.checkpoint, any number of rows at a time, without unpickling anything.
+"""Reading tensors of a torch.distributed.checkpoint, any rows of them, without unpickling anything.
 
-Each chunk in a `.distcp` file is what `torch.save` writes: a zip archive whose `data.pkl` describes one
-tensor over one storage, and whose `data/<key>` is the storage, uncompressed. The description is read as data
-(`inert_pickle`), and the elements straight from their place in the file.
+Each chunk in a `.distcp` file is what `torch.save` writes: a zip archive. Its `data.pkl` describes one
+tensor, and its `data/<key>` holds the tensor's elements, uncompressed. The description is read as data
+(`inert_pickle`), and the elements are read from their place in the file.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a file in a zip archive; its name and extra field follow
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip archive; its name and extra field follow
 _MAX_DESCRIPTION = 1 << 20
-_CHECKED_AT_ONCE = 1 << 20  # bytes: stay in the processor's cache
+_CHECKED_AT_ONCE = 1 << 20  # so many bytes stay in the processor's cache
 
 
 class StoredTensor:
-    """A tensor of the checkpoint, of which any rows can be read.
+    """A tensor of the checkpoint. Any rows of it can be read.
 
     Args:
         name (`str`): its name.
@@ -63,10 +63,10 @@ class StoredTensor:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """See that every chunk is there, whole, and of the dtype and shape that the metadata says.
+        """Check that every chunk exists, is whole, and has the dtype and shape that the metadata says.
 
         Raises:
-            CheckpointError: if one is not.
+            CheckpointError: if a chunk does not.
 
         Example: see `DistributedCheckpoint`.
         """
@@ -74,12 +74,13 @@ class StoredTensor:
             self._start(chunk)
 
     def check_bytes(self) -> None:
-        """See that the elements of every chunk have the checksum (CRC-32) that `torch.save` wrote for them.
+        """Check that the elements of every chunk have the checksum (CRC-32) that `torch.save` wrote.
 
-        Reads the whole tensor. (`torch.serialization.set_crc32_options(False)` writes none that holds.)
+        This reads the whole tensor. After `torch.serialization.set_crc32_options(False)`, `torch.save` writes
+        checksums that do not hold.
 
         Raises:
-            CheckpointError: if one has another, or cannot be read.
+            CheckpointError: if a chunk has another checksum, or cannot be read.
 
         Example: see `DistributedCheckpoint`.
         """
@@ -95,19 +96,20 @@ class StoredTensor:
                 raise CheckpointError(
                     f"The elements of {self.name} at {list(chunk.offsets)}, in {chunk.file} from byte "
                     f"{begin}, have the checksum {found:08x}, and were saved with {expected:08x}: the file "
-                    "is damaged, copy it again. (If it was saved without checksums, convert without "
-                    "verification.)"
+                    "is damaged, copy it again. If it was saved without checksums, convert without "
+                    "verification."
                 )
 
     def ranges(self, start: int, stop: int) -> list[tuple[str, int, int, int]] | None:
-        """Where the bytes of rows lie, if each chunk holds whole rows.
+        """Where the bytes of some rows lie, if each chunk holds whole rows.
 
         Args:
             start, stop (`int`): the first row and the one after the last.
 
         Returns:
-            `list[tuple[str, int, int, int]]` or `None`: file, first byte, number of bytes, and how many bytes
-            of the rows come before; `None` if chunks cut rows.
+            `list[tuple[str, int, int, int]]`, *optional*: for each chunk with such rows the file, the first
+            byte, the number of bytes, and how many bytes of the rows come before. `None` if chunks hold parts
+            of rows.
 
         Raises:
             CheckpointError: if a chunk is missing, cut short or damaged.
@@ -131,9 +133,10 @@ class StoredTensor:
         """Read rows of the first dimension.
 
         Args:
-            start (`int`, defaults to 0): the first.
-            stop (`int`, *optional*): the one after the last; all by default.
-            out (`torch.Tensor`, *optional*): filled and returned: of the rows' shape and dtype, contiguous.
+            start (`int`, defaults to 0): the first row.
+            stop (`int`, *optional*): the row after the last; all rows by default.
+            out (`torch.Tensor`, *optional*): a contiguous tensor of the rows' shape and dtype, which is
+                filled and returned.
 
         Returns:
             `torch.Tensor` of shape `(stop - start, *shape[1:])`, contiguous, in the checkpoint's dtype.
@@ -165,7 +168,7 @@ class StoredTensor:
     def _read(
         self, chunk: ChunkLocation, first: int, last: int, into: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Rows `first` to `last` of a chunk (a scalar has one)."""
+        """Read rows `first` to `last` of a chunk. A scalar has one row."""
         if into is None:
             into = torch.empty((last - first, *chunk.sizes[1:]), dtype=self.dtype)
         if into.numel():
@@ -182,10 +185,10 @@ class StoredTensor:
 
 
 class DistributedCheckpoint:
-    """A torch.distributed.checkpoint on disk, of any number of ranks.
+    """A torch.distributed.checkpoint on disk, written by any number of ranks.
 
     Args:
-        folder (`str` or `os.PathLike`): holds `.metadata` and the `.distcp` files.
+        folder (`str` or `os.PathLike`): the folder with `.metadata` and the `.distcp` files.
 
     Raises:
         CheckpointError: if `.metadata` is missing, refused (`UnsafePickleError`) or damaged.
@@ -226,24 +229,25 @@ class DistributedCheckpoint:
     def __getitem__(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             raise CheckpointError(
-                f"{self.folder} holds no tensor {name}: expected one for this configuration."
+                f"{self.folder} holds no tensor {name}, which its config needs: use the config.json of "
+                "the same step."
             )
         return self._tensors[name]
 
     def close(self) -> None:
-        """Close the files; they are opened again when needed."""
+        """Close the files. They are opened again when they are needed."""
         self._source.close()
 
 
 def _elements_start(source: Source, name: str, dtype: torch.dtype, chunk: ChunkLocation) -> int:
-    """Where in its file the elements of a chunk begin."""
+    """The byte of its file at which the elements of a chunk begin."""
     return _storage(source, name, dtype, chunk)[0]
 
 
 def _storage(
     source: Source, name: str, dtype: torch.dtype, chunk: ChunkLocation
 ) -> tuple[int, int, int, int]:
-    """Where in its file the elements of a chunk begin; where their storage does, its bytes and its CRC-32."""
+    """Where the elements of a chunk begin in its file; where their storage begins, its length and CRC-32."""
     size = source.size(chunk.file)
     if chunk.start + chunk.length > size:
         raise CheckpointError(
@@ -262,7 +266,7 @@ def _storage(
             storage = members[f"data/{key}"]
     except CheckpointError:
         raise
-    # zipfile raises these, and more of RuntimeError, for damaged archives.
+    # zipfile raises these for damaged archives.
     except (
         zipfile.BadZipFile,
         KeyError,
@@ -298,7 +302,7 @@ def _storage(
 
 
 def _described(data: bytes, dtype: torch.dtype, chunk: ChunkLocation, source: str) -> tuple[str, int]:
-    """The key of the storage of a chunk, and the element at which the chunk begins in it."""
+    """The key of the storage of a chunk, and the element of the storage at which the chunk begins."""
     admitted: dict[tuple[str, str], Any] = {
         ("torch._utils", "_rebuild_tensor_v2"): lambda arguments: arguments,
         ("collections", "OrderedDict"): lambda arguments: {},  # no hooks
@@ -328,7 +332,7 @@ def _described(data: bytes, dtype: torch.dtype, chunk: ChunkLocation, source: st
 
 
 class _Window(io.RawIOBase):
-    """The bytes of one chunk as a file of its own."""
+    """The bytes of one chunk, as if they were a file."""
 
     def __init__(self, source: Source, chunk: ChunkLocation):
         self._source, self._chunk, self._position = source, chunk, 0

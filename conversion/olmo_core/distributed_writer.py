@@ -1,9 +1,9 @@
-"""Writes a torch.distributed.checkpoint chunk by chunk, for torch's and OLMo-core's readers.
+"""Writing a torch.distributed.checkpoint chunk by chunk, for the readers of torch and OLMo-core.
 
-torch's own writer needs every tensor at once. The format: `.metadata` is a pickle of
-`torch.distributed.checkpoint.metadata.Metadata`, which names for each chunk a file and a range of its bytes;
-there lies what `torch.save` writes. OLMo-core's reader asks a chunk's place for its file, offset and length
-only, so torch's class serves both.
+torch's own writer needs all tensors at once. In this format `.metadata` is a pickle of
+`torch.distributed.checkpoint.metadata.Metadata`. It names for each chunk a file and a range of its bytes,
+which are what `torch.save` writes. OLMo-core's reader uses only the file, the offset and the length of a
+chunk, so torch's class works for both.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def write_distributed_checkpoint(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> dict[str, str]:
-    """Write tensors, given as consecutive rows, to `.distcp` files, and `.metadata` at the end.
+    """Write tensors to `.distcp` files, some rows after the other, and `.metadata` at the end.
 
     Args:
-        folder (`Path`): where to; made if need be.
-        shapes (`dict[str, tuple[int, ...]]`): each tensor's shape, under its whole name, such as
+        folder (`Path`): the folder to write to. It is made if it does not exist.
+        shapes (`dict[str, tuple[int, ...]]`): the shape of each tensor by its whole name, such as
             `model.embeddings.weight`.
-        chunks (`Iterable[tuple[str, torch.Tensor]]`): rows of a tensor, under its name; a tensor's chunks
-            follow one another in the order of their rows. One chunk is held at a time.
-        max_file_bytes (`int`, defaults to 4 GiB): a file takes no further chunk beyond it.
+        chunks (`Iterable[tuple[str, torch.Tensor]]`): names of tensors and rows of them. The chunks of a
+            tensor come in the order of their rows. One chunk is in memory while the next is made.
+        max_file_bytes (`int`, defaults to 4 GiB): a file that has so many bytes gets no further chunk.
 
     Returns:
         `dict[str, str]`: the SHA-256 of each file.
 
     Raises:
-        ValueError: if a tensor's chunks are not all of its rows, or of another dtype than its first.
+        ValueError: if the chunks of a tensor are not all of its rows, or differ in dtype.
 
     Example:
 
@@ -84,7 +84,7 @@ def write_distributed_checkpoint(
                     name, rows = held
                     offset = _add(entries, shapes, name, rows)
                     start = hashed.written
-                    # A view would be saved with the whole storage it is a view of.
+                    # `torch.save` would save a view with the whole storage behind it.
                     own = rows if _owns_its_storage(rows) else rows.clone()
                     torch.save(own, cast(IO[bytes], hashed))
                     places[MetadataIndex(fqn=name, offset=offset)] = _StorageInfo(
@@ -102,15 +102,15 @@ def write_distributed_checkpoint(
 
 
 def row_ranges(rows: int, row_bytes: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into ranges of at most so many bytes, or of one row.
+    """Divide rows into ranges of at most so many bytes. A range has at least one row.
 
     Args:
-        rows (`int`): how many there are.
-        row_bytes (`int`): bytes of one.
-        max_bytes (`int`): bytes of a range at most.
+        rows (`int`): the number of rows.
+        row_bytes (`int`): the bytes of one row.
+        max_bytes (`int`): the most bytes of a range.
 
     Yields:
-        `tuple[int, int]`: the first row and the one after the last.
+        `tuple[int, int]`: the first row of a range and the row after its last.
 
     Example:
 
@@ -127,7 +127,7 @@ def row_ranges(rows: int, row_bytes: int, max_bytes: int) -> Iterator[tuple[int,
 
 
 def _ahead(chunks: Iterable[tuple[str, torch.Tensor]]) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """The same chunks; the next one is made while one is used."""
+    """The same chunks. While one is used, the next one is made."""
     incoming = iter(chunks)
     with ThreadPoolExecutor(1) as maker:
         coming = maker.submit(next, incoming, None)
@@ -137,7 +137,7 @@ def _ahead(chunks: Iterable[tuple[str, torch.Tensor]]) -> Generator[tuple[str, t
 
 
 class _Hashed:
-    """A file that counts and hashes what is written; hashing goes on beside writing."""
+    """A file that counts and hashes the bytes written to it. Hashing runs while they are written."""
 
     def __init__(self, file: IO[bytes], hasher: ThreadPoolExecutor):
         self.file, self.hasher = file, hasher
@@ -148,7 +148,7 @@ class _Hashed:
         hashing = self.hasher.submit(self.digest.update, data)
         length = self.file.write(data)
         self.written += length
-        hashing.result()  # the memory is the caller's
+        hashing.result()  # the caller may change the memory afterwards
         return length
 
     def flush(self) -> None:
@@ -161,14 +161,17 @@ def _add(
     name: str,
     rows: torch.Tensor,
 ) -> torch.Size:
-    """Note a chunk, and give its place in the tensor."""
+    """Note a chunk, and return where it begins in its tensor."""
     if name not in entries:
         entries[name] = TensorStorageMetadata(
             properties=TensorProperties(dtype=rows.dtype), size=torch.Size(shapes[name]), chunks=[]
         )
     entry = entries[name]
     if entry.properties.dtype != rows.dtype:
-        raise ValueError(f"A chunk of {name} is of {rows.dtype}, its first of {entry.properties.dtype}.")
+        raise ValueError(
+            f"A chunk of {name} is of {rows.dtype}, its first of "
+            f"{entry.properties.dtype}: give all chunks in one dtype."
+        )
     start = sum(chunk.sizes[0] for chunk in entry.chunks)
     offset = torch.Size([start, *[0] * (rows.dim() - 1)])
     entry.chunks.append(ChunkStorageMetadata(offsets=offset, sizes=rows.shape))
@@ -180,7 +183,10 @@ def _check(entries: dict[str, TensorStorageMetadata], shapes: dict[str, tuple[in
         entry = entries.get(name)
         got = [] if entry is None else [tuple(chunk.sizes) for chunk in entry.chunks]
         if sum(size[0] for size in got) != shape[0] or any(size[1:] != shape[1:] for size in got):
-            raise ValueError(f"{name} should be of shape {list(shape)}, got chunks of {got or 'nothing'}.")
+            raise ValueError(
+                f"{name} should be of shape {list(shape)}, got chunks of {got or 'nothing'}: give "
+                "all of its rows."
+            )
 
 
 def _owns_its_storage(rows: torch.Tensor) -> bool:

@@ -1,10 +1,11 @@
-"""Reads a pickle as data: nothing that it names is imported, called or built.
+"""Reading a pickle as data: nothing that it names is imported, called or built.
 
-A pickle is a program for a small stack machine. `pickle.Unpickler` with a strict `find_class` still calls
-what it admits, looks extension codes up in a process-wide cache before asking, hashes nested tuples for as
-long as they take and allocates whatever a length in the file says. This machine knows the instructions that
-metadata needs and no others; a global stays a name, an object a name with its state, and a call an entry in
-a table of what such a call would give.
+A pickle is a program for a small stack machine. `pickle.Unpickler` with a strict `find_class` is not safe
+enough. It still calls what is allowed. It looks up extension codes in a cache of the process without asking.
+It hashes nested tuples, which can take for ever, and allocates as much memory as the file says.
+
+The machine here knows the instructions that metadata needs, and no others. A global stays a name. An object
+is a name with its state. A call is looked up in a table, which says what it would return.
 
 The instructions: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
@@ -23,7 +24,7 @@ _MAX_NAME = 120  # characters of a refused name that an error shows
 
 
 class UnsafePickleError(CheckpointError):
-    """A pickle holds something other than plain metadata, or is damaged; nothing of it has been run.
+    """A pickle is damaged, or holds something other than plain metadata. Nothing of it was run.
 
     Example:
 
@@ -43,7 +44,7 @@ class UnsafePickleError(CheckpointError):
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """A name in a pickle, such as `torch.Size`: never imported."""
+    """A name in a pickle, such as `torch.Size`. It is never imported."""
 
     module: str
     name: str
@@ -54,7 +55,7 @@ class Global:
 
 @dataclass(eq=False)
 class Record:
-    """An object in a pickle: what it is an instance of, by name, and its state."""
+    """An object in a pickle: the name of its class, and its state."""
 
     kind: Global
     state: Any = None
@@ -64,7 +65,7 @@ Call = Callable[[tuple], Any]
 
 
 class _Mark:
-    """Where a run of items begins on the stack."""
+    """Marks on the stack where a series of items begins."""
 
 
 _MARK = _Mark()
@@ -81,18 +82,20 @@ def read_pickle(
 
     Args:
         data (`bytes`): the pickle.
-        admitted (`Mapping`): which (module, name) may be named, exactly: a dotted name is another one. The
-            value says what calling it with a tuple of arguments gives, or is `None` for what may only be
-            named or have instances (`Record`).
-        persistent (`Callable`, *optional*): what a persistent id, a tuple, stands for. Refused otherwise.
-        source (`str`): what errors call the pickle.
+        admitted (`Mapping`): the pairs (module, name) that the pickle may name. They are compared as they
+            stand: a dotted name is another name. The value is a function that takes a tuple of arguments and
+            returns what a call gives. It is `None` for a name that may not be called, but may have instances
+            (`Record`).
+        persistent (`Callable`, *optional*): returns what a persistent id, a tuple, stands for. Without it
+            persistent ids are refused.
+        source (`str`): the name of the pickle in errors.
 
     Returns:
-        Numbers, strings, tuples, lists, dicts with keys that are strings, numbers or records, `Global`,
-        `Record` and what the calls gave.
+        Numbers, strings, tuples, lists, dicts whose keys are strings, numbers or records, `Global`, `Record`
+        and what the calls returned.
 
     Raises:
-        UnsafePickleError: if the pickle names, calls or does anything else, is cut short or damaged.
+        UnsafePickleError: if the pickle names or does anything else, or is cut short or damaged.
 
     Example:
 
@@ -109,7 +112,7 @@ def read_pickle(
         return machine.run()
     except UnsafePickleError:
         raise
-    # Whatever a damaged program makes of the stack, there is one kind of error.
+    # A damaged program can do anything to the stack. It is one kind of error for the user.
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error) as error:
         raise UnsafePickleError(
             f"{source} is damaged at byte {machine.position} ({type(error).__name__}: {error}): copy it "
@@ -176,7 +179,7 @@ class _Machine:
         return value
 
     def pop_items(self) -> list[Any]:
-        """Everything above the last mark, which goes too."""
+        """Remove everything above the last mark, and the mark, and return the items."""
         position = len(self.stack) - 1
         while self.stack[position] is not _MARK:
             position -= 1
@@ -200,7 +203,7 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
     def memoize(self, index: int) -> None:
-        if index > len(self.data):  # a place for each byte is more than any pickle uses
+        if index > len(self.data):  # no pickle remembers more values than it has bytes
             self.refuse(f"wants memory for {index} values")
         self.memo[index] = self.stack[-1]
         if self.memo[index] is _MARK:
@@ -214,7 +217,7 @@ class _Machine:
         if type(target) is not dict or len(pairs) % 2:
             self.refuse("sets items of something that is no dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if type(key) not in (str, int, Record):  # hashing others can take for ever
+            if type(key) not in (str, int, Record):  # hashing other keys can take for ever
                 self.refuse(f"has a dict key that is a {type(key).__name__}")
             target[key] = value
 
@@ -240,13 +243,13 @@ class _Machine:
     def stacked_global(self) -> None:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
-            self.refuse("names something by what is no string")
+            self.refuse("has a name that is no string")
         self.push_global(module, name)
 
     def new_object(self) -> None:
         arguments, kind = self.pop(), self.pop()
         if type(kind) is not Global or arguments != () or self.admitted[kind.module, kind.name] is not None:
-            self.refuse(f"makes an object of {kind if type(kind) is Global else 'a value'} as none is made")
+            self.refuse(f"makes an object of {kind if type(kind) is Global else 'a value'}, which is refused")
         self.stack.append(Record(kind))
 
     def call(self) -> None:
@@ -261,7 +264,7 @@ class _Machine:
     def build(self) -> None:
         state, record = self.pop(), self.stack[-1]
         if type(record) is not Record or record.state is not None:
-            self.refuse("gives a state to something that takes none")
+            self.refuse("gives a state to something that has none")
         if type(state) not in (dict, tuple):
             self.refuse(f"gives {record.kind} a {type(state).__name__} for a state")
         record.state = state

@@ -1,4 +1,4 @@
-"""Which rows of which tensor of OLMo-core each tensor of the released layout is; read in either direction."""
+"""Which rows of which OLMo-core tensor each tensor of the released layout is. Both directions use it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...configuration import EmoConfig
 
-PREFIX = "model."  # of parameters in a training checkpoint
+PREFIX = "model."  # of the names of parameters in a training checkpoint
 EMBEDDINGS, HEAD = f"{PREFIX}embeddings.weight", f"{PREFIX}lm_head.w_out.weight"
 
 Shape = tuple[int | None, ...]
@@ -14,14 +14,14 @@ Shape = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A tensor of the released layout: rows of one of the training checkpoint's, reshaped or transposed.
+    """A tensor of the released layout: rows of a tensor of the training checkpoint, reshaped or transposed.
 
     Args:
         name (`str`): its name in the released layout.
-        shape (`tuple[int, ...]`): its shape there.
-        source (`str`): the training checkpoint's tensor.
-        start, stop (`int`): its rows; of a flat tensor, its elements.
-        transposed (`bool`, defaults to `False`): whether the rows are the tensor's columns.
+        shape (`tuple[int, ...]`): its shape in the released layout.
+        source (`str`): the tensor of the training checkpoint.
+        start, stop (`int`): the rows of that tensor, or the elements of a flat one.
+        transposed (`bool`, defaults to `False`): whether these rows are columns in the released layout.
 
     Example: see `training_layout`.
     """
@@ -35,14 +35,15 @@ class TensorPart:
 
 
 def training_layout(config: EmoConfig) -> tuple[list[TensorPart], dict[str, Shape]]:
-    """Every tensor of a model in the released layout, and the shapes of the training checkpoint's tensors.
+    """All tensors of a model in the released layout, and the shapes of those in the training checkpoint.
 
     Args:
-        config (`EmoConfig`): the model's.
+        config (`EmoConfig`): the config of the model.
 
     Returns:
-        `tuple`: the parts, in the order in which they are saved, and the shape of each of the training
-        checkpoint's tensors, with `None` for the padded vocabulary: as many rows as the config says, or more.
+        `tuple`: the parts in the order in which they are saved, and the shape of each tensor of the training
+        checkpoint. In a shape `None` stands for the padded vocabulary, which has as many rows as the config
+        says, or more.
 
     Example:
 
@@ -65,7 +66,7 @@ def training_layout(config: EmoConfig) -> tuple[list[TensorPart], dict[str, Shap
     shapes: dict[str, Shape] = {}
 
     def add(name: str, source: str, *shape: int) -> None:
-        """A tensor as it is."""
+        """Add a tensor that is the same in both layouts."""
         parts.append(TensorPart(name, shape, PREFIX + source, 0, shape[0]))
         shapes[PREFIX + source] = shape
 

@@ -1,8 +1,8 @@
-"""Copies parts of a training checkpoint into files of the released layout, in several threads.
+"""Copying parts of a training checkpoint into files of the released layout, in several threads.
 
-A part whose bytes do not change goes from file to file inside the kernel, as `cp` does. Other parts pass
-through memory that each thread keeps: fresh memory would be zeroed page by page for every tensor, which takes
-longer than the transposition.
+If the bytes of a part stay the same, the kernel copies them from file to file, as `cp` does. Other parts are
+converted in memory. Each thread uses the same memory again: the system would clear new memory page by page
+for every tensor, which takes longer than transposing it.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .distributed_checkpoint import DistributedCheckpoint, StoredTensor
 from .layout import TensorPart
 
 _BLOCK_BYTES = 32 << 20
-# What the kernel says of files between which it cannot copy by itself.
+# The errors of a kernel that cannot copy between two files by itself.
 _CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
 
 class PartWriter:
-    """Writes tensors of the released layout from a training checkpoint. Threads may share it.
+    """Writes tensors of the released layout from a training checkpoint. Several threads may use it.
 
     Args:
-        checkpoint (`DistributedCheckpoint`): where from.
-        dtype (`torch.dtype`): what tensors are written in.
+        checkpoint (`DistributedCheckpoint`): the training checkpoint.
+        dtype (`torch.dtype`): the dtype to write tensors in.
 
     Example:
 
@@ -61,9 +61,9 @@ class PartWriter:
         """Write a part to its place in an open file.
 
         Args:
-            part (`TensorPart`): which.
-            descriptor (`int`): of a file open for writing.
-            offset (`int`): where in it.
+            part (`TensorPart`): the part.
+            descriptor (`int`): the descriptor of a file that is open for writing.
+            offset (`int`): the byte of the file at which the part begins.
 
         Raises:
             CheckpointError: if the part cannot be read.
@@ -103,13 +103,13 @@ class PartWriter:
         _write(descriptor, columns, offset)
 
     def _rows(self, tensor: StoredTensor, first: int, last: int) -> torch.Tensor:
-        """Rows in the dtype wanted, in memory of this thread."""
+        """Rows in the wanted dtype, in memory of this thread."""
         shape = (last - first, *tensor.shape[1:])
         rows = tensor.rows(first, last, out=self._take("read", shape, tensor.dtype))
         return rows if rows.dtype is self._dtype else self._take("cast", shape, self._dtype).copy_(rows)
 
     def _take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor over this thread's memory for a use; its contents are whatever was there."""
+        """A tensor in memory that this thread keeps for one use. Its contents are old."""
         size = math.prod(shape) * dtype.itemsize
         memory = getattr(self._memory, use, None)
         if memory is None or len(memory) < size:
@@ -125,7 +125,7 @@ class PartWriter:
 
 
 def _copy_in_kernel(source: int, target: int, start: int, offset: int, length: int) -> bool:
-    """Copy bytes between files; `False` if this system cannot without passing them through this process."""
+    """Let the kernel copy bytes between files. `False` if it cannot."""
     copy: Callable[..., int] | None = getattr(os, "copy_file_range", None)
     if copy is None:
         return False
@@ -138,7 +138,7 @@ def _copy_in_kernel(source: int, target: int, start: int, offset: int, length: i
             raise
         if copied == 0:
             raise CheckpointError(
-                f"A file of the training checkpoint ends at byte {start}: it was cut short."
+                f"A file of the training checkpoint ends at byte {start}: it was cut short. Copy it again."
             )
         start, offset, length = start + copied, offset + copied, length - copied
     return True

@@ -1,8 +1,8 @@
-"""The `.metadata` of a torch.distributed.checkpoint: which tensors there are, and where their chunks lie.
+"""Reading the `.metadata` of a torch.distributed.checkpoint: its tensors, and where their chunks lie.
 
-The file is a pickle. It is read as data (`inert_pickle`): neither torch's metadata classes nor the class of
-the training library that real files name (`olmo_core.distributed.checkpoint.filesystem._StorageInfo`) are
-imported or built.
+The file is a pickle, and is read as data (`inert_pickle`). It names torch's metadata classes, and a class of
+the training library (`olmo_core.distributed.checkpoint.filesystem._StorageInfo`). None of them is imported or
+built.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _DTYPES = {
     )
 }
 _MAX_BYTES = 1 << 30
-# Chunks that lie beside one another, on average: a grid of more than this squared is no training run's.
+# The most chunks that lie side by side, on average. No training run writes a grid of more than this squared.
 _MAX_BESIDE = 128
 
 
 @dataclass(frozen=True)
 class ChunkLocation:
-    """A box of a tensor, and the bytes of a file in which it is saved."""
+    """A block of a tensor, and the bytes of a file in which it is saved."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -59,7 +59,7 @@ class ChunkLocation:
 
 @dataclass(frozen=True)
 class TensorMetadata:
-    """A tensor of the checkpoint: its dtype, its shape, its chunks."""
+    """A tensor of the checkpoint: its dtype, its shape and its chunks."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -73,13 +73,13 @@ def read_metadata(path: str | os.PathLike) -> dict[str, TensorMetadata]:
         path (`str` or `os.PathLike`): the file.
 
     Returns:
-        `dict[str, TensorMetadata]`: the tensors. What is saved as a pickle (`optim.param_groups`) is left
-        out.
+        `dict[str, TensorMetadata]`: the tensors by their names. Values that were saved as pickles, such as
+        `optim.param_groups`, are left out.
 
     Raises:
         UnsafePickleError: if the file holds anything but the metadata of tensors, or is damaged.
-        CheckpointError: if it cannot be read, a tensor's chunks overlap, leave gaps, go out of its bounds or
-            are saved nowhere, or a chunk's file lies outside the folder.
+        CheckpointError: if the file cannot be read, the chunks of a tensor overlap, leave gaps, reach beyond
+            its shape or are not saved, or the file of a chunk is outside the folder.
 
     Example:
 
@@ -102,7 +102,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, TensorMetadata]:
             f"Cannot read {path}: {error.strerror}. Expected the folder of a torch.distributed.checkpoint."
         ) from error
     if len(data) > _MAX_BYTES:
-        raise CheckpointError(f"{path} is larger than {_MAX_BYTES} bytes: no metadata is.")
+        raise CheckpointError(
+            f"{path} is larger than {_MAX_BYTES} bytes, and no metadata is: name another folder."
+        )
     root = read_pickle(data, _ADMITTED, source=str(path))
     try:
         tensors = _tensors(root, max_chunks=len(data))
@@ -120,7 +122,7 @@ def _tensors(root: Any, max_chunks: int) -> dict[str, TensorMetadata]:
     locations = {}
     for key, info in _of_type(fields["storage_data"], dict).items():
         index = _fields(key, "MetadataIndex")
-        offset = index.get("offset")  # none for what is no tensor
+        offset = index.get("offset")  # there is none for values that are no tensors
         offset = None if offset is None else _sizes(offset)
         place = (_of_type(index["fqn"], str), offset)
         if place in locations:
@@ -168,7 +170,7 @@ def _storage(info: Any) -> tuple[str, int, int]:
 
 
 def _check_boxes(name: str, tensor: TensorMetadata) -> None:
-    """The chunks cover the tensor, each element once."""
+    """Check that the chunks cover each element of the tensor once."""
     shape = tensor.shape
     covered = compared = 0
     active: list[ChunkLocation] = []
@@ -180,32 +182,33 @@ def _check_boxes(name: str, tensor: TensorMetadata) -> None:
         )
         if not inside:
             raise CheckpointError(
-                f"A chunk of {name} begins at {list(chunk.offsets)} and is {list(chunk.sizes)} large: out of "
-                f"the bounds of its shape {list(shape)}."
+                f"A chunk of {name} begins at {list(chunk.offsets)} and is {list(chunk.sizes)} large: that "
+                f"is beyond its shape {list(shape)}. Copy the checkpoint again."
             )
         covered += math.prod(chunk.sizes)
         if 0 in chunk.sizes:
             continue
-        # Sorted by one dimension: those that ended before this one begins overlap none to come.
+        # Sorted by one dimension, so a chunk that ends before this one begins overlaps none that follows.
         active = [other for other in active if not shape or _end(other, across) > chunk.offsets[across]]
         compared += len(active)
         if compared > _MAX_BESIDE * max(len(tensor.chunks), _MAX_BESIDE):
             raise CheckpointError(
-                f"{name} is cut into {len(tensor.chunks)} chunks, too many of them side by side: no training "
-                "run writes that, and looking for overlaps would take very long."
+                f"{name} is cut into {len(tensor.chunks)} chunks, too many of them side by side. No training "
+                "run writes that, and a search for overlaps would take very long: copy the checkpoint again."
             )
         for other in active:
             if all(
                 a < b + n and b < a + m for (a, m), b, n in zip(box, other.offsets, other.sizes, strict=True)
             ):
                 raise CheckpointError(
-                    f"Two chunks of {name} overlap, at {list(other.offsets)} and {list(chunk.offsets)}."
+                    f"Two chunks of {name} overlap, at {list(other.offsets)} and "
+                    f"{list(chunk.offsets)}. Copy the checkpoint again."
                 )
         active.append(chunk)
     if covered != math.prod(shape):
         raise CheckpointError(
             f"The chunks of {name} have {covered} elements, expected {math.prod(shape)} for its shape "
-            f"{list(shape)}: a part is missing."
+            f"{list(shape)}: a part is missing. Copy the checkpoint again."
         )
 
 
@@ -214,7 +217,7 @@ def _end(chunk: ChunkLocation, dimension: int) -> int:
 
 
 def _most_cut(tensor: TensorMetadata) -> int:
-    """The dimension along which fewest chunks lie beside one another: that with most places to begin."""
+    """The dimension in which chunks begin at the most places. The fewest lie side by side along it."""
     begins = [len({chunk.offsets[d : d + 1] for chunk in tensor.chunks}) for d in range(len(tensor.shape))]
     return max(range(len(begins)), key=begins.__getitem__, default=0)
 
@@ -259,7 +262,7 @@ def _memory_format(arguments: tuple) -> None:
 
 
 def _path(arguments: tuple) -> None:
-    """Where the checkpoint was saved: of no use here."""
+    """Where the checkpoint was saved. It is not used."""
 
 
 def _refused(_: tuple) -> Any:
@@ -292,13 +295,13 @@ _ADMITTED: dict[tuple[str, str], Callable[[tuple], Any] | None] = {
 
 
 def dtype_of(value: Any) -> torch.dtype:
-    """The dtype that a name in a pickle stands for.
+    """The dtype that a name in a pickle means.
 
     Args:
-        value (`Global`): such as `torch.float32`.
+        value (`Global`): the name, such as `torch.float32`.
 
     Raises:
-        ValueError: if it is none that a checkpoint may have.
+        ValueError: if no tensor of a checkpoint can have it.
 
     Example:
 

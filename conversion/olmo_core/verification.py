@@ -1,4 +1,4 @@
-"""Compares a converted model with its training checkpoint: the same logits, computed from either's tensors.
+"""Comparing a converted model with its training checkpoint: the tensors of both must give the same logits.
 
 Shape suffixes: T tokens, D hidden size, E experts, F expert width, H heads, V vocabulary.
 """
@@ -15,7 +15,7 @@ from ...configuration import EmoConfig, LayerExperts
 from .distributed_checkpoint import DistributedCheckpoint
 
 _TOKENS = 48
-_TOLERANCE = 1e-3  # of the logits' largest size: rounding, not another function
+_TOLERANCE = 1e-3  # as a share of the largest logit: enough for rounding, and for nothing else
 
 
 def verify_logits(
@@ -24,14 +24,15 @@ def verify_logits(
     """Compare the logits of a converted model with those of the checkpoint it was made from.
 
     Args:
-        folder (`Path`): the converted model; loaded in float32.
-        checkpoint (`DistributedCheckpoint`): the training checkpoint; read layer by layer.
-        config (`EmoConfig`): the model's.
-        dtype (`torch.dtype`): what the model was saved in, to which the checkpoint's tensors are rounded.
+        folder (`Path`): the converted model. It is loaded in float32.
+        checkpoint (`DistributedCheckpoint`): the training checkpoint. It is read layer by layer.
+        config (`EmoConfig`): the config of the model.
+        dtype (`torch.dtype`): the dtype in which the model was saved. The tensors of the checkpoint are
+            rounded to it.
 
     Returns:
-        `float`: the median over tokens of the largest difference of a token's logits. (Rounding alone can
-        make one token pick another expert.)
+        `float`: the largest difference of a token's logits, as the median over tokens. The median is taken
+        because rounding alone can make a token pick another expert.
 
     Raises:
         ValueError: if they differ by more than rounding does.
@@ -67,17 +68,17 @@ def training_logits(
     input_ids: torch.Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Logits of one sequence, computed from the tensors of a training checkpoint as training does, without
-    pools.
+    """Compute the logits of one sequence from the tensors of a training checkpoint, as in training but
+    without pools.
 
     Args:
-        checkpoint (`DistributedCheckpoint`): the checkpoint; one layer is held at a time.
-        config (`EmoConfig`): the model's.
-        input_ids (`torch.Tensor`): (T,), int64.
-        dtype (`torch.dtype`, defaults to `torch.float32`): what weights are rounded to first.
+        checkpoint (`DistributedCheckpoint`): the checkpoint. One layer at a time is in memory.
+        config (`EmoConfig`): the config of the model.
+        input_ids (`torch.Tensor`): (T,), int64, the token ids.
+        dtype (`torch.dtype`, defaults to `torch.float32`): the dtype to which weights are rounded first.
 
     Returns:
-        `torch.Tensor`: (T, V), float32, of the tokenizer's vocabulary.
+        `torch.Tensor`: (T, V), float32, the logits over the tokenizer's vocabulary.
 
     Example: see `verify_logits`.
     """
@@ -132,7 +133,7 @@ def training_logits(
 
 
 def _gates(logits_TE: torch.Tensor, experts: LayerExperts, normed: bool) -> torch.Tensor:
-    """The weight of each expert for each token, 0 for those not taken. A shared expert has the weight 1."""
+    """The weight of each expert for each token: 0 if it is not picked, and 1 if it is shared."""
     gates_TE = torch.zeros_like(logits_TE)
     always = list(experts.always_active)
     if always:

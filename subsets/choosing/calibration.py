@@ -1,14 +1,14 @@
-"""Calibration text: what experts are chosen on, as batches of token ids in which each token has a weight.
+"""Calibration text: what experts are chosen on, and which of its tokens count.
 
-Shape suffixes: B batch, S sequence.
+A `CalibrationText` says where the text is from and how it is read. `calibration_batches` makes batches of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,327 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...checkpoints.hub.names import folder_or_repo
-from ...imports.optional_packages import import_optional
+from ...configuration import EmoConfig
+from ..validation import is_id
+from .calibration_batches import Batch, check_ids, doubling, encode, make_batches, ready_batches
 
-# Above this many tokens with padding a batch gets no further text: activations stay below half a gigabyte at
-# EMO's width.
-_MAX_BATCH_TOKENS = 8192
-_IGNORED = -100  # the label of a token that does not count
-TOKENS = ("all", "prompt", "answer")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids (B, S), whether each is text and not padding (B, S, bool), and what it counts (B, S,
-    float64)."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    weight: torch.Tensor
+_TOKENS = ("all", "prompt", "answer")
+_WEIGHTS = ("token", "text")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One calibration text: its ids, and for each whether it counts."""
+@dataclass(frozen=True, eq=False)
+class CalibrationText:
+    """The text that experts are chosen on: texts, a dataset or token ids, and how they are read.
 
-    ids: list[int]
-    counts: list[bool]
+    It checks itself when it is made: before a model is opened. `select_experts` makes one of its arguments,
+    and takes one in place of `texts`.
+
+    Args:
+        texts (`Sequence` or `str`, *optional*): texts, or chats (lists of messages with `role` and
+            `content`), several or one.
+        answers (`Sequence[str]` or `str`, *optional*): an answer to each text. It is encoded by itself and
+            follows its text.
+        dataset (iterable of `dict`, `str` or `os.PathLike`, *optional*): rows that hold the texts, such as a
+            `datasets.Dataset`, also a streamed one; or a JSONL file. Instead of `texts`.
+        column (`str`, defaults to `"text"`): the dataset's column of texts or chats.
+        answer_column (`str`, *optional*): the dataset's column of answers.
+        max_texts (`int`, *optional*): take only the first so many texts.
+        input_ids (*optional*): batches (B, S) of token ids, lists or tensors, several or one. Instead of
+            texts.
+        attention_mask (*optional*): a mask (B, S) for each of these batches, 0 for padding.
+        labels (*optional*): labels (B, S) for each of these batches, -100 for a token that is no answer.
+        tokens (`str`, defaults to `"all"`): which tokens count: `"all"`, `"prompt"` or `"answer"`. Answers,
+            labels or the roles in a chat tell them apart. The model reads all tokens in any case.
+        weight_by (`str`, defaults to `"token"`): `"token"`: every token counts the same; `"text"`: every text
+            does.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): for the texts; that of the model by default.
+        max_length (`int`, *optional*): cut texts to so many tokens: prompts with answers and chats on the
+            left, other texts on the right. The model's context by default.
+        batch_size (`int`, defaults to 8): texts in one batch; fewer where they are long.
+
+    Raises:
+        ValueError: if a setting is unknown or out of range, more than one kind of text is given, something is
+            given that belongs to another kind, or batches differ in shape.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import select_experts
+    >>> from transformers_emo.subsets.choosing.calibration import CalibrationText
+    >>> sums = CalibrationText(["1+1=", "1+2="], answers=["2", "3"], tokens="answer")
+    >>> select_experts("model_cards/toy-emo", sums, 8, progress=False).num_tokens
+    2
+
+    ```
+    """
+
+    texts: Sequence | str | None = None
+    _: KW_ONLY
+    answers: Sequence[str] | str | None = None
+    dataset: Iterable[dict] | str | os.PathLike | None = None
+    column: str = "text"
+    answer_column: str | None = None
+    max_texts: int | None = None
+    input_ids: Any = None
+    attention_mask: Any = None
+    labels: Any = None
+    tokens: str = "all"
+    weight_by: str = "token"
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_length: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self):
+        self._check_settings()
+        self._check_sources()
+        if self.texts is not None:
+            texts = _several(self.texts)[: self.max_texts]
+            answers = None if self.answers is None else _several(self.answers)[: self.max_texts]
+            self._check_texts(texts, answers)
+            object.__setattr__(self, "texts", texts)
+            object.__setattr__(self, "answers", answers)
+        if self.input_ids is not None:
+            self._check_ids()
+
+    @classmethod
+    def of(cls, texts: Any, **settings: Any) -> CalibrationText:
+        """The calibration text that the arguments of `select_experts` describe.
+
+        Args:
+            texts: a `CalibrationText`, which is returned, or texts as for the class.
+            settings: as for the class.
+
+        Raises:
+            ValueError: as for the class; or if settings are given in addition to a `CalibrationText`.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo.subsets.choosing.calibration import CalibrationText
+        >>> CalibrationText.of("import os", max_length=64).texts
+        ['import os']
+
+        ```
+        """
+        if not isinstance(texts, cls):
+            return cls(texts, **settings)
+        defaults = {field.name: field.default for field in fields(cls)}
+        for name, value in settings.items():
+            default = defaults[name]
+            if value is not default and (default is None or value != default):
+                raise ValueError(
+                    f"`{name}` is given in addition to a `CalibrationText`: give it to that instead."
+                )
+        return texts
+
+    @classmethod
+    def of_documents(cls, documents: Sequence[torch.Tensor], batch_size: int = 8) -> CalibrationText:
+        """Documents that are token ids already, padded into batches.
+
+        Args:
+            documents (`Sequence[torch.Tensor]`): the token ids (S,) of each document.
+            batch_size (`int`, defaults to 8): documents in one batch.
+
+        Raises:
+            ValueError: if a document is not (S,), or the batch size is below 1.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers_emo.subsets.choosing.calibration import CalibrationText
+        >>> documents = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+        >>> CalibrationText.of_documents(documents).attention_mask
+        [tensor([[1, 1, 1],
+                [1, 0, 0]])]
+
+        ```
+        """
+        if not is_id(batch_size) or batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size!r}, expected an integer from 1.")
+        wrong = next((ids for ids in documents if ids.dim() != 1), None)
+        if wrong is not None:
+            raise ValueError(f"A document is of shape {tuple(wrong.shape)}, expected (S,): its token ids.")
+        groups = [documents[start : start + batch_size] for start in range(0, len(documents), batch_size)]
+        return cls(
+            input_ids=[pad_sequence(list(group), batch_first=True) for group in groups],
+            attention_mask=[
+                pad_sequence([torch.ones_like(ids) for ids in group], batch_first=True) for group in groups
+            ],
+        )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is any text. A choice at random needs none."""
+        return any(source is not None for source in (self.texts, self.dataset, self.input_ids))
+
+    def batches(
+        self,
+        config: EmoConfig,
+        find_tokenizer: Callable[[], PreTrainedTokenizerBase],
+        *,
+        in_parts: bool = False,
+        progress: bool = False,
+    ) -> list[list[Batch]]:
+        """Read the text and make batches of it.
+
+        Args:
+            config (`EmoConfig`): that of the model which will read them.
+            find_tokenizer (`Callable`): gives the model's tokenizer; called only if it is needed.
+            in_parts (`bool`, defaults to `False`): cut the text into parts of 1, 1, 2, 4, 8 ... texts or
+                ready batches.
+            progress (`bool`, defaults to `False`): show a progress bar while a dataset is read.
+
+        Returns:
+            `list[list[Batch]]`: the batches of each part; of one part by default.
+
+        Raises:
+            ValueError: if no token counts, a token is unknown to the model, a row of the dataset lacks a
+                column, or there is no tokenizer.
+            OSError: if the file of the dataset cannot be read.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from transformers_emo import EmoConfig
+        >>> from transformers_emo.subsets.choosing.calibration import CalibrationText
+        >>> toy = "model_cards/toy-emo"
+        >>> [[batch]] = CalibrationText(["1+1=2", "1"]).batches(
+        ...     EmoConfig.from_pretrained(toy), lambda: AutoTokenizer.from_pretrained(toy)
+        ... )
+        >>> batch.attention_mask.sum(-1).tolist()
+        [5, 1]
+
+        ```
+        """
+        if self.dataset is not None:
+            return self._read_dataset(progress).batches(config, find_tokenizer, in_parts=in_parts)
+        if self.input_ids is not None:
+            ready = ready_batches(
+                self.input_ids, self.attention_mask, self.labels, self.tokens, self.weight_by
+            )
+            parts = doubling(ready) if in_parts else [ready]
+        else:
+            examples = encode(
+                self.texts or [],
+                self.answers,
+                self.tokenizer or find_tokenizer(),
+                self.tokens,
+                self.max_length or config.max_position_embeddings,
+            )
+            parts = [
+                make_batches(part, self.batch_size, self.weight_by)
+                for part in (doubling(examples) if in_parts else [examples])
+            ]
+        batches = [batch for part in parts for batch in part]
+        if not any(batch.weight.any() for batch in batches):
+            raise ValueError("There is no calibration token: give at least one text that is not empty.")
+        check_ids(batches, config.vocab_size)
+        return parts
+
+    def _read_dataset(self, progress: bool) -> CalibrationText:
+        """The same with the texts of the dataset."""
+        columns = [self.column] if self.answer_column is None else [self.column, self.answer_column]
+        texts, *answers = read_column(self.dataset or [], columns, self.max_texts, progress=progress)
+        return replace(
+            self, texts=texts, answers=answers[0] if answers else None, dataset=None, answer_column=None
+        )
+
+    def _check_settings(self) -> None:
+        for name, value, known in (
+            ("tokens", self.tokens, _TOKENS),
+            ("weight_by", self.weight_by, _WEIGHTS),
+        ):
+            if value not in known:
+                raise ValueError(f"Unknown {name} {value!r}, expected one of {', '.join(known)}.")
+        for name in ("max_texts", "max_length", "batch_size"):
+            count = getattr(self, name)
+            if count is not None and (not is_id(count) or count < 1):
+                raise ValueError(f"`{name}` is {count!r}, expected an integer from 1.")
+
+    def _check_sources(self) -> None:
+        for name, owner in (
+            ("answers", "texts"),
+            ("answer_column", "dataset"),
+            ("attention_mask", "input_ids"),
+            ("labels", "input_ids"),
+        ):
+            if getattr(self, name) is not None and getattr(self, owner) is None:
+                raise ValueError(
+                    f"`{name}` goes with `{owner}`, which is not given: leave it out, or give both."
+                )
+        given = [name for name in ("texts", "dataset", "input_ids") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                "Give either calibration `texts`, a `dataset` or ready `input_ids`: "
+                f"there are {' and '.join(f'`{name}`' for name in given)}."
+            )
+
+    def _check_texts(self, texts: list, answers: list | None) -> None:
+        wrong = next((text for text in texts if not isinstance(text, str) and not _is_chat(text)), None)
+        is_chat = {not isinstance(text, str) for text in texts}
+        if wrong is not None or len(is_chat) > 1:
+            kind = "texts and chats mixed" if wrong is None else f"a {type(wrong).__name__}"
+            raise ValueError(f"`texts` holds {kind}: expected texts, or chats (lists of messages) only.")
+        if answers is not None:
+            if True in is_chat or len(answers) != len(texts) or not all(isinstance(a, str) for a in answers):
+                raise ValueError(
+                    f"`answers` has {len(answers)} entries for {len(texts)} texts: expected one text for "
+                    "each prompt, and none for chats."
+                )
+        elif self.tokens != "all" and False in is_chat:
+            raise ValueError(
+                f"`tokens` is {self.tokens!r}: give `answers`, chats or `labels` to tell them apart."
+            )
+
+    def _check_ids(self) -> None:
+        """Make tensors of the ready batches, which have to fit each other."""
+        ids = _as_batches("input_ids", self.input_ids)
+        object.__setattr__(self, "input_ids", ids)
+        for name in ("attention_mask", "labels"):
+            if getattr(self, name) is None:
+                continue
+            others = _as_batches(name, getattr(self, name))
+            if [batch.shape for batch in ids] != [other.shape for other in others]:
+                raise ValueError(
+                    f"`input_ids` has batches of shape {[tuple(b.shape) for b in ids]} and `{name}` of shape "
+                    f"{[tuple(o.shape) for o in others]}: expected the same."
+                )
+            object.__setattr__(self, name, others)
+        if self.tokens != "all" and self.labels is None:
+            raise ValueError(
+                f"`tokens` is {self.tokens!r}: give `labels` too, to tell prompts and answers apart."
+            )
+
+
+def _several(texts: Sequence | str) -> list:
+    """Texts or chats, of several or of one."""
+    is_chat = not isinstance(texts, str) and len(texts) > 0 and all(isinstance(t, dict) for t in texts)
+    return [texts] if isinstance(texts, str) or is_chat else list(texts)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(message, dict) for message in value)
+
+
+def _as_batches(name: str, value: Any) -> list[torch.Tensor]:
+    """Tensors (B, S), from lists or tensors of several batches or of one."""
+    value = [value] if isinstance(value, torch.Tensor) and value.dim() == 2 else value
+    try:
+        batches = [torch.as_tensor(batch).cpu() for batch in value]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`{name}` holds no batches of numbers ({error}): give tensors (B, S), or lists of rows that are "
+            "equally long."
+        ) from error
+    wrong = next((batch for batch in batches if batch.dim() not in (1, 2)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"`{name}` has a batch of shape {tuple(wrong.shape)}, expected (B, S): put the ids of one text "
+            "in a list of their own."
+        )
+    return [torch.atleast_2d(batch) for batch in batches]
 
 
 def read_column(
@@ -59,8 +355,8 @@ def read_column(
         dataset (iterable of `dict`, `str` or `os.PathLike`): the rows, such as a `datasets.Dataset`, also a
             streamed one; or a file with a JSON object in each line.
         columns (`Sequence[str]`): the columns to read.
-        limit (`int`, *optional*): read so many rows at most.
-        progress (`bool`, defaults to `False`): show a progress bar, if it takes longer than two seconds.
+        limit (`int`, *optional*): read at most so many rows.
+        progress (`bool`, defaults to `False`): show a progress bar, if reading takes longer than two seconds.
 
     Returns:
         `list[list[Any]]`: the values of each column.
@@ -80,13 +376,16 @@ def read_column(
     """
     rows: Iterable = _json_lines(Path(dataset)) if isinstance(dataset, str | os.PathLike) else dataset
     values: list[list[Any]] = [[] for _ in columns]
-    # A streamed dataset may come slowly, and may be longer than anybody waits for.
+    # A streamed dataset may be slow, and too long to read to its end.
     rows = tqdm(islice(rows, limit), desc="Reading texts", unit="text", delay=2, disable=not progress)
     for number, row in enumerate(rows):
         for column, column_values in zip(columns, values, strict=True):
             if not isinstance(row, dict) or column not in row:
                 found = sorted(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise ValueError(f"Row {number} of the dataset lacks the column {column!r}: it has {found}.")
+                raise ValueError(
+                    f"Row {number} of the dataset lacks the column {column!r}: it has {found}. Name one of "
+                    "its columns."
+                )
             column_values.append(row[column])
     return values
 
@@ -99,93 +398,9 @@ def _json_lines(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
-
-
-def encode(
-    texts: Sequence, answers: Sequence[str] | None, tokenizer: Any, tokens: str, max_length: int
-) -> list[Example]:
-    """Encode texts, prompts with answers, or chats; empty ones are left out.
-
-    Args:
-        texts (`Sequence`): texts, prompts, or chats: lists of messages with `role` and `content`.
-        answers (`Sequence[str]`, *optional*): an answer to each prompt.
-        tokenizer: the tokenizer, with a chat template for chats.
-        tokens (`str`): `"all"`, `"prompt"` or `"answer"`: which tokens count.
-        max_length (`int`): cut texts to so many tokens, prompts with answers and chats on the left.
-
-    Raises:
-        ValueError: if there are not as many answers as texts, something is no text and no chat, or parts are
-            asked for that cannot be told apart.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoTokenizer
-    >>> from transformers_emo.subsets.choosing.calibration import encode
-    >>> tokenizer = AutoTokenizer.from_pretrained("model_cards/toy-emo")
-    >>> [example] = encode(["1+1="], ["2"], tokenizer, "answer", 256)
-    >>> tokenizer.decode([i for i, counts in zip(example.ids, example.counts) if counts])
-    '2'
-
-    ```
-    """
-    is_chat = [not isinstance(text, str) for text in texts]
-    wrong = next((t for t in texts if not isinstance(t, str) and not _is_chat(t)), None)
-    if wrong is not None or len(set(is_chat)) > 1:
-        kind = "texts and chats mixed" if wrong is None else f"a {type(wrong).__name__}"
-        raise ValueError(f"`texts` holds {kind}: expected texts, or chats (lists of messages) only.")
-    if answers is not None:
-        if any(is_chat) or len(answers) != len(texts) or not all(isinstance(a, str) for a in answers):
-            raise ValueError(
-                f"`answers` has {len(answers)} entries for {len(texts)} texts: expected one text for each "
-                "prompt, and none for chats."
-            )
-        return _encode_answers(texts, answers, tokenizer, tokens, max_length)
-    if any(is_chat):
-        return _encode_chats(texts, tokenizer, tokens, max_length)
-    if tokens != "all":
-        raise ValueError(f"`tokens` is {tokens!r}: give `answers`, chats or `labels` to tell them apart.")
-    texts = [text for text in texts if text]
-    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
-    return [Example(ids, [True] * len(ids)) for ids in encoded if ids]
-
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(message, dict) for message in value)
-
-
-def _encode_answers(texts, answers, tokenizer, tokens, max_length) -> list[Example]:
-    # Each part by itself, as the model meets them: no token holds the end of a prompt and the beginning of
-    # its answer.
-    prompts = tokenizer(list(texts))["input_ids"] if texts else []
-    if getattr(tokenizer, "add_eos_token", False):  # which would end a prompt before its answer
-        prompts = [ids[:-1] for ids in prompts]
-    endings = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
-    examples = []
-    for prompt, answer in zip(prompts, endings, strict=True):
-        counts = [tokens != "answer"] * len(prompt) + [tokens != "prompt"] * len(answer)
-        examples.append(Example((prompt + answer)[-max_length:], counts[-max_length:]))
-    return [example for example in examples if example.ids]
-
-
-def _encode_chats(chats, tokenizer, tokens, max_length) -> list[Example]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("The tokenizer has no chat template: set `tokenizer.chat_template`, or give texts.")
-    chats = [list(chat) for chat in chats if chat]
-    if tokens == "all":
-        encoded = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
-        return [Example(ids[-max_length:], [True] * len(ids[-max_length:])) for ids in encoded]
-    datasets = import_optional("datasets", "Telling prompts and answers of chats apart needs")
-    from ...tokenization import encode_answers
-
-    rows = datasets.Dataset.from_list([{"messages": chat} for chat in chats]).to_iterable_dataset()
-    examples = []
-    for row in encode_answers(rows, tokenizer=tokenizer, messages="messages", max_length=max_length):
-        is_answer = (row["labels"] != _IGNORED).tolist()
-        counts = is_answer if tokens == "answer" else [not answer for answer in is_answer]
-        examples.append(Example(row["input_ids"].tolist(), counts))
-    return examples
+                raise ValueError(
+                    f"Line {number} of {path} is no JSON: {error}. Put one JSON object in each line."
+                ) from error
 
 
 def tokenizer_of(source: str | os.PathLike | None, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
@@ -216,156 +431,3 @@ def tokenizer_of(source: str | os.PathLike | None, **hub_kwargs: Any) -> PreTrai
         raise ValueError(
             f"There is no tokenizer in {os.fspath(source)} ({error}): give the `tokenizer` too."
         ) from error
-
-
-def make_batches(examples: Sequence[Example], batch_size: int, weight_by: str) -> list[Batch]:
-    """Pad examples into batches, on the right.
-
-    Args:
-        examples (`Sequence[Example]`): the texts.
-        batch_size (`int`): texts in a batch at most; fewer where they are long.
-        weight_by (`str`): `"token"`: every token counts 1; `"text"`: every text does.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.choosing.calibration import Example, make_batches
-    >>> [batch] = make_batches([Example([5, 6], [True, True]), Example([7], [True])], 8, "text")
-    >>> batch.weight.tolist()
-    [[0.5, 0.5], [1.0, 0.0]]
-
-    ```
-    """
-    groups: list[list[Example]] = []
-    longest = 0
-    for example in examples:
-        longest = max(longest, len(example.ids))
-        if not groups or len(groups[-1]) == batch_size or longest * (len(groups[-1]) + 1) > _MAX_BATCH_TOKENS:
-            groups.append([])
-            longest = len(example.ids)
-        groups[-1].append(example)
-    batches = []
-    for group in groups:
-        # Padded here, not by the tokenizer: one without a padding token serves as well.
-        ids_BS, counts_BS, mask_BS = (
-            pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            for rows in (
-                [example.ids for example in group],
-                [example.counts for example in group],
-                [[True] * len(example.ids) for example in group],
-            )
-        )
-        batches.append(Batch(ids_BS, mask_BS, _weights(counts_BS, weight_by)))
-    return batches
-
-
-def ready_batches(
-    input_ids: Any, attention_mask: Any, labels: Any, tokens: str, weight_by: str
-) -> list[Batch]:
-    """Batches from ids, masks and labels, lists or tensors, of several batches or of one.
-
-    Args:
-        input_ids: batches (B, S) of token ids.
-        attention_mask (*optional*): for each of them a mask (B, S), 0 for padding.
-        labels (*optional*): for each of them labels (B, S), -100 for tokens that are no answer.
-        tokens (`str`): `"all"`, `"prompt"` or `"answer"`: which tokens count, by the labels.
-        weight_by (`str`): as for `make_batches`.
-
-    Raises:
-        ValueError: if shapes differ, or parts are asked for without labels.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.choosing.calibration import ready_batches
-    >>> [batch] = ready_batches([[5, 6, 0]], [[1, 1, 0]], None, "all", "token")
-    >>> batch.weight.tolist()
-    [[1.0, 1.0, 0.0]]
-
-    ```
-    """
-    ids = _as_batches(input_ids)
-    masks = (
-        [torch.ones_like(batch) for batch in ids] if attention_mask is None else _as_batches(attention_mask)
-    )
-    answers = None if labels is None else [batch != _IGNORED for batch in _as_batches(labels)]
-    for name, others in (("attention_mask", masks), ("labels", answers)):
-        if others is not None and [batch.shape for batch in ids] != [other.shape for other in others]:
-            raise ValueError(
-                f"`input_ids` has batches of shape {[tuple(b.shape) for b in ids]} and `{name}` of shape "
-                f"{[tuple(o.shape) for o in others]}: expected the same."
-            )
-    if tokens != "all" and answers is None:
-        raise ValueError(f"`tokens` is {tokens!r}: give `labels` too, to tell prompts and answers apart.")
-    batches = []
-    for number, (ids_BS, mask_BS) in enumerate(zip(ids, masks, strict=True)):
-        mask_BS = mask_BS.bool()
-        counts_BS = mask_BS
-        if tokens != "all" and answers is not None:
-            counts_BS = mask_BS & (answers[number] if tokens == "answer" else ~answers[number])
-        batches.append(Batch(ids_BS.long(), mask_BS, _weights(counts_BS, weight_by)))
-    return batches
-
-
-def doubling(items: Sequence, wanted: Any = True) -> list[list]:
-    """Cut a sequence into parts of 1, 1, 2, 4, 8 ... items, so that their sums double.
-
-    Args:
-        items (`Sequence`): the sequence.
-        wanted (*optional*): `None` leaves it in one part.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.choosing.calibration import doubling
-    >>> doubling("abcdef")
-    [['a'], ['b'], ['c', 'd'], ['e', 'f']]
-
-    ```
-    """
-    parts: list[list] = []
-    start, stop = 0, 1 if wanted is not None else len(items)
-    while start < len(items):
-        parts.append(list(items[start:stop]))
-        start, stop = stop, 2 * stop
-    return parts
-
-
-def check_ids(batches: Sequence[Batch], vocab_size: int) -> None:
-    """See that the model has an embedding of every token.
-
-    Args:
-        batches (`Sequence[Batch]`): calibration text.
-        vocab_size (`int`): token ids are below it.
-
-    Raises:
-        ValueError: if it has not.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.choosing.calibration import check_ids, ready_batches
-    >>> check_ids(ready_batches([[5, 6]], None, None, "all", "token"), 7)
-
-    ```
-    """
-    for batch in batches:
-        outside = (batch.input_ids < 0) | (batch.input_ids >= vocab_size)
-        if outside.any():
-            raise ValueError(
-                f"There is no token {int(batch.input_ids[outside][0])}: the model has ids from 0 to "
-                f"{vocab_size - 1}. Is the tokenizer that of the model?"
-            )
-
-
-def _as_batches(value: Any) -> list[torch.Tensor]:
-    """Tensors (B, S), from lists or tensors of several batches or of one."""
-    value = [value] if isinstance(value, torch.Tensor) and value.dim() == 2 else value
-    return [torch.atleast_2d(torch.as_tensor(batch)).cpu() for batch in value]
-
-
-def _weights(counts_BS: torch.Tensor, weight_by: str) -> torch.Tensor:
-    weight_BS = counts_BS.double()
-    if weight_by == "text":
-        weight_BS = weight_BS / weight_BS.sum(-1, keepdim=True).clamp(min=1)
-    return weight_BS

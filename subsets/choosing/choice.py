@@ -1,4 +1,4 @@
-"""From scores to subsets: the best experts of every layer, in root numbering.
+"""Making subsets of scores: the best experts of every layer, in root numbering.
 
 Shape suffixes: E experts of a layer.
 """
@@ -22,12 +22,12 @@ from .scores import always_kept
 
 @dataclass
 class Choice:
-    """Makes subsets of scores; knows the model they belong to, and what has been asked for.
+    """What was asked for, of which model. It makes subsets of the scores of experts.
 
     Args:
         config (`EmoConfig`): the model's config.
-        method, budget (`str`): as in `select_experts`.
-        sizes (`Sequence[int]`): experts to keep in a layer, for each subset.
+        method, budget (`str`): as for `select_experts`.
+        sizes (`Sequence[int]`): how many experts to keep in a layer, for each subset.
         source, revision (`str`, *optional*): where the model is from.
         excluded (`list[set[int]]`): for each layer the experts never to choose, in root numbering.
 
@@ -57,7 +57,7 @@ class Choice:
         self.present = present_experts(self.config)
         self.excluded = [ids & set(there) for ids, there in zip(self.excluded, self.present, strict=True)]
         self.always = [always_kept(layer) for layer in self.config.layer_experts]
-        # Under a budget for all layers, how many routed experts each keeps: as many as a token takes.
+        # With a budget over all layers, each layer keeps at least as many routed experts as a token takes.
         self.least = min(
             (
                 layer.top_k - len(always)
@@ -68,18 +68,18 @@ class Choice:
         )
 
     def pick(self, index: int, scores_E: torch.Tensor, size: int) -> list[int]:
-        """The best experts of a layer, in its own numbering."""
+        """The best experts of a layer, in the layer's own numbering."""
         self._check_finite(index, scores_E)
         never, present = self.excluded[index], self.present[index]
         scores = [None if e in never else score for e, score in zip(present, scores_E.tolist(), strict=True)]
         return best_experts(scores, self.always[index], size)
 
-    def of_scores(self, scores: list[torch.Tensor | None], **said: Any) -> list[ExpertSubset]:
-        """The best experts of all layers, for each size."""
+    def of_scores(self, scores: list[torch.Tensor | None], **counted: Any) -> list[ExpertSubset]:
+        """The subsets of the best experts, one for each size."""
         for index, score_E in enumerate(scores):
             if score_E is not None:
                 self._check_finite(index, score_E)
-        full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **said)
+        full = self.subset(scores, [None if s is None else list(range(len(s))) for s in scores], **counted)
         most = max(len(always) for always in self.always)
         return [
             full.top(size, budget=self.budget, least=max(1, min(self.least, size - most)))
@@ -87,9 +87,9 @@ class Choice:
         ]
 
     def subset(
-        self, scores: list[torch.Tensor | None], kept: list[list[int] | None], **said: Any
+        self, scores: list[torch.Tensor | None], kept: list[list[int] | None], **counted: Any
     ) -> ExpertSubset:
-        """The subset of these experts, in root numbering."""
+        """A subset of experts that are given in the layers' own numbering."""
         roots = root_experts(self.config)
         experts: list[list[int] | None] = []
         root_scores: list[list[float | None] | None] = []
@@ -114,7 +114,7 @@ class Choice:
             method=self.method,
             source=self.source,
             revision=self.revision,
-            **said,
+            **counted,
         )
 
     def _check_finite(self, index: int, scores_E: torch.Tensor) -> None:
@@ -126,7 +126,7 @@ class Choice:
 
 
 def masked_experts(model: EmoPreTrainedModel) -> list[set[int]]:
-    """For each layer the experts, in root numbering, that an open `use_experts` leaves out.
+    """The experts of each layer that an open `use_experts` leaves out, in root numbering.
 
     Args:
         model (`EmoPreTrainedModel`): the model.
@@ -151,15 +151,15 @@ def masked_experts(model: EmoPreTrainedModel) -> list[set[int]]:
 
 
 def check_num_experts(config: EmoConfig, sizes: Sequence[int], excluded: Sequence[set[int]]) -> None:
-    """See that every layer has as many experts as are asked for, and one that is routed among them.
+    """Check that every layer has the experts that are asked for, and would keep a routed one.
 
     Args:
         config (`EmoConfig`): the model's config.
-        sizes (`Sequence[int]`): experts to keep in a layer.
+        sizes (`Sequence[int]`): how many experts to keep in a layer, for each subset.
         excluded (`Sequence[set[int]]`): for each layer the experts never to choose.
 
     Raises:
-        SubsetError: if one has not.
+        SubsetError: if a layer has too few, or a number is none.
 
     Example:
 
@@ -175,7 +175,7 @@ def check_num_experts(config: EmoConfig, sizes: Sequence[int], excluded: Sequenc
         raise SubsetError("`num_experts` is empty: give at least one number.")
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool):
-            raise SubsetError(f"`num_experts` is {size!r}, expected an integer.")
+            raise SubsetError(f"`num_experts` is {size!r}, expected an integer, or several.")
         for index, layer in enumerate(config.layer_experts):
             protected, there = len(always_kept(layer)), layer.num_experts - len(excluded[index])
             if not layer.is_dense and not protected < size <= there:
@@ -186,11 +186,11 @@ def check_num_experts(config: EmoConfig, sizes: Sequence[int], excluded: Sequenc
 
 
 def random_scores(config: EmoConfig, seed: int) -> list[torch.Tensor | None]:
-    """A score (E,), float64, for every expert of each layer, `None` for a dense one.
+    """Random scores of the experts of each layer: (E,), float64, or `None` for a dense layer.
 
     Args:
         config (`EmoConfig`): the model's config.
-        seed (`int`): of the scores.
+        seed (`int`): the seed.
 
     Example:
 

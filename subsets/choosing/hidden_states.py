@@ -1,4 +1,4 @@
-"""Hidden states between layers: in memory as far as they fit, and on disk."""
+"""Keeping hidden states between layers: in memory up to a limit, and on disk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class HiddenStates:
-    """Tensors by key: in memory, and in a temporary file when they would exceed a limit.
+    """Tensors by key. Those that do not fit into memory are in a temporary file.
 
     Args:
-        limit (`float`): bytes to hold in memory.
+        limit (`float`): the most bytes to hold in memory.
 
     Example:
 
@@ -34,7 +34,7 @@ class HiddenStates:
         self._bytes = 0
         self._file: Any = None
         self._places: dict[Hashable, tuple[int, torch.dtype, torch.Size]] = {}
-        self._free: dict[int, list[int]] = {}  # places in the file that can be written again, by size
+        self._free: dict[int, list[int]] = {}  # places in the file that are free again, by size
         self._end = 0
 
     def __setitem__(self, key: Hashable, tensor: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ class HiddenStates:
             self._bytes += tensor.nbytes
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (gone with this object)
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  (it is removed with this object)
         if self._free.get(tensor.nbytes):
             place = self._free[tensor.nbytes].pop()
         else:
@@ -61,11 +61,11 @@ class HiddenStates:
         tensor = torch.empty(shape, dtype=dtype)
         self._file.seek(place)
         if self._file.readinto(_bytes_of(tensor)) != tensor.nbytes:
-            raise OSError("The temporary file of hidden states was cut short.")
+            raise OSError("The temporary file of hidden states was cut short: start again.")
         return tensor
 
     def pop(self, key: Hashable) -> torch.Tensor:
-        """Take a tensor out."""
+        """Remove a tensor and return it."""
         tensor = self[key]
         self._drop(key)
         return tensor

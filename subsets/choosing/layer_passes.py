@@ -1,6 +1,6 @@
-"""Running a model layer by layer over all calibration batches, to choose its experts on the way.
+"""Running a model layer by layer over all calibration batches, and scoring its experts meanwhile.
 
-The numbers are the model's own: its modules run, with the masks that Transformers makes.
+The model's own modules run, with the masks that Transformers makes. So the numbers are those of the model.
 
 Shape suffixes: B batch, S sequence, T tokens that are no padding, D hidden size, E experts of a layer, K
 experts taken per token, P = T * K picks.
@@ -17,12 +17,12 @@ from transformers.masking_utils import create_causal_mask
 
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_differences import CACHE
-from .calibration import Batch
+from .calibration_batches import Batch
 from .hidden_states import HiddenStates
 from .layer_sources import Layers, device_of
 from .scores import ExpertOutput, RouterProbability
 
-# Outputs of single experts are held for so many tokens at a time: K times as many rows as tokens.
+# For so many tokens at a time the outputs of single experts are in memory: K rows for each token.
 _OUTPUT_TOKENS = 1024
 
 Scores = list[RouterProbability | ExpertOutput | None]
@@ -34,29 +34,30 @@ def pass_full_model(
 ) -> None:
     """Run every layer with all of its experts, and add the batches to the scores.
 
-    Experts of the last layer run only where the scores need their outputs; what comes after the last layer
-    with experts does not run.
+    The experts of the last layer run only if the scores need their outputs. Nothing runs after the last layer
+    with experts.
 
     Args:
         layers (`Layers`): the model.
         batches (`Sequence[Batch]`): calibration text.
-        scores (`list`): the score of each layer, `None` for a dense one.
+        scores (`list`): the score object of each layer, `None` for a dense layer.
         states (`HiddenStates`): holds the hidden states between layers.
-        bar (`tqdm`): counts layers times batches.
+        bar (`tqdm`): the progress bar. It counts layers times batches.
 
     Example:
 
     ```python
+    >>> import torch
     >>> from tqdm import tqdm
     >>> from transformers_emo import EmoModel
-    >>> from transformers_emo.subsets.choosing.calibration import ready_batches
+    >>> from transformers_emo.subsets.choosing.calibration_batches import ready_batches
     >>> from transformers_emo.subsets.choosing.hidden_states import HiddenStates
     >>> from transformers_emo.subsets.choosing.layer_sources import LoadedLayers
     >>> from transformers_emo.subsets.choosing.scores import new_score
     >>> from transformers_emo.subsets.choosing.layer_passes import pass_full_model
     >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
     >>> scores = [new_score("global", layer) for layer in layers.config.layer_experts]
-    >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
+    >>> batches = ready_batches([torch.tensor([[5, 6, 7]])])
     >>> pass_full_model(layers, batches, scores, HiddenStates(1e9), tqdm(disable=True))
     >>> round(float(scores[0].result()[:31].sum()), 6)
     1.0
@@ -74,7 +75,7 @@ def pass_full_model(
             hidden_BSD = _attend(layers, decoder, states.pop(number), batch)
             states[number] = _run_full_block(decoder, experts, score, layers.mask(index), hidden_BSD, batch)
             bar.update()
-        experts = None  # gone before the next layer is read
+        experts = None  # freed before the next layer is read
 
 
 def _run_full_block(decoder, experts, score, mask, hidden_BSD, batch) -> torch.Tensor:
@@ -96,12 +97,12 @@ def _run_full_block(decoder, experts, score, mask, hidden_BSD, batch) -> torch.T
 
 
 def _run_each_expert(experts, x_TD, index_TK, weights_TK) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of all experts together (T, D), and the norm of that of each (T, K), float32."""
+    """The output of all experts together (T, D), and the norm of each expert's output (T, K), float32."""
     outputs, norms = [], []
     for part in torch.arange(len(x_TD), device=x_TD.device).split(_OUTPUT_TOKENS):
         index_tK, top_k = index_TK[part], index_TK.shape[1]
-        # Every pick as a token of its own with weight 1: any implementation of the experts, and adapters on
-        # them, give the outputs one by one.
+        # Every pick is made a token of its own with weight 1. So any implementation of the experts, also with
+        # adapters, gives the outputs one by one.
         x_PD = x_TD[part].repeat_interleave(top_k, dim=0)
         output_PD = experts(x_PD, index_tK.reshape(-1, 1), torch.ones_like(weights_TK[part]).reshape(-1, 1))
         output_tKD = output_PD.view(len(part), top_k, -1)
@@ -121,36 +122,37 @@ def pass_layerwise(
     states: HiddenStates,
     bar: tqdm,
 ) -> list[tuple[list[torch.Tensor | None], list[list[int] | None]]]:
-    """Choose layer by layer, on the hidden states that the experts chosen so far produce.
+    """Choose layer by layer, on the hidden states that come from the experts chosen in the layers before.
 
-    The router of a layer needs only the chosen experts of the layers before it, and its own attention: all
-    layers are chosen in one pass, and no dropped expert runs. (The authors run the whole model anew for
-    every layer.) With several sizes, everything up to the first choice is shared, and so is every layer that
-    is read.
+    The router of a layer depends on its own attention and on the chosen experts of the layers before. So all
+    layers are chosen in one pass, and an expert that is not chosen never runs. (The authors run the whole
+    model again for every layer.) With several sizes, the layers up to the first choice run once, and each
+    layer is read once.
 
     Args:
         layers (`Layers`): the model.
         batches (`Sequence[Batch]`): calibration text.
-        sizes (`Sequence[int]`): how many experts to keep, in one or several choices.
-        pick (`Callable`): given a layer, its scores (E,) and a size, says which experts are kept.
+        sizes (`Sequence[int]`): how many experts to keep, for each choice.
+        pick (`Callable`): gets a layer, its scores (E,) and a size, and returns the experts to keep.
         states (`HiddenStates`): holds the hidden states between layers.
-        bar (`tqdm`): counts layers times batches times sizes.
+        bar (`tqdm`): the progress bar. It counts layers times batches times sizes.
 
     Returns:
-        `list`: for each size the scores (E,) and the kept experts of each layer, in its own numbering; `None`
-        for dense layers.
+        `list`: for each size the scores (E,) and the kept experts of each layer, in the layer's own
+        numbering; `None` for dense layers.
 
     Example:
 
     ```python
+    >>> import torch
     >>> from tqdm import tqdm
     >>> from transformers_emo import EmoModel
-    >>> from transformers_emo.subsets.choosing.calibration import ready_batches
+    >>> from transformers_emo.subsets.choosing.calibration_batches import ready_batches
     >>> from transformers_emo.subsets.choosing.hidden_states import HiddenStates
     >>> from transformers_emo.subsets.choosing.layer_sources import LoadedLayers
     >>> from transformers_emo.subsets.choosing.layer_passes import pass_layerwise
     >>> layers = LoadedLayers(EmoModel.from_pretrained("model_cards/toy-emo"))
-    >>> batches = ready_batches([[5, 6, 7]], None, None, "all", "token")
+    >>> batches = ready_batches([torch.tensor([[5, 6, 7]])])
     >>> best = lambda layer, scores_E, size: scores_E.topk(size).indices.sort().values.tolist()
     >>> [(scores, kept)] = pass_layerwise(layers, batches, [8], best, HiddenStates(1e9), tqdm(disable=True))
     >>> [len(ids) for ids in kept]
@@ -161,7 +163,7 @@ def pass_layerwise(
     num_layers = layers.config.num_hidden_layers
     scores: list[list[torch.Tensor | None]] = [[None] * num_layers for _ in sizes]
     kept: list[list[list[int] | None]] = [[None] * num_layers for _ in sizes]
-    streams = {0: list(range(len(sizes)))}  # the choices that share hidden states
+    streams = {0: list(range(len(sizes)))}  # which choices have these hidden states in common
     for number, batch in enumerate(batches):
         states[0, number] = layers.embed(batch.input_ids)
     last = _last_with_experts(layers.config)
@@ -196,7 +198,7 @@ def pass_layerwise(
                         decoder, experts, held, masks[choice], hidden_BSD, batch
                     )
         streams = {choice: [choice] for choice in range(len(sizes))}
-        experts = None  # gone before the next layer is read
+        experts = None  # freed before the next layer is read
     return list(zip(scores, kept, strict=True))
 
 
@@ -224,11 +226,11 @@ def _run_kept(decoder, experts, held, mask, hidden_BSD: torch.Tensor, batch: Bat
     """The second half of a layer with the experts of a mask, for tokens that are no padding."""
     hidden_BSD = hidden_BSD.to(device_of(decoder.pre_feedforward_layernorm, hidden_BSD.device))
     x_TD = decoder.pre_feedforward_layernorm(_text_of(hidden_BSD, batch))
-    # The whole router under a mask, wherever experts come from: in a low precision its products depend on how
-    # many rows it has.
+    # The whole router with a mask, also if only some experts were read. In a low precision its products
+    # depend on how many rows it has.
     _, weights_TK, index_TK, _ = decoder.mlp.gate(x_TD, mask)
     if len(held) < len(decoder.mlp.gate.weight):
-        # What a token picks beyond the experts there are has weight 0: any of those held will do.
+        # Picks of experts that are not in the stack have weight 0: they may point to any row.
         row_E = index_TK.new_zeros(len(decoder.mlp.gate.weight))
         row_E[torch.tensor(held, device=row_E.device)] = torch.arange(len(held), device=row_E.device)
         index_TK = row_E[index_TK]
@@ -236,14 +238,14 @@ def _run_kept(decoder, experts, held, mask, hidden_BSD: torch.Tensor, batch: Bat
 
 
 def _text_of(hidden_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The tokens that are no padding, (T, D)."""
+    """The hidden states of the tokens that are no padding, (T, D)."""
     if batch.attention_mask.all():
         return hidden_BSD.flatten(0, 1)
     return hidden_BSD[batch.attention_mask.to(hidden_BSD.device)]
 
 
 def _add_to_text(hidden_BSD: torch.Tensor, output_TD: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The hidden states with something added to those tokens."""
+    """The hidden states, with an output added for the tokens that are no padding."""
     if batch.attention_mask.all():
         return hidden_BSD + output_TD.view_as(hidden_BSD)
     result_BSD = hidden_BSD.clone()
@@ -252,7 +254,7 @@ def _add_to_text(hidden_BSD: torch.Tensor, output_TD: torch.Tensor, batch: Batch
 
 
 def _masked(logits_TE: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Router logits with minus infinity for experts that the model does not route to."""
+    """Router logits, with minus infinity for experts that the model does not use."""
     if mask is None:
         return logits_TE
     return logits_TE.masked_fill(~mask.to(logits_TE.device), float("-inf"))

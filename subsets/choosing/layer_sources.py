@@ -1,4 +1,4 @@
-"""Where the layers of a model come from when it runs layer by layer: memory, or a checkpoint.
+"""The layers of a model that runs layer by layer: from memory, or read from a checkpoint.
 
 Shape suffixes: V rows of the embedding that are needed, D hidden size.
 """
@@ -20,14 +20,17 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
 from ...modeling_emo import EmoModel, EmoPreTrainedModel
 from ...modeling_emo.modeling_emo import EmoExperts, EmoRotaryEmbedding
+from ..fingerprint import attention_of, fingerprint_of
 from ..loading.wanted_tensors import lazy_parameters
 
 
 class Layers(Protocol):
-    """The layers of a model, given one after the other."""
+    """The layers of a model, given one after the other.
+
+    `in_memory` says whether they are all in memory. If not, a layer is read each time it is asked for.
+    """
 
     config: EmoConfig
-    # Whether a layer costs the same whenever it is asked for.
     in_memory: bool
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -37,13 +40,16 @@ class Layers(Protocol):
         """Cosines and sines."""
 
     def decoder(self, index: int) -> Any:
-        """The layer with attention, norms, and the router or the dense network."""
+        """The layer with its attention, its norms, and its router or dense network."""
 
     def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
-        """Stacked experts, at least those `kept`, and the ids of those there are, in their order."""
+        """A stack of experts with at least those `kept`, and the ids of all in the stack, in order."""
 
     def mask(self, index: int) -> torch.Tensor | None:
-        """The mask (E,) of experts under which the whole model runs."""
+        """The mask (E,) of the experts that the whole model uses; `None` for all."""
+
+    def fingerprint(self) -> str | None:
+        """What the weights are recognised by."""
 
 
 class LoadedLayers:
@@ -68,6 +74,7 @@ class LoadedLayers:
     in_memory = True
 
     def __init__(self, model: EmoPreTrainedModel):
+        self.model = model
         self.base: Any = model.base_model
         self.config = model.config
 
@@ -91,21 +98,27 @@ class LoadedLayers:
         """The mask of `use_experts`, if one is open."""
         return self.base.expert_masks[index]
 
+    def fingerprint(self) -> str | None:
+        """What the weights are recognised by; `None` if they are offloaded."""
+        return fingerprint_of(self.model.state_dict(), self.config.num_hidden_layers)
+
 
 class CheckpointLayers:
-    """The layers of a checkpoint, read when asked for: the backbone of one layer, and the experts wanted.
+    """The layers of a checkpoint, each read when it is asked for.
 
-    Of the embedding only the rows of the calibration tokens are read.
+    Memory holds one layer without its experts, and the experts asked for. Of the embedding only the rows of
+    the calibration tokens are read.
 
     Args:
         checkpoint (`Checkpoint`): the weights.
         config (`EmoConfig`): their config.
         token_ids (`torch.Tensor`): the token ids that will be embedded.
-        dtype (`torch.dtype`, *optional*): to run in; what the config says or the weights have by default.
-        device (`str` or `torch.device`, defaults to `"cpu"`): to run on.
+        dtype (`torch.dtype`, *optional*): the dtype to run in; by default that of the config, or else that of
+            the embedding.
+        device (`str` or `torch.device`, defaults to `"cpu"`): where to run.
 
     Raises:
-        CheckpointError: if a parameter is missing or has another shape; nothing is read by then.
+        CheckpointError: if a parameter is missing or has another shape. No weights have been read then.
 
     Example:
 
@@ -136,11 +149,11 @@ class CheckpointLayers:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ):
+        self.checkpoint = checkpoint
         self.config = copy.deepcopy(config)
         self.device = torch.device(device)
         with torch.device("meta"):
             self.network = EmoModel(self.config).eval()
-        self.source = checkpoint.source
         self.tensors = _tensors_of(checkpoint, self.network, config)
         run_in: Any = dtype or config.dtype or self.tensors["embed_tokens.weight"].dtype
         for tensor in self.tensors.values():
@@ -163,8 +176,8 @@ class CheckpointLayers:
         return self.rotary_emb(hidden, position_ids)
 
     def decoder(self, index: int) -> Any:
-        """Read the layer less its experts, and let go of the one before."""
-        self.embedding_VD = None  # only needed before the first layer
+        """Read the layer without its experts, and free the memory of the layer read before."""
+        self.embedding_VD = None  # used before the first layer only
         if self._open is not None:
             self._open.to("meta")
         self._open = self.network.layers[index]
@@ -172,7 +185,7 @@ class CheckpointLayers:
         return self._open
 
     def experts(self, index: int, kept: Sequence[int]) -> tuple[Any, list[int]]:
-        """Read these experts, and no others."""
+        """Read these experts and no others."""
         kept = sorted(kept)
         with torch.device("meta"):
             experts = EmoExperts(self.config, len(kept)).eval()
@@ -182,25 +195,31 @@ class CheckpointLayers:
         return experts, kept
 
     def mask(self, index: int) -> torch.Tensor | None:
-        """No mask."""
+        """`None`: no mask."""
         return None
 
+    def fingerprint(self) -> str | None:
+        """What the weights are recognised by. It reads two kilobytes."""
+        return fingerprint_of(attention_of(self.checkpoint), self.config.num_hidden_layers)
+
     def _fill(self, module: nn.Module, prefix: str, given: dict[str, LazyTensor]) -> None:
-        """Read a module's parameters: those given, and otherwise all but the experts."""
+        """Read a module's parameters: those given, or else all but the experts."""
         tensors = given or {
             name: self.tensors[prefix + name] for name in module.state_dict() if ".experts." not in name
         }
-        fetch_ahead(self.source, tensors.values())
+        fetch_ahead(self.checkpoint.source, tensors.values())
         state = {name: tensor[...].to(self.device) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=False, assign=True)
 
 
 def _tensors_of(checkpoint: Checkpoint, network: EmoModel, config: EmoConfig) -> dict[str, LazyTensor]:
-    """The checkpoint's tensors by the network's own names, once they are known to fit it."""
+    """The checkpoint's tensors by the network's own names, after a check that they fit it."""
     tensors = lazy_parameters(checkpoint, config, None)
     embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
     if embedding is None:
-        raise CheckpointError("The checkpoint lacks embed_tokens.weight: it holds no whole model.")
+        raise CheckpointError(
+            "The checkpoint lacks embed_tokens.weight: it does not hold a whole model. Name one that does."
+        )
     prefix = embedding.removesuffix("embed_tokens.weight")
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     for name, parameter in network.state_dict().items():
@@ -208,17 +227,19 @@ def _tensors_of(checkpoint: Checkpoint, network: EmoModel, config: EmoConfig) ->
         if found != tuple(parameter.shape):
             raise CheckpointError(
                 f"The checkpoint has {prefix}{name} of shape {found}, expected {tuple(parameter.shape)}: "
-                "config.json and the weights differ."
+                "config.json and the weights are of different models. Download both again."
             )
     return tensors
 
 
 def device_of(module: nn.Module, fallback: torch.device) -> torch.device:
-    """Where a module's weights are; where they are offloaded, its hooks move what it is given.
+    """The device that a module's weights are on.
+
+    Weights that are offloaded are on none. The module's hooks then move its inputs, wherever those are.
 
     Args:
         module (`nn.Module`): the module.
-        fallback (`torch.device`): what to return for one whose weights are offloaded.
+        fallback (`torch.device`): what to return if its weights are offloaded.
 
     Example:
 

@@ -1,7 +1,7 @@
-"""What says how much a domain uses an expert: the scores that experts are chosen by.
+"""The scores that experts are chosen by: how much a domain uses an expert.
 
-Every score is a sum over calibration tokens, each with its weight, in float64: the order and the batches that
-tokens come in do not matter.
+Every score is a sum over calibration tokens, each with its weight. The sum is float64, so that the order of
+tokens and their batches make no difference.
 
 Shape suffixes: T tokens, D hidden size, E experts of a layer, R its routed ones, K experts taken per token.
 """
@@ -15,11 +15,12 @@ from ...configuration import LayerExperts
 
 
 class RouterProbability:
-    """Mean probability that the router gives each expert (paper section 4,
+    """The mean probability that the router gives each expert (paper section 4,
     https://arxiv.org/abs/2605.06663).
 
-    The softmax over the routed experts in float32, not the frequency of picks. With always-active experts
-    there is one softmax over all experts, as in the router. Experts that are always kept score 1.
+    It is the softmax over the routed experts in float32, not how often an expert is picked. With
+    always-active experts there is one softmax over all experts, as in the router. Experts that are always
+    kept score 1.
 
     Args:
         layer (`LayerExperts`): the experts of the layer.
@@ -50,7 +51,7 @@ class RouterProbability:
 
         Args:
             logits_TE (`torch.Tensor`): (T, E) raw router logits.
-            weight_T (`torch.Tensor`): (T,) what each token counts; those of weight 0 are left out.
+            weight_T (`torch.Tensor`): (T,) how much each token counts. Tokens of weight 0 are left out.
         """
         weight_T = weight_T.double().cpu()
         scored = self.layer.num_experts if self.layer.always_active else self.layer.num_routed
@@ -62,16 +63,17 @@ class RouterProbability:
     def result(self) -> torch.Tensor:
         """`torch.Tensor`: (E,) the scores, float64."""
         mean_E = self.sum_E / self.weight
-        mean_E[sorted(always_kept(self.layer))] = 1.0  # as in the authors' files: no probability is larger
+        mean_E[sorted(always_kept(self.layer))] = 1.0  # the largest probability, as in the authors' files
         return mean_E
 
 
 class ExpertOutput:
     """How much each expert contributes to the tokens that pick it, in the full model.
 
-    `"easy_ep"` (https://arxiv.org/abs/2504.06792): the sum over those tokens of the router's weight times the
-    norm of the expert's output times `max(0, 1 - cos(h, h + y))`, with h the normed input of the block and y
-    its output. `"reap"` (https://arxiv.org/abs/2510.13999): the mean over those tokens of weight times norm.
+    - `"easy_ep"` (https://arxiv.org/abs/2504.06792): the sum over these tokens of the router's weight times
+      the norm of the expert's output times `max(0, 1 - cos(h, h + y))`. Here h is the normed input of the
+      block, and y its output.
+    - `"reap"` (https://arxiv.org/abs/2510.13999): the mean over these tokens of weight times norm.
 
     Args:
         layer (`LayerExperts`): the experts of the layer.
@@ -114,9 +116,9 @@ class ExpertOutput:
             input_TD (`torch.Tensor`): (T, D) the normed input of the block.
             output_TD (`torch.Tensor`): (T, D) its output, of all experts together.
             index_TK (`torch.Tensor`): (T, K) the experts each token picked.
-            weights_TK (`torch.Tensor`): (T, K) the router's weights of them.
-            norm_TK (`torch.Tensor`): (T, K) the norms of their outputs, before that weight.
-            weight_T (`torch.Tensor`): (T,) what each token counts; those of weight 0 are left out.
+            weights_TK (`torch.Tensor`): (T, K) the router's weights of these experts.
+            norm_TK (`torch.Tensor`): (T, K) the norms of their outputs, without the weights.
+            weight_T (`torch.Tensor`): (T,) how much each token counts. Tokens of weight 0 are left out.
         """
         weight_T = weight_T.double().cpu()
         saliency_TK = (weights_TK.float() * norm_TK.float()).double().cpu()
@@ -138,7 +140,7 @@ class ExpertOutput:
 
 
 def new_score(method: str, layer: LayerExperts) -> RouterProbability | ExpertOutput | None:
-    """The score that a method goes by, without a token so far.
+    """A new score object for a method, without any token.
 
     Args:
         method (`str`): `"layerwise"`, `"global"`, `"easy_ep"` or `"reap"`.

@@ -16,8 +16,7 @@ from huggingface_hub.utils import httpx
 from transformers.utils import logging
 
 from ...checkpoints.hub.names import is_hub_repo
-from ...checkpoints.output_folder import TOKENIZER_FILES, optional_file
-from ...checkpoints.side_files import matching, side_files
+from ...checkpoints.side_files import TOKENIZER_FILES, matching, optional_file, side_files
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles
-from ...checkpoints.output_folder import optional_file
+from ...checkpoints.side_files import optional_file
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
 from .wanted_tensors import lazy_parameters

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 
 from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.hub.names import existing_folder
 from ...checkpoints.hub.upload import make_place
-from ...checkpoints.output_folder import existing_folder
 from ...configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..push_subset import CARD
 from .cards import adapter_card, documents_card, model_card

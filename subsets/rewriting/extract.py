@@ -11,14 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import (
-    GENERATION_CONFIG,
-    TOKENIZER_FILES,
-    check_new,
-    check_space,
-    copy_companions,
-    new_folder,
-)
+from ...checkpoints.output_folder import check_new, check_space, new_folder
 from ...checkpoints.safetensors_writing import (
     divide,
     floating_dtype,
@@ -27,7 +20,7 @@ from ...checkpoints.safetensors_writing import (
     size_in_bytes,
     write_index,
 )
-from ...checkpoints.side_files import side_files
+from ...checkpoints.side_files import GENERATION_CONFIG, TOKENIZER_FILES, copy_side_files, side_files
 from ...configuration import EmoConfig
 from ..expert_subset import ExpertSubset
 from ..loading.model_source import ModelSource
@@ -107,7 +100,7 @@ def extract_subset(
         with new_folder(out) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)
-            copy_companions(model, companions, work, **source.hub_kwargs)
+            copy_side_files(model, companions, work, **source.hub_kwargs)
     return small
 
 

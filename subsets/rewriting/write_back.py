@@ -20,10 +20,10 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import folder_or_repo
 from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import check_new, check_space, copy_companions, new_folder, optional_file
+from ...checkpoints.output_folder import check_new, check_space, new_folder
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.safetensors_writing import write_json
-from ...checkpoints.side_files import SIDE_FILES, side_files
+from ...checkpoints.side_files import SIDE_FILES, copy_side_files, optional_file, side_files
 from ...configuration import EmoConfig
 from ..library import LIBRARY_FILES
 from ..loading.model_source import ModelSource
@@ -425,7 +425,7 @@ def _names_to_copy(base: _Model) -> list[str]:
 def _copy_rest(base: _Model, names: Sequence[str], work: Path) -> None:
     """The config and other files of the full model, as they are."""
     assert base.source is not None
-    copy_companions(base.label, names, work, **base.source.hub_kwargs)
+    copy_side_files(base.label, names, work, **base.source.hub_kwargs)
     config = json.loads((work / "config.json").read_text(encoding="utf-8"))
     if config.pop("auto_map", None) is not None:  # the code that it names stays behind: Transformers has it
         write_json(work / "config.json", config)

@@ -36,19 +36,19 @@ def test_splits_in_lines(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{"], "line 1: no JSON"),
+        (["{"], "line 1 is no JSON"),
         (['{"text": "a", "split": "test"}', "[]"], "line 2: expected an object with a `text`"),
         (['{"text": 3}'], "expected an object with a `text`"),
         (['{"text": "a", "split": "test"}'], "has no calibration document"),
     ],
 )
-def test_files_that_are_not_such_are_refused(tmp_path, lines, message):
+def test_files_that_hold_no_documents_are_refused(tmp_path, lines, message):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         read_domains(tmp_path)
 
 
-def test_domains_that_are_not_there_are_refused(tmp_path):
+def test_unknown_domains_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Found no documents"):
         read_domains(tmp_path)
     with pytest.raises(ValueError, match="no domain 'perl'.*'python'"):
@@ -64,7 +64,7 @@ def test_documents_are_cut_to_the_window():
     assert long.tolist() == tokenizer("import os\n" * 50)["input_ids"][:16]
 
 
-def test_draws_are_fixed_and_differ_by_seed_and_domain():
+def test_draws_repeat_and_differ_by_seed_and_domain():
     documents = [f"text {n}" for n in range(40)]
     first = draw(documents, 8, seed=0, domain="a")
     assert first == draw(documents, 8, seed=0, domain="a") and len(set(first)) == 8

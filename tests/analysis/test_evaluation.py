@@ -27,7 +27,7 @@ def naive(model, ids, after=1):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 30, 2048])
-def test_losses_are_those_of_one_document_at_a_time(make_model, documents, batch_tokens):
+def test_losses_are_the_same_as_for_each_document_alone(make_model, documents, batch_tokens):
     model = make_model()
     counts = []
     losses = document_losses(model, documents, batch_tokens=batch_tokens, on_batch=counts.append)
@@ -65,7 +65,7 @@ def test_first_tokens_can_be_left_out(make_model, documents):
     assert_same_numbers(losses.loss_N, expected)
 
 
-def test_training_mode_stays(make_model, documents):
+def test_the_model_is_in_training_mode_again_afterwards(make_model, documents):
     model = make_model().train()
     losses = document_losses(model, documents)
     assert model.training and losses.loss == document_losses(model.eval(), documents).loss

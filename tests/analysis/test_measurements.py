@@ -39,7 +39,7 @@ def test_means_are_over_domains_and_seeds_and_not_over_tokens():
     )
 
 
-def test_error_over_documents_is_what_redrawing_them_gives():
+def test_the_error_over_documents_is_that_of_resampling_them():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 50, 400)
     loss = tokens * rng.normal(3, 1, 400)
@@ -62,7 +62,7 @@ def test_one_document_has_no_error():
     assert Retention([measurement(loss=(3.0,), tokens=(1,))]).loss_error("emo", "global", 0.5) is None
 
 
-def test_choices_are_resampled_alike():
+def test_all_choices_see_the_same_resampled_documents():
     worse = [loss + 2 for loss in (6.0, 3.0)]
     retention = Retention([measurement(tokens=(1, 1)), measurement(share=0.25, loss=worse, tokens=(1, 1))])
     half, quarter = (retention.resampled_loss("emo", "global", share) for share in (0.5, 0.25))
@@ -73,7 +73,7 @@ def test_choices_are_resampled_alike():
 
 
 @given(st.floats(0.001, 1), st.integers(1, 300), st.integers(1, 16))
-def test_rounding_is_near_and_keeps_the_least(share, available, least):
+def test_a_share_is_rounded_and_never_below_the_fewest_experts(share, available, least):
     number = experts_at(share, available, least)
     if number is None:
         assert share * available <= least - 1 or least > available
@@ -83,7 +83,7 @@ def test_rounding_is_near_and_keeps_the_least(share, available, least):
         assert nearest or number == least
 
 
-def test_what_was_measured_is_read_back(tmp_path):
+def test_measurements_are_read_back(tmp_path):
     journal = Journal(tmp_path / "out" / Journal.NAME)
     journal.require({"window": 256})
     kept = [measurement(), measurement("b"), measurement(method="full", share=1.0, seed=None)]
@@ -93,7 +93,7 @@ def test_what_was_measured_is_read_back(tmp_path):
     assert Retention.read(tmp_path / "out").measurements == kept
 
 
-def test_an_interrupted_line_is_written_anew(tmp_path):
+def test_an_unfinished_line_is_replaced(tmp_path):
     journal = Journal(tmp_path / Journal.NAME)
     journal.add(measurement())
     with journal.path.open("a") as file:
@@ -117,7 +117,7 @@ def test_other_settings_are_refused(tmp_path):
 
 def test_files_that_hold_something_else_are_refused(tmp_path):
     (tmp_path / Journal.NAME).write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match="line 1: no measurement"):
+    with pytest.raises(ValueError, match="line 1 is no measurement"):
         Journal(tmp_path / Journal.NAME)
     with pytest.raises(ValueError, match="no measurements in"):
         Retention.read(tmp_path / "elsewhere")

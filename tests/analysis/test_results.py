@@ -70,7 +70,7 @@ def test_csv_has_a_row_for_every_measurement(tmp_path):
     assert (row["method"], row["domain"], row["tokens"], row["documents"]) == ("layerwise", "a", "40", "4")
 
 
-def test_markdown_says_losses_errors_and_what_is_impossible():
+def test_markdown_has_losses_errors_and_shares_that_are_impossible():
     text = markdown(made(), shares=[0.5, 0.25, 0.125, 0.0625])
     assert "| model | chosen by | 100 % | 50 % | 25 % | 12.5 % | 6.25 % |" in text
     assert "| emo | *experts kept* | 32 | 16 | 8 | 4 | – |" in text
@@ -99,7 +99,7 @@ def test_cliffs_are_interpolated_in_the_logarithm_of_the_share():
     assert cliff(retention, "emo", "layerwise", 0.05) == pytest.approx(0.25)
     assert cliff(retention, "emo", "layerwise", 0.175) == pytest.approx(0.125 * 2**0.5)
     assert cliff(retention, "emo", "layerwise", 0.31) is None
-    with pytest.raises(ValueError, match="more than 0"):
+    with pytest.raises(ValueError, match="a number above 0"):
         cliff(retention, "emo", "layerwise", 0.0)
     with pytest.raises(ValueError, match="'reap' were not both measured"):
         cliff(retention, "emo", "reap", 0.1)
@@ -132,7 +132,7 @@ def test_intervals_hold_the_value_and_are_paired():
         assert interval["low"] < interval["value"] < interval["high"]
 
 
-def test_no_ratio_to_a_rise_that_may_be_none():
+def test_there_is_no_ratio_to_a_rise_that_may_be_zero():
     found = claims(made(), shares=(0.5,), baseline="emo")
     assert found["against"]["std"]["rise_ratio"]["layerwise"]["0.5"] is None
     assert "| layerwise | – |" in claims_text(found)

@@ -46,7 +46,7 @@ def models(make_model):
     return {"one": make_model(0, vocab_size=4096), "two": make_model(1, vocab_size=4096)}
 
 
-def test_numbers_are_those_of_one_choice_at_a_time(models, domains, tokenizer, tmp_path):
+def test_numbers_are_the_same_as_for_each_choice_alone(models, domains, tokenizer, tmp_path):
     found = measure_retention(models, domains, tmp_path, tokenizer=tokenizer, **PLAN)
     # 12 experts, one of them shared: 0.1 of them is the next above 1.2, and 0.05 would leave the shared one.
     assert {(m.share, m.num_experts) for m in found.measurements} == {(1.0, 12), (0.5, 6), (0.1, 2)}
@@ -75,7 +75,7 @@ def test_numbers_are_those_of_one_choice_at_a_time(models, domains, tokenizer, t
             assert loss == same_number(expected) and tokens == len(ids) - 1
 
 
-def test_interrupted_runs_go_on_where_they_were(models, domains, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_continued(models, domains, tokenizer, tmp_path, monkeypatch):
     plan = PLAN | {"tokenizer": tokenizer}
     whole = measure_retention(models, domains, tmp_path / "whole", **plan)
     real, calls = retention.document_losses, []
@@ -138,12 +138,12 @@ def test_a_trained_model_keeps_its_quality_with_chosen_experts(tmp_path):
     [
         ({"methods": ["best"]}, "Unknown method 'best'"),
         ({"methods": ["random", "random"]}, "name each once"),
-        ({"shares": [0.0]}, "more than 0 and at most 1"),
-        ({"shares": [1.5]}, "more than 0 and at most 1"),
+        ({"shares": [0.0]}, "a number above 0 and at most 1"),
+        ({"shares": [1.5]}, "a number above 0 and at most 1"),
         ({"seeds": []}, "no seeds"),
         ({"num_calibration": 0}, "at least 1 document"),
         ({"num_calibration": 5}, "every seed would draw the same 5"),
-        ({"window": 1}, "window is 1 tokens"),
+        ({"window": 1}, "`window` is 1 tokens"),
         ({"window": 10**6}, "the models' context"),
     ],
 )
@@ -170,7 +170,7 @@ def test_other_texts_or_weights_are_refused(models, domains, tokenizer, tmp_path
         measure_retention({"one": models["one"]}, other, tmp_path, **plan)
 
 
-def test_models_of_other_tokens_are_not_compared(make_checkpoint, domains, tmp_path):
+def test_models_with_different_tokens_are_not_compared(make_checkpoint, domains, tmp_path):
     folder = make_checkpoint(vocab_size=4096)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((TOY / name).read_text())

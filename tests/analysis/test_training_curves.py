@@ -23,7 +23,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_log_is_that_of_the_last_whole_checkpoint(run):
+def test_the_log_is_from_the_last_whole_checkpoint(run):
     assert read_training_log(run) == [HISTORY[0], HISTORY[2]]
     assert read_training_log(run / "checkpoint-1") == HISTORY[:1]
     (run / "checkpoint-2" / "trainer_state.json").write_text('{"log_hist')

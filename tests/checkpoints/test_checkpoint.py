@@ -116,7 +116,7 @@ class TestDamage:
         path = folder / "model.safetensors"
         with open(path, "r+b") as file:
             file.truncate(path.stat().st_size - 100)
-        with pytest.raises(CheckpointError, match="cut short while being read"):
+        with pytest.raises(CheckpointError, match="cut short while it was read"):
             [checkpoint.lazy([name])[...] for name in checkpoint.tensors]
 
     @pytest.mark.parametrize(

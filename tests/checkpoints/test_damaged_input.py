@@ -282,14 +282,14 @@ def test_mutated_subset_files(parent, cases):
 
 
 @pytest.mark.parametrize("etag", ["../../../up", "/etc", "a/b", "", "..", "\0", "é" * 300, "0" * 64])
-def test_whatever_the_server_calls_a_file_its_parts_stay_in_the_cache(parent, etag):
+def test_parts_stay_in_the_cache_for_any_etag_of_the_server(parent, etag):
     folder = part_folder(parent / "models--user--model", etag)
     assert folder.parent == parent / "models--user--model" / "emo-ranges" and len(folder.name) <= 64
     PartialFile(folder, 10).close()
 
 
 @some_cases
-def test_mutated_records_of_what_is_there_are_not_believed(tmp_path, cases):
+def test_damaged_records_of_cached_parts_are_not_believed(tmp_path, cases):
     folder = part_folder(tmp_path / "models--user--model", "0" * 64)
     for case in range(cases):
         rng = random.Random(case)

@@ -24,11 +24,11 @@ def advice(tensor):
 
 
 @pytest.mark.skipif(not LARGE_PAGES.exists(), reason="a system without large pages")
-def test_weights_lie_in_large_pages():
+def test_weights_are_in_large_pages():
     assert "hg" in advice(large_pages.empty(16 << 20, torch.float32))
 
 
-def test_large_pages_are_asked_for_where_whole_ones_lie_in_the_tensor(monkeypatch):
+def test_large_pages_are_requested_for_those_inside_the_tensor(monkeypatch):
     calls = []
     library = SimpleNamespace(madvise=lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(large_pages, "c_library", lambda: library)
@@ -44,7 +44,7 @@ def test_large_pages_are_asked_for_where_whole_ones_lie_in_the_tensor(monkeypatc
 
 @pytest.mark.parametrize("numel", [0, 1, 1 << 20, (3 << 20) + 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
-def test_memory_is_of_the_size_asked_for(numel, dtype):
+def test_memory_has_the_size_asked_for(numel, dtype):
     tensor = large_pages.empty(numel, dtype).fill_(3)
     assert tensor.shape == (numel,)
     assert tensor.dtype == dtype
@@ -58,6 +58,6 @@ def no_library():
 @pytest.mark.parametrize(
     ("name", "value"), [("_LARGE_PAGES", None), ("_LARGE_PAGES", 12345), ("c_library", no_library)]
 )
-def test_systems_without_large_pages_give_memory_all_the_same(monkeypatch, name, value):
+def test_systems_without_large_pages_give_ordinary_memory(monkeypatch, name, value):
     monkeypatch.setattr(large_pages, name, value)
     assert large_pages.empty(4 << 20, torch.float32).fill_(1).sum() == 4 << 20

@@ -75,19 +75,19 @@ def test_memory_is_given_back(large):
 
 
 @pytest.mark.parametrize("disable_mmap", [None, True])
-def test_nothing_is_mapped_unless_the_user_says_so(large, disable_mmap):
+def test_nothing_is_mapped_unless_the_user_asks_for_it(large, disable_mmap):
     model = load(large, disable_mmap=disable_mmap)
     assert not is_mapped(large)
     del model
 
 
-def test_nothing_is_mapped_where_it_is_converted(large):
+def test_tensors_in_another_dtype_are_not_mapped(large):
     model = load(large, dtype=torch.float32)
     assert not is_mapped(large)
     del model
 
 
-def test_writing_leaves_the_file_and_other_models_alone(large):
+def test_writing_changes_neither_the_file_nor_other_models(large):
     before = {file.name: file.read_bytes() for file in large.iterdir()}
     model, other = load(large), load(large)
     expected = logits(other)
@@ -99,7 +99,7 @@ def test_writing_leaves_the_file_and_other_models_alone(large):
     assert {file.name: file.read_bytes() for file in large.iterdir()} == before
 
 
-def test_a_model_is_saved_over_its_own_files(copy):
+def test_a_mapped_model_can_be_saved_over_its_own_files(copy):
     model = load(copy)
     assert is_mapped(copy)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_slices_are_mapped(large):
     del rows
 
 
-def test_a_file_that_grew_shorter_is_an_error_and_not_the_end_of_the_process(copy):
+def test_a_file_that_became_shorter_is_an_error_and_does_not_end_the_process(copy):
     checkpoint = Checkpoint.from_folder(copy)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     lazy, end = checkpoint.lazy([name]), checkpoint.tensors[name].end
@@ -141,7 +141,7 @@ def test_a_file_that_grew_shorter_is_an_error_and_not_the_end_of_the_process(cop
 
 
 @pytest.mark.parametrize("what", ["populate", "map", "room"])
-def test_what_the_system_cannot_do_is_done_otherwise(large, monkeypatch, what):
+def test_tensors_are_read_if_the_system_cannot_map_them(large, monkeypatch, what):
     expected = logits(load(large, disable_mmap=True))
     if what == "populate":  # Linux before 5.14
         monkeypatch.setattr(mapped_files, "_MADV_POPULATE_READ", 12345)
@@ -214,7 +214,7 @@ def pages_in_memory(file) -> list[bool]:
         max_size=6,
     )
 )
-def test_any_parts_of_files_are_their_bytes(parts, tmp_path_factory, monkeypatch):
+def test_any_parts_of_files_are_mapped_as_their_bytes(parts, tmp_path_factory, monkeypatch):
     """Parts on both sides of pages, side by side or not, of two files, with one place in a page or more."""
     monkeypatch.setattr(mapped_files, "LEAST_BYTES", 2 * PAGE)
     folder = tmp_path_factory.getbasetemp() / "parts"

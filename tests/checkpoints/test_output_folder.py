@@ -7,7 +7,7 @@ from transformers_emo.checkpoints import CheckpointError, output_folder
 from transformers_emo.checkpoints.output_folder import new_folder
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path):
+def test_files_of_a_killed_run_are_removed(tmp_path):
     left = tmp_path / ".out.partial"
     (left / "sub").mkdir(parents=True)
     (left / "sub" / "file").touch()
@@ -20,7 +20,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
 
 
-def test_two_runs_do_not_write_one_folder(tmp_path):
+def test_two_runs_cannot_write_to_the_same_folder(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "mine").touch()
         with (
@@ -57,7 +57,7 @@ def test_a_link_under_the_temporary_name_is_not_followed(tmp_path):
 
 
 @pytest.mark.parametrize("plan", [{"of": ["a", 1.5]}, {"of": ("a", 1.5)}], ids=["list", "tuple"])
-def test_a_run_with_a_plan_finds_what_an_earlier_one_left(plan, tmp_path):
+def test_a_run_with_a_plan_finds_the_files_of_an_earlier_run(plan, tmp_path):
     for name in ("first", "second"):
         with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", plan=plan) as folder:
             (folder / name).touch()
@@ -69,12 +69,12 @@ def test_a_run_with_a_plan_finds_what_an_earlier_one_left(plan, tmp_path):
 
 
 @pytest.mark.parametrize("plan", [None, {"of": "b", "weight": 1}], ids=["none", "another"])
-def test_what_another_job_left_is_neither_used_nor_lost(plan, tmp_path):
+def test_files_of_another_job_are_neither_used_nor_removed(plan, tmp_path):
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", plan={"of": "a"}) as folder:
         (folder / "first").touch()
         raise KeyboardInterrupt
     differ = "of" if plan is None else "of, weight"
-    message = rf"\.out\.partial holds what another job left .* differs in {differ} .*remove the folder"
+    message = rf"\.out\.partial holds the files of another job .* differs in {differ} .*remove the folder"
     with pytest.raises(FileExistsError, match=message), new_folder(tmp_path / "out", plan=plan):
         pass
     with new_folder(tmp_path / "out", plan={"of": "a"}) as folder:
@@ -83,7 +83,7 @@ def test_what_another_job_left_is_neither_used_nor_lost(plan, tmp_path):
 
 @pytest.mark.parametrize("plan", [None, {"of": "b"}], ids=["none", "another"])
 @pytest.mark.parametrize("left", ["a plan alone", "damaged", "nested", "no object"])
-def test_what_nobody_can_go_on_with_is_removed(plan, left, tmp_path):
+def test_files_that_no_run_can_continue_are_removed(plan, left, tmp_path):
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out", plan={"of": "a"}) as folder:
         (folder / "first").touch()
         raise KeyboardInterrupt
@@ -98,7 +98,7 @@ def test_what_nobody_can_go_on_with_is_removed(plan, left, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["second"]
 
 
-def test_a_plan_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_plan_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def killed(path, content):
         path.write_text("{")
         raise KeyboardInterrupt
@@ -128,10 +128,10 @@ def test_a_plan_is_whole_or_not_there(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("left", ["nothing", "work"])
-def test_whatever_stops_the_writing_says_what_is_left(error, message, left, tmp_path):
+def test_every_error_while_writing_says_what_is_left(error, message, left, tmp_path):
     partial = tmp_path / ".out.partial"
     plan = {"of": "a"} if left == "work" else None
-    end = "partial holds what was finished.*to go on" if left == "work" else "Nothing of .*out is left"
+    end = "partial holds what was finished.*to continue" if left == "work" else "Nothing of .*out is left"
     with (
         pytest.raises(type(error), match=f"{message}.*{end}") as told,
         new_folder(tmp_path / "out", plan=plan) as folder,
@@ -142,7 +142,7 @@ def test_whatever_stops_the_writing_says_what_is_left(error, message, left, tmp_
     assert partial.exists() == (left == "work")
 
 
-def test_nothing_is_kept_that_is_of_no_use(tmp_path):
+def test_useless_files_are_not_kept(tmp_path):
     for error in (ValueError("no"), OSError("no")):  # without any work done, or without hope
         with (
             pytest.raises(type(error)),
@@ -154,7 +154,7 @@ def test_nothing_is_kept_that_is_of_no_use(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_that_does_not_lock_is_written_without(tmp_path, monkeypatch):
+def test_a_file_system_that_cannot_lock_is_written_to_without_a_lock(tmp_path, monkeypatch):
     def refused(*args):
         raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS says of a folder
 

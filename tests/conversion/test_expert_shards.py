@@ -50,7 +50,7 @@ def test_the_notes_of_a_conversion_come_along_without_hashes_of_other_files(make
     assert before.pop("sha256") and after == before
 
 
-def test_what_every_subset_keeps_is_in_the_backbone():
+def test_experts_that_every_subset_keeps_are_in_the_backbone():
     config = EmoConfig(num_hidden_layers=2, num_experts=8, num_experts_per_tok=4, num_shared_experts=2)
     names = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in range(2) for e in range(8)]
     files = plan_expert_files([*names, "model.norm.weight"], config)
@@ -68,7 +68,7 @@ def test_tensors_of_several_dtypes_are_aligned(make_checkpoint, tmp_path):
     assert same(tensors, tensors_of(tmp_path / "out"))
 
 
-def test_a_killed_run_is_gone_on_with(make_checkpoint, tmp_path):
+def test_a_killed_run_is_continued(make_checkpoint, tmp_path):
     source, out = make_checkpoint(), tmp_path / "out"
     # Killed after the tenth file: in the middle of the next one.
     code = f"""
@@ -99,7 +99,7 @@ expert_shards.shard_experts({str(source)!r}, {str(out)!r}, progress=False)
 
 
 @pytest.mark.parametrize("changed", ["weights", "config"])
-def test_what_a_run_on_another_source_left_is_not_used(
+def test_files_of_a_run_on_another_source_are_not_used(
     make_checkpoint, tmp_path, monkeypatch, edit_json, changed
 ):
     source, original = make_checkpoint(), expert_shards._write
@@ -116,7 +116,7 @@ def test_what_a_run_on_another_source_left_is_not_used(
         edit_json(source / "config.json", rope_theta=12345.0)
     else:
         shutil.copy(make_checkpoint(1) / "model.safetensors", source / "model.safetensors")
-    with pytest.raises(FileExistsError, match="another job left .* differs in source"):
+    with pytest.raises(FileExistsError, match="files of another job .* differs in source"):
         shard_experts(source, tmp_path / "out", progress=False)
     shutil.rmtree(tmp_path / ".out.partial")
     shard_experts(source, tmp_path / "out", progress=False)

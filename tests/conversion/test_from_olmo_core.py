@@ -77,7 +77,7 @@ def config(step10) -> dict:
     return json.loads((step10 / "config.json").read_text())
 
 
-def test_the_authors_conversion_is_met_bit_for_bit(step10, tmp_path):
+def test_the_conversion_equals_that_of_the_authors_bit_for_bit(step10, tmp_path):
     convert_olmo_core(step10, tmp_path / "out", progress=False)
     assert same(load(tmp_path / "out"), load(EXPECTED))
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "out", EXPECTED))
@@ -86,7 +86,7 @@ def test_the_authors_conversion_is_met_bit_for_bit(step10, tmp_path):
         assert ours[key] == theirs[key], key
 
 
-def test_provenance_has_the_hashes_of_what_was_read_and_written(step10, tmp_path):
+def test_the_notes_have_the_hashes_of_the_files_read_and_written(step10, tmp_path):
     out = tmp_path / "out"
     convert_olmo_core(step10, out, dtype="bfloat16", max_shard_size="100KB", progress=False)
     said = json.loads((out / from_olmo_core.PROVENANCE).read_text())
@@ -100,7 +100,7 @@ def test_provenance_has_the_hashes_of_what_was_read_and_written(step10, tmp_path
     assert said["tensors"] == len(load(out))
 
 
-def test_what_training_needs_is_kept(step10, config, tmp_path):
+def test_settings_of_training_are_kept(step10, config, tmp_path):
     moe = config["model"]["block"]["feed_forward_moe"]
     moe["lb_loss_weight"], moe["z_loss_weight"] = 0.25, 0.5
     config["train_module"]["z_loss_multiplier"] = 0.125

@@ -40,7 +40,7 @@ def read_by_torch(step, shapes) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_the_way_back_gives_the_training_checkpoint_bit_for_bit(step10, tmp_path):
+def test_converting_back_gives_the_training_checkpoint_bit_for_bit(step10, tmp_path):
     convert_olmo_core(step10, tmp_path / "model", progress=False)
     step = tmp_path / "step0"
     convert_to_olmo_core(tmp_path / "model", step, original=step10, verify=True, progress=False)
@@ -69,7 +69,7 @@ def test_torch_and_its_checkpoint_reader_read_it(step10, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_there_and_back_gives_the_model_bit_for_bit(dtype, make_model, tmp_path):
+def test_converting_there_and_back_gives_the_model_bit_for_bit(dtype, make_model, tmp_path):
     make_model().to(dtype).save_pretrained(tmp_path / "model", max_shard_size="40KB")
     convert_to_olmo_core(tmp_path / "model", tmp_path / "step", settings=POOLS, progress=False)
     again = convert_olmo_core(tmp_path / "step", tmp_path / "again", dtype=dtype, progress=False)
@@ -112,7 +112,7 @@ def test_the_config_is_that_of_the_training_library(step10, tmp_path):
     assert written.to_dict() == read.to_dict()
 
 
-def test_padded_rows_are_zeros_without_the_original_and_said_so(make_checkpoint, tmp_path):
+def test_padded_rows_are_zeros_without_the_original_and_the_notes_say_so(make_checkpoint, tmp_path):
     content = convert_to_olmo_core(make_checkpoint(), tmp_path / "step", settings=POOLS, progress=False)
     assert content["model"]["vocab_size"] == 128
     embeddings = parameters(tmp_path / "step")["model.embeddings.weight"]
@@ -155,14 +155,14 @@ def test_dropout_in_attention_is_that_of_the_model_or_of_its_original(step10, ma
     assert content["model"]["block"]["sequence_mixer"]["dropout"] == 0.125
 
 
-def test_what_the_config_of_training_has_no_place_for_is_said(make_checkpoint, tmp_path, caplog):
+def test_the_user_is_told_of_settings_that_the_training_config_cannot_hold(make_checkpoint, tmp_path, caplog):
     subset = [[0, 3, 5, 8, 11]] * 3
     EmoForCausalLM.from_pretrained(make_checkpoint(), expert_subset=subset).save_pretrained(tmp_path / "part")
     with caplog.at_level(logging.WARNING):
         convert_to_olmo_core(
             tmp_path / "part", tmp_path / "step", settings=POOLS | {"document_pool_max": 4}, progress=False
         )
-    assert "a subset of another's experts" in caplog.text and "conversion.json" in caplog.text
+    assert "a subset of another model's experts" in caplog.text and "conversion.json" in caplog.text
     said = json.loads((tmp_path / "step" / "conversion.json").read_text())
     assert (said["retained_experts"], said["root_experts_per_layer"]) == (subset, [12] * 3)
 
@@ -185,7 +185,7 @@ def test_dense_models(make_checkpoint, tmp_path):
     [
         ({"tie_word_embeddings": True}, "a head of their own"),
         ({"attention_bias": True}, "lose the biases"),
-        ({"num_shared_experts": 2}, "sum to 1. They agree for one shared expert only"),
+        ({"num_shared_experts": 2}, "sum to 1. Both agree for one shared expert only"),
         ({"num_experts_per_layer": [12, 8, 12]}, "all of one kind"),
         ({"always_active_experts": [3], "num_shared_experts": 0}, "always-active"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_scaling"),
@@ -200,7 +200,9 @@ def test_dense_models(make_checkpoint, tmp_path):
         ),
     ],
 )
-def test_models_that_the_training_library_has_not_are_refused(changes, reason, make_checkpoint, tmp_path):
+def test_models_that_the_training_library_does_not_have_are_refused(
+    changes, reason, make_checkpoint, tmp_path
+):
     with pytest.raises(ValueError, match=reason):
         convert_to_olmo_core(make_checkpoint(**changes), tmp_path / "step", progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -246,7 +248,7 @@ def test_settings_are_those_of_training(make_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verification_finds_what_was_written_wrongly(make_checkpoint, tmp_path, monkeypatch):
+def test_verification_finds_wrong_bytes(make_checkpoint, tmp_path, monkeypatch):
     chunks = to_olmo_core._chunks
 
     def wrong(pieces, update):
@@ -254,7 +256,7 @@ def test_verification_finds_what_was_written_wrongly(make_checkpoint, tmp_path, 
             yield name, -rows if name == "model.lm_head.norm.weight" else rows
 
     monkeypatch.setattr(to_olmo_core, "_chunks", wrong)
-    with pytest.raises(ValueError, match="lm_head.norm.weight reads back otherwise"):
+    with pytest.raises(ValueError, match="of .*lm_head.norm.weight are others when read back"):
         convert_to_olmo_core(make_checkpoint(), tmp_path / "step", verify=True, progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -157,7 +157,7 @@ def test_mixtral_computes_the_same_as_an_emo(tmp_path):
         (MixtralConfig(**SMALL, num_local_experts=4, hidden_act="gelu"), MixtralForCausalLM, "'gelu'"),
     ],
 )
-def test_models_that_no_emo_computes_are_refused(config, model, reason, tmp_path):
+def test_models_that_compute_something_else_are_refused(config, model, reason, tmp_path):
     model(config).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=reason):
         upgrade_checkpoint(tmp_path / "model", tmp_path / "emo", progress=False)
@@ -184,7 +184,9 @@ def test_unknown_families_are_refused(make_checkpoint, edit_json, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["config", "layers", "weights", "pickled", "setting", "pools"])
-def test_what_does_not_fit_is_refused_before_writing(damage, make_checkpoint, edit_json, tmp_path):
+def test_weights_and_configs_that_do_not_fit_are_refused_before_writing(
+    damage, make_checkpoint, edit_json, tmp_path
+):
     folder, settings, error, message = make_checkpoint(), {}, CheckpointError, "config.json"
     if damage == "config":
         (folder / "config.json").write_text("{")

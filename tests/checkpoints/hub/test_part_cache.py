@@ -23,7 +23,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_who_opens_a_file_late_does_not_wipe_what_another_wrote_meanwhile(folder, monkeypatch):
+def test_opening_a_file_does_not_erase_bytes_written_meanwhile(folder, monkeypatch):
     fstat, others = os.fstat, []
 
     def overtaken(descriptor):
@@ -50,7 +50,7 @@ def test_who_opens_a_file_late_does_not_wipe_what_another_wrote_meanwhile(folder
             assert 0 not in part
 
 
-def test_a_model_in_loading_keeps_its_bytes_when_another_process_lists_and_clears(folder, tmp_path):
+def test_a_model_being_loaded_keeps_its_bytes_when_the_cache_is_cleared(folder, tmp_path):
     with PartialFile(folder, 100) as loading:
         loading.write(20, DATA)
         loading.record(20, 80)
@@ -66,7 +66,7 @@ def test_a_model_in_loading_keeps_its_bytes_when_another_process_lists_and_clear
             assert begun_anew.ranges == []
 
 
-def test_listing_and_clearing_go_on_when_parts_come_and_go(folder, tmp_path):
+def test_the_cache_is_listed_and_cleared_while_parts_come_and_go(folder, tmp_path):
     errors, stop = [], threading.Event()
 
     def again_and_again(action):

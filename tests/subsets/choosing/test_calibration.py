@@ -3,8 +3,10 @@
 import pytest
 import torch
 from conftest import TOY
-from transformers import AutoTokenizer
-from transformers_emo.subsets.choosing.calibration import Example, doubling, encode, make_batches, read_column
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers_emo import select_experts
+from transformers_emo.subsets.choosing.calibration import CalibrationText, read_column
+from transformers_emo.subsets.choosing.calibration_batches import Example, doubling, encode, make_batches
 
 CHAT = [
     {"role": "user", "content": "One and one?"},
@@ -61,12 +63,12 @@ def test_chats_go_through_the_template(tokenizer):
         ([CHAT], ["b"], "none for chats"),
     ],
 )
-def test_what_is_no_text_is_refused(tokenizer, texts, answers, message):
+def test_texts_that_are_no_texts_are_refused(texts, answers, message):
     with pytest.raises(ValueError, match=message):
-        encode(texts, answers, tokenizer, "all", 256)
+        CalibrationText(texts, answers=answers)
 
 
-def test_batches_are_cut_by_texts_and_by_tokens():
+def test_batches_are_limited_by_texts_and_by_tokens():
     examples = [Example([7] * n, [True] * n) for n in (3, 1, 2, 8000, 300, 1)]
     batches = make_batches(examples, 2, "token")
     assert [tuple(batch.input_ids.shape) for batch in batches] == [(2, 3), (1, 2), (1, 8000), (2, 300)]
@@ -75,9 +77,9 @@ def test_batches_are_cut_by_texts_and_by_tokens():
         assert torch.equal(batch.weight, batch.attention_mask.double())
 
 
-def test_parts_double():
+def test_parts_double_the_text_taken():
     assert [len(part) for part in doubling(range(11))] == [1, 1, 2, 4, 3]
-    assert doubling(range(3), None) == [[0, 1, 2]] and doubling([], None) == doubling([]) == []
+    assert doubling([]) == []
 
 
 def test_rows_and_lines_that_do_not_fit_are_named(tmp_path):
@@ -88,3 +90,68 @@ def test_rows_and_lines_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="Line 3 of .* is no JSON"):
         read_column(path, ["text"])
     assert read_column(path, ["text"], 1) == [["a"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"texts": ["a"], "tokens": "labels"},
+            "Unknown tokens 'labels', expected one of all",
+        ),
+        ({"texts": ["a"], "weight_by": "word"}, "Unknown weight_by 'word'"),
+        ({"texts": ["a"], "batch_size": 0}, "`batch_size` is 0, expected an integer from 1"),
+        ({"texts": ["a"], "dataset": [{"text": "b"}]}, "there are `texts` and `dataset`"),
+        ({"texts": ["a"], "labels": [[1]]}, "`labels` goes with `input_ids`"),
+        ({"texts": ["a"], "tokens": "prompt"}, "give `answers`, chats or `labels`"),
+        ({"input_ids": [[5, 6]], "tokens": "prompt"}, "give `labels` too"),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "expected the same"),
+        ({"input_ids": [[[5, 6], [7]]]}, "`input_ids` holds no batches of numbers .*: give tensors"),
+        ({"input_ids": [[[[5]]]]}, r"a batch of shape \(1, 1, 1\), expected \(B, S\)"),
+        ({"input_ids": [5, 6, 7]}, r"a batch of shape \(\), expected \(B, S\): put the ids of one text in"),
+        ({"input_ids": 5}, "`input_ids` holds no batches of numbers"),
+    ],
+)
+def test_calibration_text_checks_itself_when_it_is_made(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CalibrationText(**arguments)
+
+
+def test_calibration_text_is_checked_before_a_model_is_looked_for():
+    with pytest.raises(ValueError, match="give `answers`"):
+        select_experts("user/no-such-model", ["a"], 4, tokens="answer")
+    with pytest.raises(ValueError, match="there are none"):
+        select_experts("user/no-such-model", num_experts=4)
+
+
+def test_calibration_text_can_replace_the_arguments_of_select_experts():
+    arguments = {"answers": [" two.", " three."], "tokens": "answer", "max_texts": 1}
+    texts = ["One and one is", "One and two is"]
+    expected = select_experts(TOY, texts, 8, progress=False, **arguments)
+    calibration = CalibrationText(texts, **arguments)
+    assert calibration.texts == texts[:1] and calibration.answers == [" two."]
+    assert select_experts(TOY, calibration, 8, progress=False) == expected
+    assert select_experts(TOY, calibration, 8, tokens="all", progress=False) == expected
+    with pytest.raises(ValueError, match="`max_length` is given in addition to a `CalibrationText`"):
+        select_experts(TOY, calibration, 8, max_length=5)
+    with pytest.raises(ValueError, match="`input_ids` is given in addition"):
+        select_experts(TOY, calibration, 8, input_ids=torch.tensor([[5, 6]]))
+
+
+def test_a_dataset_is_checked_like_texts_once_it_is_read(make_model, tokenizer):
+    config, rows = make_model().config, [{"text": "a", "answer": "b"}, {"text": 3, "answer": "b"}]
+    with pytest.raises(ValueError, match="holds a int"):
+        CalibrationText(dataset=rows).batches(config, lambda: tokenizer)
+    with pytest.raises(ValueError, match="give `answers`, chats or `labels`"):
+        CalibrationText(dataset=rows[:1], tokens="answer").batches(config, lambda: tokenizer)
+
+
+def test_the_tokenizer_of_the_model_is_looked_for_only_if_it_is_needed(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(TOY)
+    not_needed = lambda: pytest.fail("looked for")  # noqa: E731
+    for calibration in (
+        CalibrationText("1+1", tokenizer=tokenizer),
+        CalibrationText(input_ids=[tokenizer("1+1")["input_ids"]]),
+    ):
+        [[batch]] = calibration.batches(model.config, not_needed)
+        assert tokenizer.decode(batch.input_ids[0]) == "1+1"

@@ -169,7 +169,7 @@ def test_only_the_experts_that_are_kept_are_read(make_checkpoint, monkeypatch, s
 @pytest.mark.parametrize(
     ("method", "sizes"), [("layerwise", [5] * 3), ("global", [12] * 3), ("reap", [12] * 4)]
 )
-def test_no_more_than_one_layer_is_held(make_checkpoint, monkeypatch, method, sizes):
+def test_memory_holds_one_layer_at_most(make_checkpoint, monkeypatch, method, sizes):
     read, held = [], []
     experts = CheckpointLayers.experts
 
@@ -212,7 +212,7 @@ def test_hidden_states_on_disk_change_nothing(make_checkpoint, method):
         assert select_experts(folder, hidden_memory=limit, **arguments) == expected
 
 
-def test_outputs_of_experts_do_not_depend_on_how_tokens_are_cut(make_checkpoint, monkeypatch):
+def test_outputs_of_experts_do_not_depend_on_how_tokens_are_divided(make_checkpoint, monkeypatch):
     folder, batches = make_checkpoint(), padded_batches()
     arguments = {
         "input_ids": [ids for ids, _ in batches],
@@ -226,7 +226,7 @@ def test_outputs_of_experts_do_not_depend_on_how_tokens_are_cut(make_checkpoint,
     assert_same_scores(got.scores, expected.scores)
 
 
-def test_padding_may_hold_anything(make_checkpoint):
+def test_the_content_of_padding_does_not_matter(make_checkpoint):
     folder, batches = make_checkpoint(), padded_batches()
     arguments = {"num_experts": 5, "progress": False, "attention_mask": [mask for _, mask in batches]}
     for method in ("layerwise", "easy_ep"):

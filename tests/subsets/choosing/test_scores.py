@@ -55,7 +55,7 @@ def test_neither_batches_nor_their_order_matter(kind, seed, cuts, order):
 
 
 @pytest.mark.parametrize("kind", ["probability", "easy_ep", "reap"])
-def test_a_weight_of_two_is_the_token_twice_and_none_is_not_there(kind):
+def test_a_token_of_weight_two_counts_twice_and_one_of_weight_zero_does_not(kind):
     whole = tokens(1)
     repeats = whole["weight"].long()
     assert set(repeats.tolist()) == {0, 1, 2}

@@ -21,7 +21,7 @@ INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]]
 @pytest.mark.parametrize("k", [4, 8])
 @pytest.mark.parametrize("method", ["layerwise", "global"])
 @pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
-def test_choice_and_scores_are_the_authors(k, method, loaded):
+def test_choice_and_scores_equal_those_of_the_authors(k, method, loaded):
     base = GOLDENS / "B_subset" / "base"
     golden = json.loads((base / f"{method}_k{k}.json").read_text())
     calibration = load_file(base / "calibration.safetensors")
@@ -134,12 +134,12 @@ def test_texts_choose_better_than_chance_on_a_trained_model():
         ),
     ],
 )
-def test_what_cannot_be_chosen_is_refused(make_model, kwargs, error, message):
+def test_impossible_choices_are_refused(make_model, kwargs, error, message):
     with pytest.raises(error, match=message):
         select_experts(make_model(), **{"input_ids": [INPUT_IDS], "progress": False} | kwargs)
 
 
-def test_one_text_and_one_batch_are_taken_as_such(make_model):
+def test_one_text_or_one_batch_needs_no_list(make_model):
     text = "Theorem plus_comm"
     one = select_experts(TOY, text, 8, progress=False)
     assert one.num_tokens == select_experts(TOY, [text], 8, progress=False).num_tokens < len(text)
@@ -176,14 +176,14 @@ def test_misuse_has_a_clear_error(kwargs, message):
         select_experts(TOY, **{"num_experts": 4, "progress": False} | kwargs)
 
 
-def test_wrappers_and_models_from_nowhere_say_what_to_give(make_model):
+def test_errors_for_wrappers_and_models_without_a_source_say_what_to_give(make_model):
     with pytest.raises(ValueError, match="the one inside a wrapper"):
         select_experts(torch.nn.Sequential(make_model()), ["a"], 4)
     with pytest.raises(ValueError, match="give the `tokenizer`"):
         select_experts(make_model(), ["a"], 4)
 
 
-def test_choices_of_several_sizes_are_those_of_each_alone(make_checkpoint):
+def test_choices_of_several_sizes_equal_each_choice_alone(make_checkpoint):
     folder = make_checkpoint()
     for source in (folder, AutoModelForCausalLM.from_pretrained(folder)):
         for method in ("layerwise", "global", "easy_ep"):
@@ -245,7 +245,7 @@ def test_choice_stops_when_it_has_settled(make_checkpoint, method):
         assert subset.experts == select_experts(source, input_ids=batches[:4], **arguments).experts
 
 
-def test_settled_is_twice_in_a_row(make_model, monkeypatch):
+def test_a_choice_has_settled_when_it_agrees_twice_in_a_row(make_model, monkeypatch):
     agreements = iter([1.0, 0.2, 1.0, 0.95, 1.0])
     monkeypatch.setattr(selection, "jaccard", lambda *_: next(agreements))
     subset = select_experts(
@@ -413,7 +413,7 @@ def test_a_model_under_a_mask_is_the_model_with_those_experts(make_checkpoint, m
             assert_same_scores(subset.scores, expected.scores)
 
 
-def test_offloaded_models_are_run_where_they_are(make_checkpoint, tmp_path):
+def test_offloaded_models_give_the_same_choice(make_checkpoint, tmp_path):
     folder = make_checkpoint()
     whole = AutoModelForCausalLM.from_pretrained(folder)
     offloaded = cpu_offload(AutoModelForCausalLM.from_pretrained(folder), torch.device("cpu"))
@@ -459,7 +459,7 @@ def test_folders_that_are_no_models_are_refused(make_checkpoint, edit_json, tmp_
         select_experts(folder, ["a"], 4)
 
 
-def test_what_does_not_fit_a_loaded_model_is_refused(make_model):
+def test_arguments_that_do_not_fit_the_model_are_refused(make_model):
     with pytest.raises(ValueError, match="The model is loaded, in torch.float32"):
         select_experts(make_model(), input_ids=[INPUT_IDS], num_experts=4, dtype="bfloat16")
     with pytest.raises(TypeError, match="unexpected keyword argument 'txets'"):

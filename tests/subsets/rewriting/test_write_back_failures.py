@@ -92,7 +92,7 @@ class TestInterruptions:
                 save_file(tensors, file, metadata={"format": "pt"})
         elif "config" in change:
             edit_json((full if "full" in change else tuned) / "config.json", rope_theta=12345.0)
-        with pytest.raises(FileExistsError, match=f"another job left .* differs in {differs} "):
+        with pytest.raises(FileExistsError, match=f"files of another job .* differs in {differs} "):
             write_back(full, tuned, out=tmp_path / "out", weight=weight, progress=False)
         assert whole and all(file.exists() for file in whole)
         shutil.rmtree(tmp_path / ".out.partial")
@@ -242,7 +242,7 @@ except OSError as error:
         message = {"full disk": "disk is full", "damaged shard": "cut short"}[error]
         with (
             monkeypatch.context() as patch,
-            pytest.raises(OSError, match=rf"{message}.*\.out\.partial holds .*to go on"),
+            pytest.raises(OSError, match=rf"{message}.*\.out\.partial holds .*to continue"),
         ):
             patch.setattr(module, "_copy", failing)
             write_back(full, tuned, out=tmp_path / "out", progress=False)
