@@ -1,4 +1,4 @@
-"""Names that are imported when somebody asks for them, so that importing their package costs nothing."""
+"""As `lazy_imports`, for a stub that imports from other rooms: `subsets/loading/model_hooks.pyi`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
+
+from .lazy_imports import import_name
 
 
 def lazy_names(spec: ModuleSpec | None) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -61,32 +63,3 @@ def lazy_names(spec: ModuleSpec | None) -> tuple[Callable[[str], Any], Callable[
         return sorted(module_of.keys() | vars(sys.modules[spec.name]).keys())
 
     return load, names, sorted(module_of)
-
-
-def import_name(module: str, name: str) -> Any:
-    """Import one name, and tell every failure as what it is.
-
-    Args:
-        module (`str`): the module's full name.
-        name (`str`): what to take from it.
-
-    Returns:
-        `Any`: the class, function or other value.
-
-    Raises:
-        ImportError: if the import fails with one of the errors by which Python and Transformers tell that
-            something does not exist (`AttributeError`, `KeyError`): as they are, they would be swallowed.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.lazy_names import import_name
-    >>> import_name("transformers_emo.version", "__version__").count(".")
-    2
-
-    ```
-    """
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (AttributeError, KeyError) as error:
-        raise ImportError(f"Cannot import {name} from {module}: {type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from .import_hook import AfterImport
-from .lazy_names import import_name
+from .lazy_imports import import_name
 from .modeling_emo.transformers_versions import check_names
 
 if TYPE_CHECKING:

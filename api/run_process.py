@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from .import_hook import AfterImport
-from .lazy_names import import_name
+from .lazy_imports import import_name
 from .subsets.loading.run_choice import RunChoice
 
 _PACKAGE = __package__

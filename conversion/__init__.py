@@ -1,5 +1,5 @@
 """From training checkpoints to the released layout and back, and from that to expert shards."""
 
-from ..lazy_names import lazy_names
+from ..lazy_imports import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__spec__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)
