@@ -100,7 +100,7 @@ def hf_to_olmo_core(
     ```python
     >>> from transformers_emo.cli import main
     >>> main(["convert", "hf-to-olmo-core", "model_cards/emo-tiny", str(tmp_path / "step0")])
-    .../step0: config.json and model_and_optim/
+    /.../step0: config.json and model_and_optim/
     0
 
     ```

@@ -27,7 +27,7 @@ def extract(
     ```python
     >>> from transformers_emo.cli import main
     >>> main(["extract", "model_cards/emo-tiny", "python", str(tmp_path / "python-only")])
-    .../python-only: 16 experts a layer
+    /.../python-only: 16 experts a layer
     0
 
     ```

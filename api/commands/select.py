@@ -207,7 +207,7 @@ def select(
     >>> from transformers_emo.cli import main
     >>> out = str(tmp_path / "code.json")
     >>> main(["select", "model_cards/emo-tiny", out, "--text", "import os", "--experts", "8"])
-    .../code.json: 8 experts a layer, from 2 tokens of 1 texts
+    /.../code.json: 8 experts a layer, from 4 tokens of 1 texts
     0
 
     ```

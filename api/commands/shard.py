@@ -29,7 +29,7 @@ def shard(
     ```python
     >>> from transformers_emo.cli import main
     >>> main(["shard", "model_cards/emo-tiny", str(tmp_path / "sharded"), "--experts-per-file", "8"])
-    .../sharded: ... files of weights
+    /.../sharded: ... files of weights
     0
 
     ```

@@ -37,10 +37,10 @@ def write_back(
     >>> from transformers_emo.cli import main
     >>> small, out = str(tmp_path / "small"), str(tmp_path / "out")
     >>> main(["extract", "model_cards/emo-tiny", "python", small])
-    .../small: 16 experts a layer
+    /.../small: 16 experts a layer
     0
     >>> main(["write-back", "model_cards/emo-tiny", small, "--out", out])
-    .../out: ... tensors and router rows written
+    /.../out: ... tensors and router rows written
     0
 
     ```

@@ -129,8 +129,8 @@ OLD_WORDS = {
     "select of texts": (
         "me/emo out-{}.json --text a --text b --answer c --answer d --max-length 9 --tokens answer "
         "--weight-by text --settle 0.9 --experts 4 8 --method global --budget mass --exclude 0:1 "
-        "--exclude 1:2 --dtype float32 --device cpu --batch-size 2 --hidden-memory 1GB --tokenizer t --revision r --token k "
-        "--max-texts 3",
+        "--exclude 1:2 --dtype float32 --device cpu --batch-size 2 --hidden-memory 1GB "
+        "--tokenizer t --revision r --token k --max-texts 3",
         {
             "model": "me/emo",
             "out": "out-{}.json",
