@@ -47,7 +47,8 @@ def _emo(
     ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error comes from.")] = False,
 ) -> None:
-    ctx.obj.command, ctx.obj.traceback = ctx.invoked_subcommand or "", traceback
+    call = ctx.ensure_object(_Call)
+    call.command, call.traceback = ctx.invoked_subcommand or "", traceback
 
 
 # Typer's own handling of errors is not used: `main` tells them in one line.
