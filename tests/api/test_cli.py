@@ -12,6 +12,7 @@ from conftest import GOLDENS, TOY
 from huggingface_hub import CommitInfo
 from transformers_emo import EmoConfig, ExpertSubset, cli, subsets
 from transformers_emo.checkpoints.hub.part_cache import PartialFile, part_folder, write_about
+from typer.main import get_command
 
 
 def test_errors_are_one_line(capsys, tmp_path):
@@ -274,7 +275,7 @@ NEW = {"help", "json", "module"}  # `-m` is read with the words behind it
 
 def command_of(name: str):
     """The command that a key of `OLD_WORDS` begins with."""
-    command = cli._command()
+    command = get_command(cli.app)
     for word in name.split():
         command = getattr(command, "commands", {}).get(word, command)
     return command
@@ -293,7 +294,7 @@ def test_the_table_of_old_options_lacks_none():
     described: dict = {}
     for name, (_, expected) in OLD_WORDS.items():
         described.setdefault(command_of(name).name, set()).update(expected)
-    commands = dict(cli._command().commands)
+    commands = dict(get_command(cli.app).commands)
     commands |= commands.pop("convert").commands
     assert {name: {param.name for param in commands[name].params} - NEW for name in commands} == described
 
