@@ -74,7 +74,7 @@ test-oldest: $(VENV)/.installed-dev  ## the tests with the oldest Transformers s
 # headers (Debian: libpython3.14-dev).
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 OTHER = build/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-torch$(TORCH)
-SMOKE := api/test_cli.py api/test_import_hook.py imports/test_lazy_names.py configuration conversion/olmo_core/test_pickled_metadata.py \
+SMOKE := api/test_cli.py api/test_import_hook.py imports/test_lazy_imports.py configuration conversion/olmo_core/test_pickled_metadata.py \
   conversion/test_to_olmo_core.py modeling_emo/kernels/test_expert_kernels.py modeling_emo/test_goldens.py \
   modeling_emo/kernels/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/kernels/test_private_torch.py \
   modeling_emo/test_prompt_pool.py modeling_emo/kernels/test_quantised_experts.py subsets/loading/test_from_pretrained.py \

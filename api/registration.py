@@ -14,7 +14,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers_emo.imports.lazy_names import import_name
+from transformers_emo.imports.lazy_imports import import_name
 from transformers_emo.modeling_emo.transformers_versions import check_names
 
 from .import_hook import AfterImport

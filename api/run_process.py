@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers_emo.imports.lazy_names import import_name
+from transformers_emo.imports.lazy_imports import import_name
 from transformers_emo.subsets.loading.run_choice import RunChoice
 
 from .import_hook import AfterImport

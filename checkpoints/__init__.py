@@ -1,5 +1,5 @@
-"""Model files: reading parts of them, and writing whole ones. Nothing here knows about experts."""
+"""Model files: read in part, written whole. Nothing here knows of experts."""
 
-from ..imports.lazy_names import lazy_names
+from ..imports.lazy_imports import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__spec__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

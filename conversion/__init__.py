@@ -1,5 +1,5 @@
-"""Converting checkpoints: from OLMo-core's training layout to the released one and back, and to others."""
+"""From training checkpoints to the released layout and back, and from that to expert shards."""
 
-from ..imports.lazy_names import lazy_names
+from ..imports.lazy_imports import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__spec__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

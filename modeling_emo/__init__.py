@@ -1,5 +1,5 @@
 """The EMO network."""
 
-from ..imports.lazy_names import lazy_names
+from ..imports.lazy_imports import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__spec__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

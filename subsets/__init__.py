@@ -1,5 +1,5 @@
 """Subsets of experts: what they are, and reading only their part of a checkpoint."""
 
-from ..imports.lazy_names import lazy_names
+from ..imports.lazy_imports import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__spec__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -1,108 +1,129 @@
 """The command `emo run`."""
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .select_command import excluded_experts
+import typer
+
+from ..command_words import EmoCommand
+from .shared import excluded_experts
 
 if TYPE_CHECKING:
     from transformers_emo.subsets.loading.run_choice import RunChoice
 
-_STARTUP = Path(__file__).parent / "startup"
+_STARTUP = Path(__file__).parents[1] / "startup"
 # A repository of the Hub: which of several models will be loaded cannot be said beforehand.
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
-_EPILOG = """\
-examples:
-  emo run -- lm_eval --model hf --model_args pretrained=model_cards/emo-tiny --tasks ...
-  emo run --expert-subset python -- transformers serve model_cards/emo-tiny
-  emo run --document-pool 16 -- torchrun --nproc-per-node 2 train.py
-  emo run -m trl sft --model_name_or_path model_cards/emo-tiny ...
+EPILOG = """\
+Examples:
 
-The choice holds for every EMO model that `from_pretrained` loads in the program and in the Python processes
-that it starts, unless the program itself gives expert_subset or exclude_experts. A model that it does not fit
-is an error. One line on stderr tells of each model, and one at the end if none was loaded.
+`emo run -- lm_eval --model hf --model_args pretrained=model_cards/emo-tiny --tasks ...`
 
-Document pools: `generate` chooses them from each prompt. A forward outside it, such as scoring in lm_eval,
-takes each row for one document: what is scored has a say in the pool that it is scored with. Padding has
-none, so several rows need an attention mask (lm_eval gives none: --batch_size 1). In training, and where the
-program says which tokens are one document, each document has a pool of its own.
+`emo run --expert-subset python -- transformers serve model_cards/emo-tiny`
+
+`emo run --document-pool 16 -- torchrun --nproc-per-node 2 train.py`
+
+`emo run -m trl sft --model_name_or_path model_cards/emo-tiny ...`
 """
 
 
-def add_run(commands: Any) -> None:
-    """Add the command to the others.
+class RunCommand(EmoCommand):
+    """`emo run` hands on the words of another program, as they are.
 
-    Args:
-        commands: what `argparse` gives for subcommands.
+    They begin behind `--`, with `-m`, or with the first word that is no option.
 
-    Example:
-
-    ```python
-    >>> import argparse
-    >>> from transformers_emo.run_command import add_run
-    >>> parser = argparse.ArgumentParser(prog="emo")
-    >>> add_run(parser.add_subparsers())
-    >>> parser.parse_args(["run", "--document-pool", "8", "lm_eval", "--model", "hf"]).words
-    ['lm_eval', '--model', 'hf']
-
-    ```
+    Example: see `run`.
     """
-    run = commands.add_parser(
-        "run",
-        help="start another Python program with EMO known to it",
-        description="Start a Python program with EMO registered with Transformers and, if wanted, with a "
-        "choice of experts for the EMO models that it loads. So are the Python processes that it starts.",
-        usage="emo run [options] [--] COMMAND ... | emo run [options] -m MODULE ...",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run.add_argument(
-        "--expert-subset", metavar="SUBSET", help="JSON file, or the name of one in the model's subsets/"
-    )
-    run.add_argument(
-        "--exclude",
-        action="append",
-        metavar="LAYER:ID,ID",
-        help="experts never to load; may be repeated. Or a subset's JSON file or name",
-    )
-    run.add_argument(
-        "--document-pool", type=_pool_size, metavar="N", help="routed experts in the pool of a document"
-    )
-    run.add_argument(
-        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module, as after `python -m`"
-    )
-    run.add_argument(
-        "words",
-        nargs=argparse.REMAINDER,
-        metavar="COMMAND",
-        help="a console script, `python`, or a .py file, with its arguments",
-    )
-    run.set_defaults(run=_run)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words behind `emo run`. Typer calls this."""
+        options = self.options(ctx)
+        position = 0
+        while position < len(args) and args[position].startswith("-") and args[position] != "--":
+            word = args[position]
+            if word.startswith("-m"):
+                module = ["-m", word[2:]] if word != "-m" else ["-m"]
+                args = [*args[:position], "--", *module, *args[position + 1 :]]
+                break
+            option = options.get(word)
+            position += 1 if option is None or option.is_flag else 2
+        return super().parse_args(ctx, args)
 
 
 def _pool_size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of experts: expected an integer from 1")
+        raise typer.BadParameter(f"{text!r} is no number of experts: expected an integer from 1")
     return int(text)
 
 
-def _run(parsed: argparse.Namespace) -> None:
-    from .run_target import find_target
+def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="COMMAND", help="A console script, `python`, or a .py file, with its arguments."
+        ),
+    ] = None,
+    module: Annotated[
+        str | None, typer.Option("-m", metavar="MODULE", help="A module, as after `python -m`.")
+    ] = None,
+    expert_subset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUBSET",
+            help="JSON file, or the name of one in the model's subsets/.",
+            rich_help_panel="Choice of experts",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER:ID,ID",
+            help="Experts never to load. May be repeated. Or a subset's JSON file or name.",
+            rich_help_panel="Choice of experts",
+        ),
+    ] = None,
+    document_pool: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            parser=_pool_size,
+            help="Routed experts in the pool of a document.",
+            rich_help_panel="Choice of experts",
+        ),
+    ] = None,
+) -> None:
+    """Start another Python program with EMO known to it.
 
-    words = parsed.words[1:] if parsed.words[:1] == ["--"] else parsed.words
-    if parsed.module is not None:
-        words = ["-m", *parsed.module]
+    EMO is registered with Transformers in the program, and in the Python processes that it starts. If wanted,
+    they have a choice of experts too. It holds for every EMO model that `from_pretrained` loads there, unless
+    the program itself gives expert_subset or exclude_experts. A model that the choice does not fit is an
+    error. One line on stderr tells of each model, and one at the end if none was loaded.
+
+    Document pools: `generate` chooses them from each prompt. A forward outside it, such as scoring in
+    lm_eval, takes each row for one document: what is scored has a say in the pool that it is scored with.
+    Padding has none, so several rows need an attention mask. lm_eval gives none: use --batch_size 1. In
+    training, and where the program says which tokens are one document, each document has a pool of its own.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.cli import main
+    >>> main(["run", "--", "no-such-tool"])
+    1
+
+    ```
+    """
+    from ..run_target import find_target
+
+    words = words or []
     target = find_target(words)
-    choice = _choice(parsed)
+    choice = _choice(expert_subset, exclude or [], document_pool)
     if target.cut_off is not None:
         ignores = f"Python with {target.cut_off} ignores what `emo run` tells it"
         if choice is not None:
@@ -113,20 +134,20 @@ def _run(parsed: argparse.Namespace) -> None:
     _start(target.arguments, _environment(choice))
 
 
-def _choice(parsed: argparse.Namespace) -> RunChoice | None:
-    if (parsed.expert_subset, parsed.exclude, parsed.document_pool) == (None, None, None):
+def _choice(expert_subset: str | None, exclude: list[str], document_pool: int | None) -> "RunChoice | None":
+    if expert_subset is None and not exclude and document_pool is None:
         return None
     import secrets
     import tempfile
 
     from transformers_emo.subsets.loading.run_choice import RunChoice
 
-    exclude = excluded_experts(parsed.exclude or [])
-    by_layer = {str(layer): ids for layer, ids in exclude.items()} if isinstance(exclude, dict) else None
+    excluded = excluded_experts(exclude)
+    by_layer = {str(layer): ids for layer, ids in excluded.items()} if isinstance(excluded, dict) else None
     return RunChoice(
-        _subset(parsed.expert_subset),
-        _subset(exclude) if isinstance(exclude, str) else by_layer,
-        parsed.document_pool,
+        _subset(expert_subset),
+        _subset(excluded) if isinstance(excluded, str) else by_layer,
+        document_pool,
         mark=os.path.join(tempfile.gettempdir(), f"emo-run-{secrets.token_hex(8)}"),
         pid=os.getpid(),
     )
@@ -144,7 +165,7 @@ def _subset(name: str | None) -> str | None:
     return name
 
 
-def _check_models(choice: RunChoice, words: Sequence[str]) -> None:
+def _check_models(choice: "RunChoice", words: Sequence[str]) -> None:
     """Refuse a choice that fits none of the models in the command, before anything long happens.
 
     Models that the command does not name are checked when they are loaded, as these are once more.
@@ -187,7 +208,7 @@ def _is_emo(folder: str) -> bool:
     return isinstance(config, dict) and str(config.get("model_type", "")).startswith("emo")
 
 
-def _check_model(choice: RunChoice, folder: str) -> None:
+def _check_model(choice: "RunChoice", folder: str) -> None:
     from transformers_emo.configuration import EmoConfig
     from transformers_emo.modeling_emo.prompt_pool import pool_sizes
     from transformers_emo.subsets.exclusion import named_exclusion, remaining_subset
@@ -203,7 +224,7 @@ def _check_model(choice: RunChoice, folder: str) -> None:
         pool_sizes(config, choice.document_pool)
 
 
-def _environment(choice: RunChoice | None) -> dict[str, str]:
+def _environment(choice: "RunChoice | None") -> dict[str, str]:
     """This process's environment, with what makes Python processes join in."""
     from transformers_emo.subsets.loading.run_choice import VARIABLE
 

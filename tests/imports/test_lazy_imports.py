@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers_emo
 from transformers_emo import EmoConfig, EmoForCausalLM, ExpertSubset, select_experts
-from transformers_emo.imports.lazy_names import import_name
+from transformers_emo.imports.lazy_imports import import_name
 
 ROOT = Path(__file__).parents[2]
 STUBS = {
@@ -50,8 +51,44 @@ class TestPackage:
             _ = importlib.import_module(name).no_such_name
 
 
-def test_modules_that_names_come_from_are_attributes():
+def test_modules_are_attributes_without_being_imported():
     assert transformers_emo.subsets.choosing.selection.select_experts is select_experts
+    code = "import sys, transformers_emo as emo\nassert 'transformers_emo.training' not in sys.modules\n"
+    code += "print(emo.training.Recipe.__name__, hasattr(emo, 'no_such_module'), hasattr(emo, '__no_such__'))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["Recipe", "False", "False"]
+
+
+def test_a_star_takes_the_names_and_no_modules():
+    namespace: dict = {}
+    exec("from transformers_emo import *", namespace)
+    assert sorted(namespace.keys() - {"__builtins__"}) == transformers_emo.__all__
+
+
+def test_all_can_be_imported_at_once():
+    """`EAGER_IMPORT` is how lazy-loader is told to."""
+    code = "import sys, transformers_emo\nprint('transformers_emo.modeling_emo.modeling_emo' in sys.modules)"
+    environment = os.environ | {"EAGER_IMPORT": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "True\n"
+
+
+def test_threads_that_ask_at_once_get_the_same():
+    code = (
+        "import threading, transformers_emo as emo\n"
+        "start, got = threading.Barrier(8), []\n"
+        "def ask():\n"
+        "    start.wait()\n"
+        "    got.append(emo.ExpertSubset)\n"
+        "threads = [threading.Thread(target=ask) for _ in range(8)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "print(len(got), len(set(got)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["8", "1"]
 
 
 def test_pickled_objects_arrive_in_a_process_that_has_imported_nothing():
@@ -76,8 +113,8 @@ class TestBrokenImport:
             folder = tmp_path / "broken_package"
             folder.mkdir()
             (folder / "__init__.py").write_text(
-                "from transformers_emo.imports.lazy_names import lazy_names\n"
-                "__getattr__, __dir__, __all__ = lazy_names(__spec__)\n"
+                "from transformers_emo.imports.lazy_imports import lazy_names\n"
+                "__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)\n"
             )
             (folder / "__init__.pyi").write_text("from .inside import thing\n")
             (folder / "inside.py").write_text(f"{line}\nthing = 1\n")
