@@ -3,12 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 ROOMS := analysis checkpoints configuration conversion imports modeling_emo subsets tokenization training
-CODE := api $(ROOMS) benchmarks examples tests setup.py
+CODE := api $(ROOMS) benchmarks docs examples tests setup.py
 # What is compiled at installation: it is installed again when they change.
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo test test-oldest test-slow test-tools docs test-docs lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -41,7 +41,7 @@ demo: $(VENV)/.installed  ## choose experts for a domain, load only those, gener
 
 # A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-ORDINARY := not slow and not tools and not gpu
+ORDINARY := not slow and not tools and not gpu and not docs
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL)
 
@@ -56,7 +56,7 @@ test-gpu: $(VENV)/.installed-dev  ## the tests that want a GPU, then ratios of t
 # What takes long and asks nothing of Transformers that other tests do not is left out.
 OLDEST := 5.17.0
 OLDEST_HUB := huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
-NOT_OLDEST := analysis benchmarks conversion examples test_examples.py test_hub_server.py test_hub_subsets.py \
+NOT_OLDEST := analysis benchmarks conversion docs examples test_examples.py test_hub_server.py test_hub_subsets.py \
   training/test_distributed.py transformers_suite/test_emo_distributed.py modeling_emo/kernels/test_native_library.py \
   modeling_emo/kernels/test_expert_kernels.py
 MIDDLE := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.0 5.23.0
@@ -117,6 +117,16 @@ test-newest: $(VENV)/.installed-dev  ## the tests with the newest Transformers o
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev constraints-docs.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-docs.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs  ## the manual, into build/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+test-docs: $(VENV)/.installed-docs docs  ## the manual, and its notebooks run from top to bottom
+	$(BIN)/python -m pytest -m docs tests/docs
 
 # The tools of others that `emo run` starts have an environment of their own.
 TOOLS := .venv-tools

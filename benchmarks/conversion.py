@@ -55,7 +55,7 @@ def measure(what: str, source: Path, out: Path, dtype: str, longer: Path, runs: 
         peaks.append(found["megabytes"] / 1e3)
     size = sum(file.stat().st_size for file in longer.rglob("*") if file.is_file()) / 1e9
     print(
-        f"{statistics.median(ratios):.2f}  time of {what} / of copying {size:.1f} GB; "
+        f"{statistics.median(ratios):.2f}  times the time of copying {size:.1f} GB: {what}; "
         f"{max(peaks):.2f} GB of memory",
         flush=True,
     )

@@ -69,7 +69,7 @@ def compare_in_block(runs: int, tokens: int = 512, documents: int = 4) -> None:
     with torch.no_grad():
         for name, pool in (("router with pools", pools[0] if pools else None), ("router alone", None)):
             compare(
-                f"{name} / block, {tokens} tokens, bfloat16, {config.num_experts} experts",
+                f"times a block's time: {name}, {tokens} tokens, bfloat16, {config.num_experts} experts",
                 lambda pool=pool: block.gate(hidden[0], None, pool),
                 lambda pool=pool: block(hidden, None, pool),
                 runs,
@@ -104,12 +104,12 @@ def compare_steps(args: argparse.Namespace) -> None:
 
     print(f"{args.layers} layers, hidden {args.hidden}, {args.tokens} tokens, {args.documents} documents")
     compare(
-        "step, pools on / off, cross entropy only",
+        "times a step without pools: pools on, cross entropy only",
         without_own_losses,
         lambda: without_own_losses(**OFF),
         args.runs,
     )
-    compare("step, pools with their losses / off", step, lambda: step(**OFF), args.runs)
+    compare("times a step without pools: pools with their losses", step, lambda: step(**OFF), args.runs)
 
 
 def main() -> None:

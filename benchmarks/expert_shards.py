@@ -53,8 +53,8 @@ def report(title: str, config: EmoConfig, subsets: list[list[list[int]]], backbo
         per_tensor = 4 * config.hidden_size * config.intermediate_size
         ratios = [waste(files, kept, per_tensor, backbone) for kept in subsets]
         print(
-            f"{sum(ratios) / len(ratios):.3f}  bytes fetched / wanted, {group} experts a file: {len(files)} "
-            f"files, {title}"
+            f"{sum(ratios) / len(ratios):.3f}  times the wanted bytes are fetched, "
+            f"{group} experts a file: {len(files)} files, {title}"
         )
 
 

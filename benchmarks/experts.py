@@ -145,8 +145,8 @@ def compare(experts: EmoExperts, tokens: int, args: argparse.Namespace, *, train
     what = "forward+backward" if training else "forward"
     print(
         f"{beside[0]} ({beside[1]}) of -march=native; " if beside else "",
-        f"{ratio:.2f} ({least:.2f})  {what} of {tokens} tokens, {len(experts.down_proj)} experts, "
-        f"{str(dtype).removeprefix('torch.')}: {shown}",
+        f"{ratio:.2f} ({least:.2f})  times the time of the best other: {what} of {tokens} tokens, "
+        f"{len(experts.down_proj)} experts, {str(dtype).removeprefix('torch.')}: {shown}",
         sep="",
         flush=True,
     )

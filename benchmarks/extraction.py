@@ -89,8 +89,8 @@ def main() -> None:
         copying = timed(lambda: copy(small, here / "copy"), small)
         size = sum(file.stat().st_size for file in weights(small)) / 1e9
         print(
-            f"{extracting.seconds / copying.seconds:.2f}  time of extracting {args.experts} experts / of "
-            f"copying as much  ({extracting} / {copying})"
+            f"{extracting.seconds / copying.seconds:.2f}  times the time of copying as much: extracting "
+            f"{args.experts} experts  ({extracting} / {copying})"
         )
         print(f"{60 * size / extracting.seconds:.1f} GB a minute, extracting")
         shutil.rmtree(here / "copy")
@@ -98,8 +98,8 @@ def main() -> None:
         shutil.rmtree(here / "updated")
         copying = timed(lambda: copy(full, here / "copy"), full)
         print(
-            f"{writing.seconds / copying.seconds:.2f}  time of writing them back / of copying the full "
-            f"model  ({writing} / {copying})"
+            f"{writing.seconds / copying.seconds:.2f}  times the time of copying the full model: "
+            f"writing them back  ({writing} / {copying})"
         )
 
 

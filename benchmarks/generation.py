@@ -196,7 +196,8 @@ def compare_rates(title: str, results: dict[str, dict], bars: dict[str, float]) 
         if name != "emo":
             ratio = result["seconds"] / results["emo"]["seconds"]
             bar = f" (to reach: {bars[name]})" if name in bars else ""
-            print(f"{ratio:.2f}  {title}: our rate / {name}'s{bar}", flush=True)
+            whose = "the authors' loop's" if name == "authors' loop" else f"{name}'s"
+            print(f"{ratio:.2f}  times {whose} tokens a second: {title}{bar}", flush=True)
 
 
 class Memory:
@@ -311,7 +312,7 @@ def compare_steps(
     compare_rates(title, results, {"llama.cpp": 0.9} if sequences == 1 else {})
     share = read / results["emo"]["seconds"] / max(rates.values())
     bar = " (to reach: 0.75)" if sequences == 1 else ""
-    print(f"{share:.2f}  {title}: share of the memory's speed{bar}, {read / 1e6:.0f} MB of weights a step")
+    print(f"{share:.2f}  times the memory's speed: {title}{bar}, {read / 1e6:.0f} MB of weights a step")
     print("    memory, GB/s: " + ", ".join(f"{rate / 1e9:.1f} {name}" for name, rate in rates.items()))
     for name, result in results.items():
         show(name, result, f"{read / result['seconds'] / 1e9:.1f} GB/s, ")
@@ -327,9 +328,10 @@ def compare_prompts(model: EmoForCausalLM, contenders: dict[str, Any], args: arg
     results = take_turns(contenders, prompt, [], args.turns)
     others = [result["seconds"] for name, result in results.items() if name not in ("emo", NATIVE)]
     best = min(others, default=float("nan"))
-    print(f"{results['emo']['seconds'] / best:.2f}  {title}: our time / the best other's (to reach: 0.8)")
+    print(f"{results['emo']['seconds'] / best:.2f}  times the best other's time: {title} (to reach: 0.8)")
     compare_rates(title, results, {})
-    print(f"{alone / results['emo']['seconds']:.2f}  {title}: packed products' time / ours (to reach: 0.8)")
+    speed = alone / results["emo"]["seconds"]
+    print(f"{speed:.2f}  times the speed of packed products: {title} (to reach: 0.8)")
     for name, result in results.items():
         show(name, result, "")
     print(f"    {'products alone':15} {1e3 * alone:8.1f} ms", flush=True)
@@ -345,7 +347,7 @@ def compare(model: EmoForCausalLM, contenders: dict[str, Any], args: argparse.Na
     for name in contenders if len(rates) == 2 else ():
         bar = " (to reach: 3)" if name == "emo" else ""
         ratio = rates[SEQUENCES][name] / rates[1][name]
-        print(f"{ratio:.2f}  tokens a second, {SEQUENCES} sequences / one, {name}{bar}")
+        print(f"{ratio:.2f}  times the tokens a second of one sequence: {SEQUENCES} sequences, {name}{bar}")
     if "prompt" in args.parts:
         compare_prompts(model, contenders, args)
 

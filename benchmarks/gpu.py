@@ -51,7 +51,7 @@ def show(of: str, to: str, what: str, found: dict[str, float]) -> None:
     """A line: the ratio of two times, and all times."""
     if of in found and to in found:
         times = ", ".join(f"{name} {time:.2f} ms" for name, time in found.items())
-        print(f"{found[of] / found[to]:.2f}  time of {of} / {to}, {what}: {times}", flush=True)
+        print(f"{found[of] / found[to]:.2f}  times the time of {to}: {of}, {what}; {times}", flush=True)
 
 
 def new_model(device: str, sizes: dict, layers: int, **changes) -> EmoForCausalLM:
@@ -123,7 +123,7 @@ def compare_training(device: str, sizes: dict, layers: int, tokens: int, turns: 
     peak = peak_bytes_on(device)
     if peak is not None:
         size = sum(2 * weight.nbytes for weight in model.parameters())
-        print(f"{peak / size:.2f}  peak of its memory / the weights and their gradients")
+        print(f"{peak / size:.2f}  times the weights and their gradients: peak of its memory")
 
 
 def compare_decoding(device: str, sizes: dict, layers: int, turns: int, compiled: bool) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 BASE = "import transformers, torch"
 AUTO = "import torch; from transformers import AutoModelForCausalLM"
 LINES = {
-    "nothing": [sys.executable, "-c", "pass"],
+    "an empty program": [sys.executable, "-c", "pass"],
     BASE: [sys.executable, "-c", BASE],
     AUTO: [sys.executable, "-c", AUTO],
     "Transformers' OLMoE": [sys.executable, "-c", f"{BASE}; from transformers import OlmoeForCausalLM"],
@@ -36,8 +36,8 @@ PAIRS = {
     "import transformers_emo": BASE,
     "the auto-classes with EMO": AUTO,
     "the network": "Transformers' OLMoE",
-    "emo --help": "nothing",
-    "emo --version": "nothing",
+    "emo --help": "an empty program",
+    "emo --version": "an empty program",
 }
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         took, grew = (statistics.median(each) for each in zip(*(turn[name] for turn in turns), strict=True))
         base_grew = statistics.median(turn[base].megabytes for turn in turns)
         print(
-            f"{ratio:.2f}  {extra:6.3f} s more, {took:6.3f} s: {name} / {base}  "
+            f"{ratio:.2f}  times as long as {base}: {name}, {took:.3f} s, {extra:.3f} s more  "
             f"({grew:.0f} MB / {base_grew:.0f} MB)"
         )
 

@@ -179,23 +179,23 @@ def report(runs: dict[tuple[str, bool], list[dict]]) -> None:
                 continue
             ratio = bandwidth("full", cold) / bandwidth(other, cold)
             print(
-                f"{ratio:.2f}  bandwidth, loading the whole model / {PEERS[other]}, {name}  "
+                f"{ratio:.2f}  times the bandwidth of {PEERS[other]}: loading the whole model, {name}  "
                 f"({shown('full', cold)} / {shown(other, cold)})"
             )
         ratio = bandwidth("mapped", cold) / bandwidth("plain", cold)
         print(
-            f"{ratio:.2f}  bandwidth, whole model with disable_mmap=False / a plain read, {name}  "
+            f"{ratio:.2f}  times the bandwidth of a plain read: whole model with disable_mmap=False, {name}  "
             f"({shown('mapped', cold)} / {shown('plain', cold)})"
         )
     for what, name in (("full", "whole model"), ("mapped", "whole model, mapped"), ("subset", "subset")):
         peak = max(median(what, cold, "peak") for cold in names) / median(what, True, "bytes")
-        print(f"{peak:.3f}  peak memory of loading / weights, {name}")
+        print(f"{peak:.3f}  times the bytes of the weights: peak memory of loading, {name}")
     read = median("subset", True, "read") / median("subset", True, "bytes")
-    print(f"{read:.4f}  bytes read / bytes of the tensors kept, subset, cold disk")
+    print(f"{read:.4f}  times the bytes of the tensors kept: bytes read, subset, cold disk")
     for cold, name in names.items():
         ratio = median("subset", cold, "seconds") / median("full", cold, "seconds")
         print(
-            f"{ratio:.3f}  time, subset / whole model, {name}  ({shown('subset', cold)} / "
+            f"{ratio:.3f}  times the time of the whole model: subset, {name}  ({shown('subset', cold)} / "
             f"{shown('full', cold)})"
         )
 

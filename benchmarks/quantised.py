@@ -160,7 +160,7 @@ def main() -> None:
         for way in WAYS:
             its = measure("losses", way, args, folder)
             print(
-                f"{math.exp(its['loss'] - best['loss']):.4f}  perplexity, {way} / float32  "
+                f"{math.exp(its['loss'] - best['loss']):.4f}  times the perplexity in float32: {way}  "
                 f"({math.exp(its['loss']):.3f}, loss {its['loss']:.4f} over {its['tokens']} tokens; experts "
                 f"{its['experts'] / 1e6:.2f} MB)",
                 flush=True,
@@ -174,7 +174,7 @@ def main() -> None:
             memory = f"experts {its['experts'] / 1e6:.0f} MB, peak {its['peak'] / 1e6:.0f} MB"
             for kind, name in (("decoding", "a token"), ("prompt", "a prompt")):
                 print(
-                    f"{its[kind] / plain[kind]:.2f}  time of {name}, {way} / bfloat16  "
+                    f"{its[kind] / plain[kind]:.2f}  times the time in bfloat16: {name}, {way}  "
                     f"({1e3 * its[kind]:.1f} ms; {memory}, loaded in {its['loading']:.1f} s)",
                     flush=True,
                 )

@@ -164,8 +164,9 @@ def split_sections(text: str) -> dict[str, str]:
 def join_sections(machine: str, sections: dict[str, str]) -> str:
     """A file of results."""
     head = (
-        "# Results\n\nWritten by `make bench`. Ratios come first; below 1, less time, memory or bytes than "
-        "what stands behind the stroke. Each section says when and with what it was measured."
+        "# Results\n\nWritten by `make bench`. A ratio comes first, and is read with the words behind it: "
+        "0.50 times the time of X is half of its time. In brackets stand the two values, and with "
+        "some ratios the ratio of the fastest runs. Each section says when and with what it was measured."
     )
     parts = [head, f"## Machine\n\n{machine}"]
     parts += [f"## {name}\n\n{section}" for name, section in sorted(sections.items())]

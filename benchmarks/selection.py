@@ -188,29 +188,29 @@ def main() -> None:
         forward = statistics.median(run["forward"][kind] for run in pruned)
         loading = statistics.median(run["loading"][kind] for run in pruned)
         print(
-            f"{chosen / (forward + loading):.3f}  {kind} time, choice / loading and forward  ({chosen:.1f} s "
-            f"/ {loading:.1f} + {forward:.1f} s)"
+            f"{chosen / (forward + loading):.3f}  times the {kind} time of loading and forward: choosing  "
+            f"({chosen:.1f} s / {loading:.1f} + {forward:.1f} s)"
         )
-        print(f"{chosen / forward:.3f}  {kind} time, choice / forward")
+        print(f"{chosen / forward:.3f}  times the {kind} time of forward: choosing")
     peak = max(run["peak"] for run in choices)
     parts = sizes["experts"] + sizes["hidden"]
     print(
-        f"{peak / (parts + sizes['backbone']):.3f}  peak memory of the choice / one layer's chosen experts, "
-        f"hidden states and backbone  ({peak / 1e6:.0f} MB / {parts / 1e6:.0f} + "
+        f"{peak / (parts + sizes['backbone']):.3f}  times one layer's chosen experts, hidden states and "
+        f"backbone: peak memory of choosing  ({peak / 1e6:.0f} MB / {parts / 1e6:.0f} + "
         f"{sizes['backbone'] / 1e6:.0f} MB)"
     )
     wanted = sizes["layers"] + sizes["experts"] * (args.layers - 1)
     read = statistics.median(run["read"] for run in choices)
     print(
-        f"{read / wanted:.3f}  bytes read (with rows of the embedding) / layers without experts, and chosen "
-        "experts of all but the last"
+        f"{read / wanted:.3f}  times the bytes of layers without experts, and chosen experts of all but the "
+        "last: bytes read (with rows of the embedding)"
     )
     for name in ("memory", "disk"):
         same = naive[f"{name} equals naive"]
         for kind in ("wall", "processor"):
             ratio = naive["naive"][kind] / naive[name][kind]
             print(
-                f"{ratio:.2f}  {kind} time, 16 layers, naive / choice from {name}  "
+                f"{ratio:.2f}  times the {kind} time of choosing from {name}: naive, 16 layers  "
                 f"(same choice: {same}; {naive['naive memory']:.0f} MB / {naive[f'{name} memory']:.0f} MB)"
             )
 

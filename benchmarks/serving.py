@@ -68,7 +68,7 @@ def compare(name: str, model: EmoForCausalLM, tokens: int, runs: int) -> None:
         for kwargs in ({"document_pool": size}, {})
     ]
     print(
-        f"{ratio:.3f}  decoding, {size} routed experts from the prompt / plain, {name}  "
+        f"{ratio:.3f}  times plain decoding: {size} routed experts from the prompt, {name}  "
         f"(fastest runs {fastest:.3f}; {each:.2f} ms a token; {memory[0]:.0f} MB / {memory[1]:.0f} MB)"
     )
 
@@ -99,15 +99,16 @@ def compare_swap(path: str, runs: int) -> None:
         pairs.append((swap, time.process_time() - start))
         loaded = read[0]
     LocalFiles.read_into = read_into
-    print(f"{swapped / loaded:.3f}  bytes read, swapping half of the experts / loading the subset")
+    print(f"{swapped / loaded:.3f}  times the bytes of loading the subset: swapping half of the experts")
     memory = [
         peak_megabytes(lambda: model.swap_experts(first, progress=False)),
         peak_megabytes(lambda: EmoForCausalLM.from_pretrained(path, expert_subset=second)),
     ]
     times = [1e3 * statistics.median(each) for each in zip(*pairs, strict=True)]
+    ratio = statistics.median(a / b for a, b in pairs)
     print(
-        f"{statistics.median(a / b for a, b in pairs):.3f}  time of the same  ({times[0]:.0f} ms / "
-        f"{times[1]:.0f} ms; {memory[0]:.0f} MB / {memory[1]:.0f} MB)"
+        f"{ratio:.3f}  times the time of loading the subset: the same swap  "
+        f"({times[0]:.0f} ms / {times[1]:.0f} ms; {memory[0]:.0f} MB / {memory[1]:.0f} MB)"
     )
 
 

@@ -125,7 +125,9 @@ def main() -> None:
     for kind in ("one by one", "batch"):
         took = {who: best[f"{who}, {kind}"] for who in ("ours", "tokenizers", "tiktoken")}
         for who, other in (("ours", "tokenizers"), ("ours", "tiktoken"), ("tokenizers", "tiktoken")):
-            print(f"{took[who] / took[other]:.2f}  time, {kind}, {who} / {other} ({threads} cores)")
+            print(
+                f"{took[who] / took[other]:.2f}  times the time of {other}: {who}, {kind} ({threads} cores)"
+            )
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ LONGEST = (
     "test_hub_network.py",
     "test_distributed.py",
     "test_examples.py",
+    "test_snippets.py",
     "test_hub_round_trip.py",
     "subsets/publishing/test_push_folder.py",
     "test_ablations.py",

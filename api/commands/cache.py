@@ -30,8 +30,8 @@ def cache(
 
     ```
     """
-    from transformers_emo.checkpoints.hub.part_cache import cached_parts, clear_parts
     from transformers_emo.checkpoints.hub.names import existing_folder
+    from transformers_emo.checkpoints.hub.part_cache import cached_parts, clear_parts
 
     if cache_dir is not None:
         existing_folder(cache_dir)
