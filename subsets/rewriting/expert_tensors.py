@@ -106,8 +106,7 @@ def parts_of_model(parameters: dict[str, LazyTensor], config: EmoConfig) -> dict
         name = name.removeprefix("model.")
         if match := _EXPERT.fullmatch(name):
             index, local = int(match["index"]), int(match["expert"])
-            layer = layers[index]
-            shared = local >= layer.num_routed or local in layer.always_active
+            shared = local in layers[index].always_used
             key = f"{match['layer']}.experts.{present[index][local]}.{match['matrix']}"
             parts[key] = PartOfModel("shared" if shared else "routed", index, tensor)
         elif match := _ROUTER.fullmatch(name):
