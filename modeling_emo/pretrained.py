@@ -112,7 +112,7 @@ class SharedModel(ExpertServing, PreTrainedModel):
         """
         load = super().load_adapter
         if self._package is not None:
-            return self._package.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
+            return self._package.load_checked_adapter(load, self.config, peft_model_id, *args, **kwargs)
         return load(peft_model_id, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):

@@ -140,7 +140,9 @@ def _take_generation_config(
     )
 
 
-def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs):
+def load_checked_adapter(
+    load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs
+):
     """Transformers' `model.load_adapter`, once the adapter is known to belong to the model's experts.
 
     Args:
