@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 
+import peft
 import pytest
 import torch
 from hub_server import HubServer
@@ -17,6 +18,7 @@ from transformers_emo import EmoForCausalLM, SubsetError
 from transformers_emo.modeling_emo import transformers_differences
 from transformers_emo.training import (
     EmoTrainer,
+    adapters,
     expand_adapter,
     load_adapter,
     lora_config,
@@ -316,6 +318,26 @@ def test_experts_outside_the_subset_keep_their_weights(load, tmp_path):
         for name, parameter in old.mlp.named_parameters():
             changed = (after.mlp.get_parameter(name) != parameter).flatten(1).any(1).nonzero().flatten()
             assert changed.tolist() == SUBSET[layer]
+
+
+def test_arguments_for_the_hub_reach_everything_that_an_expansion_reads(load, tmp_path, monkeypatch):
+    model = load(SUBSET)
+    get_peft_model(model, lora_config(model, r=2, **TARGETS["router"])).save_pretrained(tmp_path)
+    given = {}
+
+    def note(module, name):
+        real = getattr(module, name)
+
+        def noting(*args, **kwargs):
+            given[name] = kwargs.get("local_files_only")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(adapters, "read_record")
+    note(peft, "load_peft_weights")
+    load_adapter(load(), tmp_path, local_files_only=True)
+    assert given == {"read_record": True, "load_peft_weights": True}
 
 
 def test_an_adapter_goes_from_a_subset_to_a_larger_subset(load, tmp_path):

@@ -159,9 +159,9 @@ def test_settings_of_the_command_win(write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modle": {}}, r"The recipe has no settings \['modle'\]: expected some of \['recipe'"),
+        ({"modle": {}}, r"The recipe has no settings \['modle'\]: use only \['recipe'"),
         ({"model": {"pools": 3}}, r"section `model` has no settings \['pools'\]"),
-        ({"model": {"path": None}}, r"section `model` lacks \['path'\]"),
+        ({"model": {"path": None}}, r"section `model` lacks \['path'\]: add them"),
         ({"data": 3}, "section `data` holds 3, expected settings by name"),
         ({"data": {"messages": "chat"}}, r"names the columns \['ids', 'messages'\]"),
         ({"data": {"ids": None, "prompt": "q"}}, r"names the columns \['prompt'\]"),
