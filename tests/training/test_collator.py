@@ -32,7 +32,7 @@ def test_eos_opens_or_closes_as_the_config_says(boundaries, expected):
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
-def test_what_a_window_says_of_its_documents_wins():
+def test_documents_that_a_window_gives_are_used_first():
     ids = [5, 1, 6, 7]
     batch = DocumentCollator(CONFIG)(
         [{"input_ids": ids, "document_ids": [3, 3, 3, 8]}, {"input_ids": ids, "seq_lengths": [1, 0, 3]}]
