@@ -235,7 +235,7 @@ def _layer_size(config: EmoConfig) -> tuple[int, int, int]:
             f"The model's layers have {sizes} experts: a share is one number of experts only "
             "if all layers have the same number. Choose with `select_experts` instead."
         )
-    least = max(layer.num_shared + len(layer.always_active) for layer in layers) + 1
+    least = max(len(layer.always_used) for layer in layers) + 1
     return sizes[0], min(least, sizes[0]), layers[0].top_k
 
 

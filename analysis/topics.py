@@ -80,7 +80,7 @@ def mean_routing(
         model.config.layer_experts, chosen.scores or [], present_experts(model.config), strict=True
     ):
         if score is not None:
-            routed = [e for e in range(layer.num_routed) if e not in layer.always_active]
+            routed = [e for e in range(layer.num_experts) if e not in layer.always_used]
             parts.append(torch.tensor([score[present[e]] for e in routed], dtype=torch.float64))
     return torch.cat(parts)
 

@@ -25,14 +25,14 @@ _DENSE_TP_PLAN = {
 }
 
 
-# Lists of these lengths are made of a file's config before any weight is looked at.
+# The largest values that are taken from a file. Lists of these lengths are made before any weight is read.
 _MOST_IN_FILES = {
     "num_hidden_layers": 1000,
     "num_experts": 10_000,
     "num_local_experts": 10_000,
     "num_labels": 10**6,
 }
-# Transformers takes what it finds in a file: a value of another kind fails wherever it is first used.
+# Transformers does not check the types of a file's values. A wrong one ends in one of these errors.
 _MISFITS = (
     StrictDataclassError,
     TypeError,
@@ -69,8 +69,9 @@ class LayerExperts:
         num_experts (`int`): experts in the layer, shared ones included; 0 means one dense feed-forward
             network.
         num_shared (`int`): shared experts, taken by every token.
-        always_active (`tuple[int, ...]`): ids taken by every token with their softmax weight over *all*
-            experts. When there are any, shared experts are not treated apart (as in the released code).
+        always_active (`tuple[int, ...]`): ids that every token takes, with their softmax weight over *all*
+            experts. If there are any, the router treats shared experts like routed ones, as the released code
+            does.
         top_k (`int`): experts per token, shared or always-active ones included.
 
     Example:
@@ -97,6 +98,26 @@ class LayerExperts:
     def num_routed(self) -> int:
         """Number of routed experts, R = E - S."""
         return self.num_experts - self.num_shared
+
+    @property
+    def always_used(self) -> tuple[int, ...]:
+        """`tuple[int, ...]`: the ids of the shared and the always-active experts, in ascending order.
+
+        Every subset keeps them, and no call can exclude them. They are in the layer's own numbering; a dense
+        layer has none.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo.configuration import LayerExperts
+        >>> LayerExperts(num_experts=8, num_shared=2, always_active=(3, 1), top_k=5).always_used
+        (1, 3, 6, 7)
+
+        ```
+        """
+        if self.is_dense:
+            return ()
+        return tuple(sorted({*range(self.num_routed, self.num_experts), *self.always_active}))
 
 
 @strict
@@ -129,16 +150,17 @@ class EmoConfig(PreTrainedConfig):
             Refused with shared or always-active experts.
         output_router_logits (`bool` or `"training"`, defaults to `False`): return the routers' raw logits and
             add the balance loss to the loss. `"training"` does so in training mode only. Every released file
-            says `true`, which would make plain generation and evaluation pay for it: a `true` read from a
-            file becomes `"training"`, and is written back as `true`.
+            says `true`, which would slow down plain generation and evaluation. So a `true` in a file is read
+            as `"training"`, and `"training"` is written as `true`.
         router_aux_loss_coef (`float`, defaults to 0.01): weight of the balance loss.
-        document_pool_min, document_pool_max (`int`, *optional*): train with document pools: in every layer a
-            document's tokens may use only so many routed experts, a number drawn from this range (both ends
-            included) for each layer and document. No pools when not given. EMO was trained with 8 and 128.
-        document_pool_eval (`int`, *optional*): the pool size of evaluation with `document_pool=True`; where
-            there are no more experts, as in a small subset, pools hold all of them.
+        document_pool_min, document_pool_max (`int`, *optional*): train with document pools. In every layer
+            the tokens of a document may then use only a pool of routed experts. Its size is drawn from this
+            range, both ends included, for each layer and document. Without the two there are no pools. EMO
+            was trained with 8 and 128.
+        document_pool_eval (`int`, *optional*): the pool size of evaluation with `document_pool=True`. If a
+            model has fewer experts, as a small subset has, pools hold all of them.
         document_boundaries (`str`, defaults to `"eos"`): where the segments of routing begin, unless a call
-            says: `"eos"` at every EOS token (as EMO was trained), `"after_eos"` after it, `"position_ids"`
+            says it: `"eos"` at every EOS token (as EMO was trained), `"after_eos"` after it, `"position_ids"`
             where position ids start again.
         attention_within_documents (`bool`, defaults to `False`): in training, tokens attend to their own
             document only. EMO was trained so; its baselines were not.
@@ -168,7 +190,7 @@ class EmoConfig(PreTrainedConfig):
     """
 
     model_type = "emo"
-    # The Trainer gathers every other output as a prediction.
+    # `Trainer` gathers every output that is not named here as a prediction.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",  # the same, as Transformers calls it from 5.24 on
@@ -183,7 +205,7 @@ class EmoConfig(PreTrainedConfig):
     ]
     attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 500000.0
-    # As OLMoE's plan, but without its norm on queries and keys the attention projections shard plainly.
+    # As OLMoE's plan, but simpler for attention, since EMO has no norm on queries and keys.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -277,12 +299,12 @@ class EmoConfig(PreTrainedConfig):
             if value is not None and len(value) != self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` has {len(value)} entries, expected one for each of the "
-                    f"{self.num_hidden_layers} layers."
+                    f"{self.num_hidden_layers} layers: give so many."
                 )
         if self.num_experts_per_layer is None and self.num_shared_experts > self.num_experts:
             raise ValueError(
                 f"`num_shared_experts` is {self.num_shared_experts}, more than the {self.num_experts} "
-                "experts."
+                "experts: lower it, or raise `num_experts`."
             )
         for index, layer in enumerate(self.layer_experts):
             self._validate_layer(index, layer)
@@ -290,7 +312,7 @@ class EmoConfig(PreTrainedConfig):
             if held is not None and len(held) != layer.num_experts:
                 raise ValueError(
                     f"`retained_experts` names {len(held)} experts in layer {index}, which has "
-                    f"{layer.num_experts}."
+                    f"{layer.num_experts}: name each expert of the layer once."
                 )
 
     def validate_document_pools(self):
@@ -303,22 +325,28 @@ class EmoConfig(PreTrainedConfig):
             )
         if smallest is not None and largest is not None and smallest > largest:
             raise ValueError(
-                f"`document_pool_min` ({smallest}) is larger than `document_pool_max` ({largest})."
+                f"`document_pool_min` ({smallest}) is larger than `document_pool_max` ({largest}): lower the "
+                "first or raise the second."
             )
         for name in ("document_pool_min", "document_pool_eval"):
             size = getattr(self, name)
             for index, layer in enumerate(self.layer_experts if size is not None else ()):
                 if layer.always_active:
-                    raise ValueError(f"`{name}` is not defined with always-active experts (layer {index}).")
+                    raise ValueError(
+                        f"`{name}` is not defined with always-active experts (layer {index}): leave out one "
+                        "of the two."
+                    )
                 if not layer.is_dense and size < layer.top_k - layer.num_shared:
                     raise ValueError(
                         f"`{name}` is {size}, fewer than the {layer.top_k - layer.num_shared} routed experts "
-                        f"that a token picks in layer {index}: expected at least as many."
+                        f"that a token picks in layer {index}: give at least as many."
                     )
 
     def _validate_layer(self, index: int, layer: LayerExperts) -> None:
         if layer.num_experts < 0:
-            raise ValueError(f"Layer {index} has {layer.num_experts} experts, expected 0 (dense) or more.")
+            raise ValueError(
+                f"Layer {index} has {layer.num_experts} experts: give 0 for a dense layer, or more."
+            )
         if layer.is_dense:
             if self.dense_intermediate_size is None:
                 raise ValueError(
@@ -327,14 +355,14 @@ class EmoConfig(PreTrainedConfig):
             return
         if not 0 <= layer.num_shared <= layer.num_experts:
             raise ValueError(
-                f"Layer {index} has {layer.num_shared} shared experts, expected 0 to its {layer.num_experts} "
-                "experts."
+                f"Layer {index} has {layer.num_shared} shared experts: give a number from 0 to its "
+                f"{layer.num_experts} experts."
             )
         outside = [e for e in layer.always_active if not 0 <= e < layer.num_experts]
         if outside or len(set(layer.always_active)) != len(layer.always_active):
             raise ValueError(
-                f"Layer {index} has always-active experts {list(layer.always_active)}, expected different "
-                f"ids from 0 to {layer.num_experts - 1}."
+                f"Layer {index} has always-active experts {list(layer.always_active)}: give different ids "
+                f"from 0 to {layer.num_experts - 1}."
             )
         taken = len(layer.always_active) or layer.num_shared
         if layer.top_k < taken:
@@ -352,14 +380,14 @@ class EmoConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path, **kwargs
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As upstream; a config of the legacy model type is returned under its new name."""
+        """As in Transformers, but a config of the legacy model type is returned under its new name."""
         try:
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
             return _modernise(config_dict), kwargs
         except (TypeError, RecursionError) as error:
             raise ValueError(
                 f"The config of {pretrained_model_name_or_path} is damaged: expected a JSON object of "
-                f"settings ({error})."
+                f"settings ({error}). Download it again, or correct it."
             ) from error
 
     @classmethod
@@ -395,44 +423,50 @@ class EmoConfig(PreTrainedConfig):
         config_dict = cls._clean(_modernise(config_dict))
         if not isinstance(config_dict.get("model_type", ""), str):
             raise ValueError(
-                f"`model_type` of the config is {config_dict['model_type']!r:.60}, expected a name."
+                f"`model_type` of the config is {config_dict['model_type']!r:.60}, expected a name: write "
+                f"{cls.model_type!r}."
             )
         for name in ("dtype", "torch_dtype"):
             if isinstance(config_dict.get(name), int | float | list):
-                raise ValueError(f"`{name}` of the config is {config_dict[name]!r:.60}, expected a name.")
+                raise ValueError(
+                    f"`{name}` of the config is {config_dict[name]!r:.60}, expected a name: write one, such "
+                    "as 'bfloat16'."
+                )
         for name, most in _MOST_IN_FILES.items():
             value = kwargs.get(name, config_dict.get(name))
             if isinstance(value, int | float) and not value <= most:
-                raise ValueError(f"`{name}` of the config is {value}, expected at most {most}.")
+                raise ValueError(
+                    f"`{name}` of the config is {value}, expected at most {most}: correct the file."
+                )
         for value in config_dict.get("num_experts_per_layer") or ():
             if not value <= _MOST_IN_FILES["num_experts"]:
                 raise ValueError(
                     f"A layer of the config has {value} experts, expected at most "
-                    f"{_MOST_IN_FILES['num_experts']}."
+                    f"{_MOST_IN_FILES['num_experts']}: correct `num_experts_per_layer`."
                 )
         config_dict.setdefault("num_shared_experts", 0)
         if config_dict.get("eos_token_id") == []:
             raise ValueError(
-                "`eos_token_id` of the config is an empty list: expected an id, several or null."
+                "`eos_token_id` of the config is an empty list: write an id, several ids or null."
             )
         if config_dict.get("output_router_logits") is True:
             config_dict["output_router_logits"] = "training"
         if not cls.is_remote_code():
-            # The released `auto_map` names remote code that this class replaces; kept, it would be saved
-            # again beside weights that do not come with that code.
+            # The released `auto_map` names remote code that this class replaces. If it stayed, it would be
+            # saved beside weights that come without that code.
             config_dict.pop("auto_map", None)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         theta = config.to_dict()["rope_theta"]
         if not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
-            raise ValueError(f"`rope_theta` of the config is {theta!r:.60}, expected a number above 0.")
+            raise ValueError(f"`rope_theta` of the config is {theta!r:.60}: write a number above 0.")
         return result
 
     @classmethod
     def _clean(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
-        """Take a null where there must be a value for the default, and an integer for the number it is."""
+        """Replace a null by the default where a value is needed, and an integer by a float where one is."""
         types = {field.name: field.type for field in dataclasses.fields(cls)}
-        types |= {"rope_theta": float}  # a released key that is no field
+        types |= {"rope_theta": float}  # a key of released files, but no field here
         cleaned = {}
         for name, value in config_dict.items():
             wanted = types.get(name)
@@ -453,7 +487,7 @@ class EmoConfig(PreTrainedConfig):
         output["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
         if output.get("output_router_logits") == "training":
             output["output_router_logits"] = True
-        # What the released config does not know is written where it says something.
+        # Settings that released files do not have are written only if they differ from their defaults.
         for name, default in _OWN_DEFAULTS.items():
             if output.get(name) == default:
                 output.pop(name, None)
@@ -461,8 +495,7 @@ class EmoConfig(PreTrainedConfig):
 
 
 class LegacyEmoConfig(EmoConfig):
-    """Reads `config.json` files of the legacy model type; what `from_dict` and `from_pretrained` give is an
-    `EmoConfig`.
+    """Reads `config.json` files of the legacy model type. The result is an `EmoConfig`.
 
     Example:
 

@@ -27,7 +27,7 @@ from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import header_of, write_json
 from ..checkpoints.side_files import identity_of
 from ..configuration import EmoConfig
-from ..modeling_emo.weight_names import EXPERT_MATRIX
+from ..modeling_emo.weight_names import EXPERT_MATRIX, STACKED_EXPERTS
 from ..subsets.loading.wanted_tensors import lazy_parameters
 from ..subsets.loading.weights_check import check_whole
 from .from_olmo_core import PROVENANCE
@@ -150,7 +150,7 @@ def plan_expert_files(
     """
     files: dict[str, list[str]] = {BACKBONE: []}
     for name in sorted(names, key=_by_numbers):
-        if ".mlp.experts.gate_up_proj" in name or ".mlp.experts.down_proj" in name:
+        if STACKED_EXPERTS.fullmatch(name):
             raise CheckpointError(
                 f"{name} holds all experts of a layer: load the model and save it with `save_pretrained`, "
                 "which writes each expert by itself."
@@ -159,7 +159,7 @@ def plan_expert_files(
         if match := EXPERT_MATRIX.fullmatch(name):
             number, expert = int(match["layer"]), int(match["expert"])
             layer = config.layer_experts[number]
-            if expert < layer.num_routed and expert not in layer.always_active:
+            if expert not in layer.always_used:
                 first = expert - expert % experts_per_file
                 last = min(first + experts_per_file, layer.num_routed) - 1
                 span = f"{first:03d}" if experts_per_file == 1 else f"{first:03d}-{last:03d}"

@@ -1,8 +1,8 @@
 """Document pools: the experts that the tokens of one document may use.
 
-The pool of a document is chosen anew in every layer, from the router's own probabilities: paper section 3,
-https://arxiv.org/abs/2605.06663. Nothing here loops over documents, waits for the device or depends on values
-for its shapes, so that it compiles. What a document is stands in `segments.py`.
+Every layer chooses its own pool for a document, from the probabilities of its router: paper section 3,
+https://arxiv.org/abs/2605.06663. Nothing here loops over documents or waits for the device, and no shape
+depends on values, so that all of it compiles. `segments.py` finds where documents begin.
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, N segments, R routed experts, L layers.
 """
@@ -35,19 +35,19 @@ def draw_pool_sizes(
 ) -> torch.Tensor:
     """Draw pool sizes uniformly from `smallest` to `largest`, both included.
 
-    Data-parallel ranks that share a seed draw different sizes: the uniform numbers of rank k are those of
-    rank 0, moved round the unit circle by k times the golden ratio, which keeps each of them uniform and
-    spreads the ranks evenly.
+    Data-parallel ranks that share a seed draw different sizes. Rank k takes the uniform numbers of rank 0,
+    adds k times the golden ratio and keeps the part after the point. Each number stays uniform, and the ranks
+    are spread evenly.
 
     Args:
         shape (`tuple[int, ...]`): such as (L, N).
         smallest (`int`): the smallest pool, at least 1.
         largest (`int`): the largest pool.
         rank (`int`, defaults to 0): data-parallel rank.
-        generator (`torch.Generator`, *optional*): of any device (one of the CPU draws there, and the host
-            waits while the sizes are copied); the device's global one by default, which checkpoints of a
-            training run store and restore.
-        device (`torch.device` or `str`, *optional*): where the sizes are wanted.
+        generator (`torch.Generator`, *optional*): a generator of any device. One of the CPU draws there, and
+            the host waits while the sizes are copied. By default the global generator of the device, which
+            checkpoints of a training run store and restore.
+        device (`torch.device` or `str`, *optional*): the device of the result.
 
     Returns:
         `torch.Tensor`: int64 sizes.
@@ -68,7 +68,7 @@ def draw_pool_sizes(
     """
     if not 1 <= smallest <= largest:
         raise ValueError(
-            f"Pool sizes from {smallest} to {largest} are impossible: expected 1 <= smallest <= largest."
+            f"Pool sizes from {smallest} to {largest} are impossible: give 1 <= smallest <= largest."
         )
     golden_ratio = 0.6180339887498949
     drawn_on = device if generator is None else generator.device
@@ -85,7 +85,8 @@ def pool_mask(
 ) -> torch.Tensor:
     """Choose the pool of every document of a batch: the experts with the largest summed router probability.
 
-    Carries no gradient. Ties go to the smaller id. A size of at least R restricts nothing.
+    The result carries no gradient. Of experts with equal sums the smaller id comes first. A size of at least
+    R restricts nothing.
 
     Args:
         logits_TR (`torch.Tensor`): router logits of the routed experts, any float dtype (the softmax is
@@ -93,7 +94,7 @@ def pool_mask(
         segment_T (`torch.Tensor`): the document of each token, 0 to N - 1.
         pool_size_N (`torch.Tensor`): routed experts in the pool of each document; N may be larger than the
             number of documents.
-        token_mask_T (`torch.Tensor`, *optional*): false for padding, which has no say in any pool.
+        token_mask_T (`torch.Tensor`, *optional*): false for padding, which does not count in any pool.
 
     Returns:
         `torch.Tensor`: bool (T, R), true for the experts in the pool of the token's document.
@@ -114,8 +115,8 @@ def pool_mask(
         if token_mask_T is not None:
             probs_TR = probs_TR * token_mask_T[:, None]
         num_routed = logits_TR.shape[-1]
-        # In fixed point (40 bits below the point), for there the order of the terms does not matter: an
-        # accelerator adds them as they come, and gradient checkpointing must choose the same pool again.
+        # An accelerator adds in no fixed order, and gradient checkpointing must choose the same pool again.
+        # Sums of integers do not depend on the order: so in fixed point, 40 bits after the point.
         fixed_TR = (probs_TR * 2.0**40).long()
         sums_NR = fixed_TR.new_zeros(len(pool_size_N), num_routed).index_add_(0, segment_T, fixed_TR)
         order_NR = sums_NR.argsort(dim=-1, descending=True, stable=True)
@@ -140,13 +141,13 @@ class DocumentPools(NamedTuple):
     token_mask_T: torch.Tensor | None
 
     def restrict(self, logits_TR: torch.Tensor) -> torch.Tensor:
-        """(T, R) router logits, float32, to the same with minus infinity outside the pools."""
+        """Put minus infinity outside the pools: router logits (T, R) float32, before and after."""
         mask_TR = pool_mask(logits_TR, self.segment_T, self.size_N, self.token_mask_T)
         return logits_TR.masked_fill(~mask_TR, float("-inf"))
 
 
 class PoolRequest(NamedTuple):
-    """What a forward says about documents and pools; see `EmoModel.forward`."""
+    """The arguments of a forward about documents and pools; see `EmoModel.forward`."""
 
     document_pool: int | bool | None = None
     document_pool_sizes: torch.Tensor | None = None
@@ -163,21 +164,21 @@ def find_segments(
     *,
     eos_opens: bool,
 ) -> torch.Tensor:
-    """The document of each token, (B, S), from the best source there is.
+    """The document of each token, (B, S), from the first source that is there.
 
-    That is, in this order: `document_ids`, `seq_idx` or `cu_seq_lens_q` of the request, then what
-    `config.document_boundaries` says. `document_ids` are those of routing; where an EOS opens its segment
-    there, it is given back to the document before it for `eos_opens=False`.
+    The order is: `document_ids`, `seq_idx`, `cu_seq_lens_q` of the request, and what
+    `config.document_boundaries` says. `document_ids` are meant for routing, where an EOS may open a segment.
+    With `eos_opens=False` such an EOS goes to the document before it.
 
     Args:
         config (`EmoConfig`): the model's config.
         request (`PoolRequest`): what the caller said.
-        input_ids (`torch.Tensor`, *optional*): (B, S), for EOS.
+        input_ids (`torch.Tensor`, *optional*): (B, S), to find EOS tokens.
         position_ids (`torch.Tensor`, *optional*): (B, S).
         eos_opens (`bool`): whether an EOS belongs to the segment after it or before it, where EOS decides.
 
     Raises:
-        ValueError: if the config asks for EOS tokens or position ids that are not there.
+        ValueError: if the config needs EOS tokens or position ids, and there are none.
 
     Example:
 
@@ -199,7 +200,7 @@ def find_segments(
             or config.eos_token_id is None
         ):
             return request.document_ids
-        # Given as for routing, where an EOS opens a segment: here it belongs to the document before it.
+        # In these ids an EOS opens a segment. Here it belongs to the document before it.
         before = torch.cat([request.document_ids[:, :1], request.document_ids[:, :-1]], dim=1)
         return torch.where(is_eos(input_ids, config.eos_token_id), before, request.document_ids)
     if request.seq_idx is not None:
@@ -208,7 +209,7 @@ def find_segments(
         tokens = input_ids if input_ids is not None else position_ids
         if tokens is None:
             raise ValueError(
-                "`cu_seq_lens_q` tells documents apart only beside `input_ids` or `position_ids`."
+                "`cu_seq_lens_q` needs the number of tokens: give `input_ids` or `position_ids` with it."
             )
         return segments_from_lengths(request.cu_seq_lens_q, tokens.numel()).view_as(tokens)
     if config.document_boundaries == "position_ids":
@@ -217,7 +218,7 @@ def find_segments(
         return segments_from_positions(position_ids)
     if input_ids is None or config.eos_token_id is None:
         raise ValueError(
-            "Documents are told apart by EOS tokens, and there are no `input_ids` or no `eos_token_id`: give "
+            "Documents end at EOS tokens, and there are no `input_ids` or no `config.eos_token_id`: give "
             "`document_ids`."
         )
     return segments_from_eos(input_ids, config.eos_token_id, eos_opens=eos_opens)
@@ -236,8 +237,9 @@ def document_pools(
 ) -> list[DocumentPools] | None:
     """The documents of a batch and the sizes of their pools in every layer, or `None` for no pools.
 
-    Pools are on in training when the config has a range of sizes, drawn here for all layers at once: a layer
-    that gradient checkpointing runs a second time sees the same sizes. Otherwise they are on when asked for.
+    In training there are pools if the config has a range of sizes. Sizes are drawn here for all layers at
+    once, so that a layer that gradient checkpointing runs twice sees the same ones. Otherwise there are pools
+    if the caller asks for them.
 
     Args:
         config (`EmoConfig`): the model's config.
@@ -282,7 +284,8 @@ def document_pools(
     picked = max(layer.top_k - layer.num_shared for layer in config.layer_experts)
     if size is not True and size < picked:
         raise ValueError(
-            f"A document pool of {size} is smaller than the {picked} routed experts a token picks."
+            f"A document pool of {size} is smaller than the {picked} routed experts that a token picks: give "
+            f"at least {picked}."
         )
 
     eos_opens = config.document_boundaries == "eos"
@@ -300,7 +303,7 @@ def document_pools(
         ):
             raise ValueError(
                 f"`document_pool_sizes` has shape {tuple(size_LN.shape)}, expected ({num_layers} layers, "
-                f"{num_segments} segments)."
+                f"{num_segments} segments): give one size for each document in each layer."
             )
     elif size is True and smallest is not None and largest is not None:
         size_LN = draw_pool_sizes(
@@ -317,14 +320,14 @@ def document_pools(
 
 
 def mean_pool_size(pools: Sequence[DocumentPools], config: EmoConfig) -> torch.Tensor:
-    """Routed experts in a pool, mean over the documents of a batch and the expert layers.
+    """The number of routed experts in a pool: its mean over the documents of a batch and the expert layers.
 
     Args:
         pools (`Sequence[DocumentPools]`): one for each layer, from `document_pools`.
         config (`EmoConfig`): the model's config. A pool of more than the R routed experts counts as R.
 
     Returns:
-        `torch.Tensor`: float32 scalar; padding is no document.
+        `torch.Tensor`: a float32 scalar. Padding does not count as a document.
 
     Example:
 

@@ -55,7 +55,7 @@ class PackageHooks(Protocol):
         """Check that an adapter is for the experts of the model."""
         ...
 
-    def load_adapter(self, load: Callable, config: Any, adapter: Any, *args, **kwargs) -> Any:
+    def load_checked_adapter(self, load: Callable, config: Any, adapter: Any, *args, **kwargs) -> Any:
         """Load an adapter that belongs to the experts of the model."""
         ...
 

@@ -19,14 +19,14 @@ from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice
 
 @dataclass
 class _PoolRequest:
-    """What the `generate` in progress says about pools; `sizes` is `None` for no pools at all."""
+    """What the running `generate` asks of pools. `sizes` is `None` for no pools at all."""
 
     sizes: tuple[int, ...] | None
     prompt_length: int
     tokens_at_once: int | None = None
 
     def model_inputs(self, inputs: dict[str, Any], attention_mask_BS: torch.Tensor | None) -> dict[str, Any]:
-        """What to add to the inputs of a forward."""
+        """The arguments to add to the inputs of a forward."""
         if self.sizes is None:
             return {"document_pool": False}
         cache = inputs.get(CACHE)
@@ -35,8 +35,8 @@ class _PoolRequest:
             if frozen.sizes != self.sizes:
                 raise ValueError(
                     f"The cache has document pools of {list(frozen.sizes)} experts in its layers, and "
-                    f"`document_pool` asks for {list(self.sizes)}: pools are chosen once. Leave it out to go "
-                    "on with them, or begin with a new cache."
+                    f"`document_pool` asks for {list(self.sizes)}: pools are chosen only once. Leave it out "
+                    "to keep them, or begin with a new cache."
                 )
             return {}
         if cache is not None and cache.get_seq_length() > 0:
@@ -49,21 +49,21 @@ class _PoolRequest:
         return {"prompt_pool": PromptPool(self.sizes, prompt_BS, self.tokens_at_once)}
 
 
-_PAGED = "Continuous batching keeps sequences in no cache of their own, where their document pools could be"
-# Of the `generate` in progress: each thread has its own, and a nested call (an assistant's) sets it anew.
+_PAGED = "Continuous batching gives sequences no cache of their own, which could keep their document pools"
+# The request of the running `generate`. Each thread has its own, and so has a nested call (an assistant's).
 _request: ContextVar[_PoolRequest | None] = ContextVar("pool_request", default=None)
 
 
 class EmoGenerationMixin(GenerationMixin):
-    """Transformers' generation, and the choice of experts that a call may use.
+    """Transformers' generation, with a choice of the experts that a call may use.
 
     Example: see `EmoForCausalLM.generate`.
     """
 
     @contextmanager
     def _optimize_model_for_decode(self):
-        # On a GPU the package's implementation is Transformers' `grouped_mm`, for which Transformers decodes
-        # with another one: it does so here too.
+        # On a GPU the package's implementation runs Transformers' `grouped_mm`. Transformers replaces that
+        # one while it decodes, so it must see it under its own name.
         model: Any = self
         ours = model.device.type != "cpu" and model.config._experts_implementation == model._cpu_experts
         if ours:
@@ -85,33 +85,34 @@ class EmoGenerationMixin(GenerationMixin):
     ):
         """Generate text, with all experts or some of them; see `GenerationMixin.generate`.
 
-        With `document_pool=d` no domain need be known beforehand: in every layer the prompt chooses the d
-        routed experts with the largest router probability, summed over its tokens (not its padding), and the
-        prompt and what is generated use only those. Every sequence of a batch has pools of its own. They are
-        those that training would choose for the prompt as one document, EOS tokens in it or not.
+        With `document_pool=d` the domain need not be known: in every layer the prompt chooses the d routed
+        experts with the largest router probability, summed over its tokens without padding. The prompt and
+        the text after it use only those. Every sequence of a batch has its own pools. They are those that
+        training would choose for the prompt as one document, even if there are EOS tokens in it.
 
-        Pools are kept in the cache (`past_key_values`, or `cache`), through beams, reordering and cropping,
-        whatever its kind: to go on with a conversation, hand over its cache, with the same `document_pool` or
-        none. A plain `model(ids, past_key_values=cache)` uses them too. Pools of a layer need the whole
-        prompt in the layer before, so that `prefill_chunk_size` does not cut the prompt: it is then the
-        number of tokens that go through the experts of a layer at once, and the numbers stay the same.
+        A cache of any kind (`past_key_values`, or `cache`) keeps its pools through beams, reordering and
+        cropping. To continue a conversation, pass its cache with the same `document_pool` or none. A plain
+        `model(ids, past_key_values=cache)` uses the pools too. The pools of a layer need the whole prompt in
+        the layer before, so `prefill_chunk_size` does not cut the prompt then. It is the number of tokens
+        that go through the experts of a layer at once, and the results stay the same.
 
         Args:
             expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts
                 only, as `use_experts` does, for this call.
             exclude_experts (*optional*): never route to these experts, as in `use_experts`.
-            document_pool (`int`, `bool` or `Sequence[int | None]`, *optional*): routed experts in the pools:
-                one number or one a layer, from those that a token picks to those there are; `True` for
-                `config.document_pool_eval`, or all where there are no more; `False` for none, even if the
-                cache has pools. Among the experts of `expert_subset`, if given. By default what
-                `generation_config.document_pool` says, if it is there, or `emo run --document-pool`.
+            document_pool (`int`, `bool` or `Sequence[int | None]`, *optional*): the number of routed experts
+                in the pools, for all layers or for each: at least as many as a token picks, at most as many
+                as there are. `True` takes `config.document_pool_eval`, or all routed experts if there are
+                fewer. `False` switches pools off, even if the cache has some. With `expert_subset`, pools
+                are chosen among its experts. By default `generation_config.document_pool` decides, if it is
+                set, or else `emo run --document-pool`.
             args, kwargs: as for every Transformers model.
 
         Raises:
             SubsetError: if the subset or the exclusion does not fit the model.
-            ValueError: if a pool size is impossible, the cache holds tokens read without pools or pools of
-                other sizes, or generation is of a kind that reads other prompts than those given (continuous
-                batching, `guidance_scale`, `token_healing`).
+            ValueError: if a pool size is impossible; if the cache holds tokens read without pools, or pools
+                of other sizes; or with continuous batching, `guidance_scale` or `token_healing`, which read
+                other prompts than the given one or keep no pools.
 
         Example:
 
@@ -162,15 +163,15 @@ class EmoGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         request = _request.get()
         if request is not None:
-            # Of padding, only this mask tells: for a static cache the inputs have a 4-D one.
+            # Only this mask shows padding. With a static cache, the one in the inputs is 4-D.
             inputs |= request.model_inputs(inputs, kwargs.get("attention_mask"))
         return inputs
 
     def init_continuous_batching(self, generation_config=None, *args, **kwargs):
-        """As in Transformers, once it is known that nothing asks for pools, which it cannot keep.
+        """As in Transformers, but refuses document pools, which continuous batching cannot keep.
 
         Args:
-            generation_config (`GenerationConfig`, *optional*): that of the model by default.
+            generation_config (`GenerationConfig`, *optional*): by default the model's.
             args, kwargs: as for every Transformers model.
 
         Raises:
@@ -204,13 +205,13 @@ class EmoGenerationMixin(GenerationMixin):
 
 
 def _prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Tokens of the prompt, padding included; one, where generation begins with the BOS token."""
+    """The number of tokens of the prompt with its padding. Without a prompt it is one, the BOS token."""
     given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
     return next((prompt.shape[1] for prompt in given if prompt is not None), 1)
 
 
 def _refuse_other_prompts(kwargs: dict[str, Any], generation_config: Any) -> None:
-    """See that the prompt that is given is what is read."""
+    """Refuse settings by which generation would read another prompt than the given one."""
     settings = kwargs.get("generation_config") or generation_config
 
     def said(name: str) -> Any:
@@ -222,11 +223,11 @@ def _refuse_other_prompts(kwargs: dict[str, Any], generation_config: Any) -> Non
         )
     if said("guidance_scale") not in (None, 1):
         raise ValueError(
-            f"`guidance_scale={said('guidance_scale')}` reads a second prompt, for which no document pools "
-            "are chosen: leave out one of the two."
+            f"`guidance_scale={said('guidance_scale')}` reads a second prompt, which chooses no document "
+            "pools: leave out `guidance_scale` or `document_pool`."
         )
     if said("token_healing"):
         raise ValueError(
-            "`token_healing` writes the prompt anew, from which document pools are to be chosen: heal it "
-            "beforehand with `model.heal_tokens`, or leave out one of the two."
+            "`token_healing` rewrites the prompt, which must choose the document pools: call "
+            "`model.heal_tokens` on it first, or leave out `token_healing` or `document_pool`."
         )

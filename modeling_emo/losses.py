@@ -16,7 +16,7 @@ from .segments import ids_on
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast would have products of matrices in half precision, sums over tokens or not."""
+    """Without this, autocast would compute sums over tokens, as matrix products, in half precision."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # meta has no autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -42,8 +42,8 @@ def load_balancing_loss(
         layer_experts (`Sequence[LayerExperts]`): the experts of those layers, dense layers left out.
         token_mask (`torch.Tensor`, *optional*): (batch, sequence) or (T,), true or 1 for the tokens that
             count; all of them by default.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, where the batch is spread over several
-            forwards; the number of counted tokens by default.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, if the batch is spread over several
+            forwards. By default the number of counted tokens.
 
     Returns:
         `torch.Tensor`: the loss, a float32 scalar with gradient to the logits; 0 if no token counts.
@@ -66,7 +66,7 @@ def load_balancing_loss(
     if len(router_logits) == 0 or len(router_logits) != len(layer_experts):
         raise ValueError(
             f"Got router logits of {len(router_logits)} layers and the experts of {len(layer_experts)}, "
-            "expected the same number of each and at least one: does the model have expert layers?"
+            "expected the same number of each and at least one: give both for every layer that has experts."
         )
     device = router_logits[0].device
     num_tokens = router_logits[0].shape[0]
@@ -74,14 +74,13 @@ def load_balancing_loss(
         mask_T = torch.ones(num_tokens, device=device)
     else:
         mask_T = token_mask.reshape(-1).to(device=device, dtype=torch.float32)
-    num_counted = mask_T.sum().clamp(min=1)  # a micro-batch without a counted token has no loss, not NaN
+    num_counted = mask_T.sum().clamp(min=1)  # without a counted token the loss is 0, not NaN
     if num_items_in_batch is None:
         num_items_in_batch = num_counted
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(device)
-    # The released code leaves out, in every layer, the always-active experts of the first one, unless layers
-    # differ in size. Kept, so that losses agree; no released model has always-active experts that differ
-    # between layers.
+    # If all layers have the same size, the released code leaves out the first layer's always-active experts
+    # in every layer. This does the same, so that losses agree. In no released model do layers differ in them.
     same_size = len({layer.num_experts for layer in layer_experts}) == 1
 
     losses = []
@@ -94,7 +93,7 @@ def load_balancing_loss(
             losses.append(torch.zeros((), device=device))
             continue
         probs_TR = F.softmax(logits_TE[:, : layer.num_routed].to(device).float(), dim=-1)
-        # -1 is below every probability: never picked, so that what always runs adds nothing.
+        # -1 is below every probability, so that always-active experts are never picked and add nothing.
         others_TR = probs_TR.index_fill(-1, ids_on(always, device), -1.0) if always else probs_TR
         picks_Tr = others_TR.topk(top_k, dim=-1).indices
         count_R = torch.zeros(layer.num_routed, device=device)
@@ -106,11 +105,11 @@ def load_balancing_loss(
 
 
 class RouterStatistics(NamedTuple):
-    """What the losses of training with document pools need of one layer's router, summed over the tokens.
+    """Sums over the tokens of one layer's router, for the losses of training with document pools.
 
     Args:
-        count_R (`torch.Tensor`): picks of each routed expert, int64: float32 would lose some of the tens of
-            millions of a large batch, and what shards a model may cast floats down.
+        count_R (`torch.Tensor`): picks of each routed expert, int64. A float32 cannot count the tens of
+            millions of picks of a large batch, and code that shards a model may cast floats to fewer bits.
         prob_sum_R (`torch.Tensor`): summed probabilities within the pools, float32, with gradient.
         z_sum (`torch.Tensor`): summed squares of the logsumexp over the pool's logits, with gradient.
         num_tokens (`torch.Tensor`): tokens summed over, int64.
@@ -149,13 +148,13 @@ class RouterStatistics(NamedTuple):
 
 
 def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
-    """Picks of every routed expert, summed over all data-parallel ranks in one all-reduce for all layers.
+    """Sum the picks of every routed expert over all data-parallel ranks: one all-reduce for all layers.
 
     Args:
         statistics (`Sequence[RouterStatistics]`): of the expert layers.
 
     Returns:
-        `torch.Tensor`: int64, the counts of one layer after the other, then the number of tokens.
+        `torch.Tensor`: int64, the counts of all layers in their order, then the number of tokens.
 
     Example:
 
@@ -179,11 +178,10 @@ def sum_counts(statistics: Sequence[RouterStatistics]) -> torch.Tensor:
 class BalanceCounts:
     """Picks of the routed experts over the micro-batches of one optimiser step, for the balance loss.
 
-    Gradients are wanted after every micro-batch, when the picks of later ones are not known. So each
-    micro-batch is balanced against the picks up to and with its own, and the last one against those of the
-    whole step, as https://arxiv.org/abs/2501.11873 (section 3) does; or all of them against the picks of the
-    whole step, where those were counted beforehand. `transformers_emo.training.accumulate_balance` does
-    either.
+    Gradients are computed after every micro-batch, before the picks of later ones are known. So each
+    micro-batch is balanced against its own picks and those of the micro-batches before it, as in
+    https://arxiv.org/abs/2501.11873 (section 3). If the picks of the whole step were counted before, all
+    micro-batches are balanced against those. `transformers_emo.training.accumulate_balance` can do both.
 
     Args:
         of_step (`torch.Tensor`, *optional*): from `sum_counts`, over the whole step.
@@ -209,7 +207,7 @@ class BalanceCounts:
         self.so_far: torch.Tensor | None = None
 
     def join(self, statistics: Sequence[RouterStatistics]) -> torch.Tensor:
-        """What to balance a micro-batch with these statistics against, as `sum_counts` gives it."""
+        """Add the picks of a micro-batch, and return those to balance it against, in `sum_counts`' form."""
         if self.of_step is not None:
             return self.of_step
         summed = sum_counts(statistics)
@@ -231,17 +229,17 @@ def document_pool_losses(
     z-loss is the mean square of the logsumexp over the pool's logits. Paper section 3,
     https://arxiv.org/abs/2605.06663.
 
-    The counts of all layers cross the ranks in one all-reduce. Without `num_items_in_batch`, `P_e` and the
-    z-loss are means over this rank's tokens, so that gradients averaged over ranks (as
-    DistributedDataParallel does) are those of the joined batch. With it they are this rank's share of the sum
-    over ranks, as the cross entropy is then.
+    One all-reduce sums the counts of all layers over the ranks. Without `num_items_in_batch`, `P_e` and the
+    z-loss are means over this rank's tokens. Averaged over ranks, as DistributedDataParallel does, gradients
+    are then those of the joined batch. With `num_items_in_batch` they are this rank's share of the sum over
+    ranks, like the cross entropy.
 
     Args:
         statistics (`Sequence[RouterStatistics]`): of the expert layers.
         layer_experts (`Sequence[LayerExperts]`): the experts of those layers, dense layers left out.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): N, over ranks and accumulation steps.
-        balance_counts (`BalanceCounts`, *optional*): where the counts of the other micro-batches of an
-            optimiser step are; without it a forward is balanced by itself.
+        balance_counts (`BalanceCounts`, *optional*): holds the counts of the other micro-batches of an
+            optimiser step. Without it a forward is balanced by itself.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: balance loss and z-loss, float32 scalars with gradient, without
@@ -314,16 +312,16 @@ def lm_z_loss(
 def cross_entropy_and_z_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of the next token and `lm_z_loss`, from one pass over the logits and one back.
+    """Cross entropy of the next token and `lm_z_loss`, with one pass over the logits each way.
 
-    Apart, the two need twice the passes, which for a small model with a large vocabulary is much of a
-    training step.
+    Computed one after the other, the two need twice as many passes. In a small model with a large vocabulary
+    these take much of a training step.
 
     Args:
         logits (`torch.Tensor`): (B, S, vocabulary).
         labels (`torch.Tensor`): (B, S), shifted inside, -100 where a token does not count.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divide the sums by this number, not by that
-            of the labels that count.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divide the sums by this number. By default
+            by the number of labels that count.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: float32 scalars with gradient, the z-loss without coefficient.
@@ -342,7 +340,7 @@ def cross_entropy_and_z_loss(
     labels_T = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)
     cross_entropy, z = _NextTokenSums.apply(logits.reshape(-1, logits.shape[-1]), labels_T)
     if num_items_in_batch is None:
-        num_items_in_batch = (labels_T != -100).sum()  # without a label NaN, as the mean over nothing is
+        num_items_in_batch = (labels_T != -100).sum()  # NaN without a label, like any mean over nothing
     elif isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(logits.device)
     return cross_entropy / num_items_in_batch, z / num_items_in_batch

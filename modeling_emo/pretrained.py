@@ -140,7 +140,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
         """
         load = super().load_adapter
         if package.hooks is not None:
-            return package.hooks.load_adapter(load, self.config, peft_model_id, *args, **kwargs)
+            return package.hooks.load_checked_adapter(load, self.config, peft_model_id, *args, **kwargs)
         return load(peft_model_id, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, include_code: bool = False, **kwargs):

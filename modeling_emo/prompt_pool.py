@@ -1,9 +1,9 @@
-"""Document pools of generation: chosen from each prompt while it is read, then frozen.
+"""Document pools of generation: each prompt chooses its pools while it is read, and then they are frozen.
 
 A pool is chosen as in training (`pool_mask`; paper section 3, https://arxiv.org/abs/2605.06663), with the
-whole prompt as one document, and holds for every token after it. The frozen pools lie in the cache, as one
-more layer of it: whatever reorders, repeats or picks sequences of the cache does the same to them, and a
-conversation that goes on with the cache goes on with its pools.
+whole prompt as one document. It also holds for every token after the prompt. The frozen pools lie in the
+cache, as one more layer of it. So what reorders, repeats or picks sequences of the cache does the same to the
+pools, and a conversation that continues with the cache keeps its pools.
 
 Shape suffixes: B sequences, S tokens of each in this call, T = B * S tokens, R routed experts.
 """
@@ -22,14 +22,14 @@ logger = logging.get_logger(__name__)
 
 
 class PromptPool(NamedTuple):
-    """What a forward of `generate` says about pools that are still to be chosen.
+    """What a forward needs in order to choose pools from the prompt.
 
     Args:
         sizes (`tuple[int, ...]`): routed experts in the pool, for each layer.
-        prompt_BS (`torch.Tensor`): bool, true for the tokens that choose the pools: not for padding, nor for
-            tokens behind the prompt.
-        tokens_at_once (`int`, *optional*): run the experts of a layer on so many tokens of a sequence at a
-            time.
+        prompt_BS (`torch.Tensor`): bool, true for the tokens that choose the pools: those of the prompt
+            without its padding.
+        tokens_at_once (`int`, *optional*): how many tokens of a sequence go through the experts of a layer
+            at a time.
 
     Example: see `frozen_pools`.
     """
@@ -40,12 +40,12 @@ class PromptPool(NamedTuple):
 
 
 class FrozenPools:
-    """The pools of the sequences of a cache, kept in it as its last layer, without keys and values.
+    """The pools of the sequences in a cache. They are its last layer, one without keys and values.
 
     Args:
         sizes (`Sequence[int]`): routed experts in the pool, for each layer.
-        experts (`list[list[int] | None]`, *optional*): the experts of the root model that the pools are of,
-            as in `config.retained_experts`.
+        experts (`list[list[int] | None]`, *optional*): the experts from which the pools were chosen, as in
+            `config.retained_experts`.
 
     Example:
 
@@ -65,30 +65,30 @@ class FrozenPools:
     is_compileable = True
     is_croppable = True
     is_initialized = True
-    # Such layers stay on the device when a cache offloads the others, and no mask is made for them.
+    # A cache that offloads layers leaves sliding ones on the device, and no mask is made for them.
     is_sliding = True
     keys = values = None
 
     def __init__(self, sizes: Sequence[int], experts: list[list[int] | None] | None = None):
         self.sizes = tuple(sizes)
         self.experts = experts
-        # The masks of `use_experts` that are known to leave something of every pool.
+        # The masks of `use_experts` under which every pool is known to keep an expert.
         self.fitting_masks: list[torch.Tensor | None] | None = None
-        # (B, R) for each layer, true outside the pool; `None` until it is chosen, and for dense layers.
+        # (B, R) for each layer, true outside the pool. `None` before it is chosen, and for dense layers.
         self.outside: list[torch.Tensor | None] = [None] * len(self.sizes)
 
     @property
     def is_chosen(self) -> bool:
-        """Whether there are pools (a cache that was reset has none)."""
+        """Whether pools have been chosen. (After a reset of the cache they have not.)"""
         return any(outside is not None for outside in self.outside)
 
     def check_masks(self, masks: list[torch.Tensor | None]) -> None:
-        """See that every token has an expert both in its pool and under the masks (E,) of the layers.
+        """Check that in every layer each sequence has an expert in its pool that the mask (E,) allows.
 
         Raises:
             ValueError: if a sequence has none in some layer.
         """
-        if self.fitting_masks is masks:  # a look at the numbers waits for the device: once for these masks
+        if self.fitting_masks is masks:  # the check waits for the device, so it runs once for each mask
             return
         fits: dict[int, torch.Tensor] = {}
         for index, (outside_BR, mask_E) in enumerate(zip(self.outside, masks, strict=True)):
@@ -96,14 +96,14 @@ class FrozenPools:
                 inside_BR = mask_E[: outside_BR.shape[1]].to(outside_BR.device) & ~outside_BR
                 fits[index] = inside_BR.any(-1).all()
         if fits:
-            device = next(iter(fits.values())).device  # of one of the layers
+            device = next(iter(fits.values())).device  # layers may lie on different ones
             fitting = torch.stack([fit.to(device) for fit in fits.values()]).tolist()
             for index, is_fitting in zip(fits, fitting, strict=True):
                 if not is_fitting:
                     raise ValueError(
                         "No expert of the document pools in the cache may be used in layer "
-                        f"{index}: go on with the subset that the pools were chosen with, leave them out "
-                        "with `document_pool=False`, or begin with a new cache."
+                        f"{index}: use the subset with which the pools were chosen, switch pools off with "
+                        "`document_pool=False`, or begin with a new cache."
                     )
         self.fitting_masks = masks
 
@@ -118,7 +118,7 @@ class FrozenPools:
         """Stay on the device."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Stay as they are: tokens behind the prompt have no say in its pools."""
+        """Keep the pools: the tokens that are removed did not choose them."""
 
     def reset(self) -> None:
         """Forget the pools: the cache is empty, and another prompt begins."""
@@ -157,13 +157,13 @@ class FrozenPool:
 
     @property
     def tokens_at_once(self) -> int | None:
-        """Of all sequences together, how many tokens go through the experts at a time."""
+        """How many tokens, of all sequences together, go through the experts at a time."""
         if self.prompt is None or self.prompt.tokens_at_once is None:
             return None
         return self.prompt.tokens_at_once * self.shape[0]
 
     def restrict(self, logits_TR: torch.Tensor) -> torch.Tensor:
-        """(T, R) router logits, float32, to the same with minus infinity outside the pools."""
+        """Put minus infinity outside the pools: router logits (T, R) float32, before and after."""
         outside_BR = self.pools.outside[self.index]
         if outside_BR is None:
             outside_BR = self.pools.outside[self.index] = self._choose(logits_TR)
@@ -176,7 +176,7 @@ class FrozenPool:
         return logits_BSR.masked_fill(outside_BR[:, None], float("-inf")).flatten(0, 1)
 
     def _choose(self, logits_TR: torch.Tensor) -> torch.Tensor:
-        assert self.prompt is not None  # `frozen_pools` sees to it
+        assert self.prompt is not None  # `frozen_pools` gives it where no pool is chosen yet
         batch, length = self.shape
         sequence_B = torch.arange(batch, device=logits_TR.device)
         size_B = torch.full_like(sequence_B, self.pools.sizes[self.index])
@@ -189,7 +189,7 @@ class FrozenPool:
         return ~mask_TR.unflatten(0, self.shape)[:, 0]
 
 
-# What a router takes: documents whose pools it chooses, or pools chosen from a prompt.
+# What a router accepts: documents, for which it chooses pools, or pools that a prompt has chosen.
 Pools = DocumentPools | FrozenPool
 
 
@@ -197,7 +197,7 @@ def cached_pools(cache: Any) -> FrozenPools | None:
     """The frozen pools in a cache, if there are any.
 
     Args:
-        cache (`Cache`, *optional*): keys and values of the tokens before.
+        cache (`Cache`, *optional*): keys and values of the earlier tokens.
 
     Example:
 
@@ -227,18 +227,21 @@ def frozen_pools(
     shape: tuple[int, int],
     masks: list[torch.Tensor | None] | None = None,
 ) -> list[FrozenPool] | None:
-    """The pools of a forward that are frozen or about to be, for each layer; `None` if there are none.
+    """The pools of a forward for each layer: those in the cache, or new ones to be chosen from the prompt.
 
     Args:
-        cache (`Cache`, *optional*): keys and values of the tokens before, perhaps with pools.
-        prompt (`PromptPool`, *optional*): what pools are chosen from if the cache has none.
+        cache (`Cache`, *optional*): keys and values of the earlier tokens, perhaps with pools.
+        prompt (`PromptPool`, *optional*): the prompt that chooses pools if the cache has none.
         config (`EmoConfig`): the model's config.
         shape (`tuple[int, int]`): (B, S) of the forward.
         masks (`list[torch.Tensor | None]`, *optional*): for each layer the experts (E,) that may be used.
 
+    Returns:
+        `list[FrozenPool]`, *optional*: one for each layer; `None` if there are neither pools nor a prompt.
+
     Raises:
-        ValueError: if the pools in the cache are of other sequences, of another model or of experts that have
-            been exchanged, or no expert of a pool may be used.
+        ValueError: if the pools in the cache are of other sequences, of another model or of experts that were
+            swapped, or no expert of a pool may be used.
 
     Example:
 
@@ -260,16 +263,16 @@ def frozen_pools(
         if prompt is None:
             return None
         pools = FrozenPools(prompt.sizes, config.retained_experts)
-    elif not torch.compiler.is_compiling():  # `generate` compiles only the steps behind a prompt
+    elif not torch.compiler.is_compiling():  # `generate` compiles only the steps after the prompt
         if pools.experts != config.retained_experts:
             raise ValueError(
-                "The document pools in the cache are of other experts than the model holds: they have been "
+                "The document pools in the cache are of other experts than the model holds: the experts were "
                 "swapped, or the cache is of another model. Begin with a new cache."
             )
         if masks is not None:
             pools.check_masks(masks)
-    # The config's layers cost as much to list as several layers' masks do to apply, and this runs for every
-    # token: the number of routed experts is looked at where it is there anyway.
+    # This runs for every token, and `config.layer_experts` costs as much as applying the masks of several
+    # layers. So `restrict` checks the number of routed experts, which it has at hand.
     batch = next((len(outside) for outside in pools.outside if outside is not None), shape[0])
     if batch != shape[0] or len(pools.sizes) != config.num_hidden_layers:
         raise _other_pools(f"{len(pools.sizes)} layers and {batch} sequences", f"{shape[0]} sequences")
@@ -279,21 +282,21 @@ def frozen_pools(
 def row_pools(
     config: EmoConfig, size: int, cache: Any, tokens_BSD: torch.Tensor, attention_mask_BS: torch.Tensor | None
 ) -> PromptPool | None:
-    """Pools of a forward outside `generate`: every row is one document, as every prompt of `generate` is.
+    """Pools of a forward outside `generate`. Each row is one document, like a prompt of `generate`.
 
     Args:
         config (`EmoConfig`): the model's config.
         size (`int`): routed experts in each pool.
-        cache (`Cache`, *optional*): keys and values of the tokens before.
+        cache (`Cache`, *optional*): keys and values of the earlier tokens.
         tokens_BSD (`torch.Tensor`): the embedded tokens of the forward.
-        attention_mask_BS (`torch.Tensor`, *optional*): 0 for padding, which has no say.
+        attention_mask_BS (`torch.Tensor`, *optional*): 0 for padding, which chooses nothing.
 
     Returns:
-        `PromptPool`, *optional*: `None` if the cache has pools, which then hold.
+        `PromptPool`, *optional*: `None` if the cache has pools. Those are used then.
 
     Raises:
-        ValueError: if the size is impossible, padding cannot be told, or the tokens in the cache were read
-            without pools.
+        ValueError: if the size is impossible, padding cannot be told from text, or the tokens in the cache
+            were read without pools.
 
     Example:
 
@@ -314,8 +317,8 @@ def row_pools(
     if attention_mask_BS is None or attention_mask_BS.dim() != 2:
         if batch > 1:
             raise ValueError(
-                f"Document pools of {batch} rows without a 2-D `attention_mask`: padding, which must have no "
-                "say in a pool, cannot be told from text. Give the mask, or one row at a time (`lm_eval "
+                f"Document pools of {batch} rows without a 2-D `attention_mask`: padding must not choose "
+                "experts, and cannot be told from text. Give the mask, or one row at a time (`lm_eval "
                 "--batch_size 1`)."
             )
         prompt_BS = torch.ones(batch, length, dtype=torch.bool, device=tokens_BSD.device)
@@ -337,20 +340,20 @@ def read_without_pools() -> ValueError:
     ```
     """
     return ValueError(
-        "The tokens in the cache were read without document pools, which are chosen from the whole prompt: "
-        "begin with a new cache, or give `document_pool` when it is first filled."
+        "The tokens in the cache were read without document pools, which need the whole prompt: begin with a "
+        "new cache, or give `document_pool` from the first call on."
     )
 
 
 def _other_pools(found: str, expected: str) -> ValueError:
     return ValueError(
         f"The cache has document pools of {found}, expected {expected}: it is the cache of other prompts or "
-        "of another model."
+        "of another model. Give the right one, or begin with a new cache."
     )
 
 
 def keep_pools(cache: Any, pools: Sequence[FrozenPool] | None) -> None:
-    """Put pools that a forward has chosen into its cache, behind the layers that attention uses.
+    """Put the pools that a forward has chosen into its cache, after the layers that attention uses.
 
     Args:
         cache (`Cache`, *optional*): the cache, with all of its layers.
@@ -375,17 +378,18 @@ def keep_pools(cache: Any, pools: Sequence[FrozenPool] | None) -> None:
 
 
 def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | None]) -> tuple[int, ...]:
-    """The size of the pool in every layer, from what the caller of `generate` says.
+    """The size of the pool in every layer, from the argument `document_pool` of `generate`.
 
     Args:
         config (`EmoConfig`): the model's config.
-        document_pool (`int`, `bool` or `Sequence[int | None]`): one size; `True` for
-            `config.document_pool_eval`, which in a subset with fewer experts is all of them, with a warning;
-            or one for each layer (anything for a dense one).
+        document_pool (`int`, `bool` or `Sequence[int | None]`): one size for all layers, or one for each
+            layer (any value for a dense one). `True` takes `config.document_pool_eval`; if no layer has so
+            many experts, pools hold all of them, with a warning.
 
     Raises:
-        ValueError: if a size is no integer from the routed experts that a token picks to those there are, the
-            config has none, or the model has always-active experts, for which pools are not defined.
+        ValueError: if a size is smaller than the number of routed experts that a token picks, larger than
+            that of the layer or no integer; if the config has none for `True`; or if the model has
+            always-active experts, for which pools are not defined.
 
     Example:
 
@@ -409,15 +413,16 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
         if most and document_pool > most:
             logger.warning_once(
                 f"`config.document_pool_eval` is {document_pool}, and no layer has more than {most} routed "
-                "experts: they are all in every pool, as without pools. For smaller pools give their size as "
-                "`document_pool`, or set it in the config."
+                "experts: every pool holds all of them, as if there were no pools. For smaller pools give "
+                "their size as `document_pool`, or set it in the config."
             )
             document_pool = most
     is_list = isinstance(document_pool, Sequence) and not isinstance(document_pool, str)
     sizes: list[Any] = list(document_pool) if is_list else [document_pool] * len(layers)  # type: ignore
     if len(sizes) != len(layers):
         raise ValueError(
-            f"`document_pool` has {len(sizes)} sizes, expected one for each of {len(layers)} layers."
+            f"`document_pool` has {len(sizes)} sizes, expected one for each of {len(layers)} layers: give "
+            "so many, or one number for all."
         )
     for index, (size, layer) in enumerate(zip(sizes, layers, strict=True)):
         if layer.is_dense:
@@ -425,13 +430,14 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
             continue
         if layer.always_active:
             raise ValueError(
-                f"Document pools are not defined with always-active experts, which layer {index} has."
+                f"Document pools are not defined with always-active experts, which layer {index} has: leave "
+                "`document_pool` out."
             )
-        # One size for layers of different numbers of experts restricts those that have more.
+        # One size for all may exceed the number of experts of some layers: it restricts only the others.
         picked, largest = layer.top_k - layer.num_shared, layer.num_routed if is_list else most
         if not isinstance(size, int) or isinstance(size, bool) or not picked <= size <= largest:
             raise ValueError(
                 f"`document_pool` is {size!r} in layer {index}, expected an integer from {picked}, the "
-                f"routed experts that a token picks, to {largest}, those there are."
+                f"routed experts that a token picks, to {largest}, all routed experts: give such a number."
             )
     return tuple(sizes)

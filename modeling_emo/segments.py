@@ -1,8 +1,8 @@
 """Documents in batches: where they begin, and how many there are.
 
-Where documents begin is read from EOS tokens, from position ids that start again or from the lengths of
-packed sequences. Nothing here loops over documents, waits for the device or depends on values for its shapes
-(but for `lengths_from_segments`, and `count_segments` on a CPU), so that it compiles.
+EOS tokens, position ids that start again or the lengths of packed sequences tell where documents begin.
+Nothing here loops over documents or waits for the device, and no shape depends on values, so that all of it
+compiles. The exceptions are `lengths_from_segments`, and `count_segments` on a CPU.
 
 Shape suffixes: B batch, S sequence, T = B * S tokens, N segments.
 """
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 
 def ids_on(ids: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Some ids as a tensor, made on the device: copied from the host, they would have it wait for the device.
+    """Make a tensor of a few ids on the device itself. Copying it there would make the host wait.
 
     Args:
         ids (`Sequence[int]`): a few numbers.
-        device (`torch.device`): where they are wanted.
+        device (`torch.device`): the device of the result.
 
     Returns:
         `torch.Tensor`: int64, one dimension.
@@ -68,8 +68,8 @@ def segments_from_eos(
 ) -> torch.Tensor:
     """Number the documents of each row by their EOS tokens.
 
-    EMO has two conventions: for *routing* an EOS opens the next segment (one at position 0 changes nothing),
-    for *attention* it closes its own document.
+    EMO has two rules. For *routing* an EOS opens the next segment (one at position 0 changes nothing). For
+    *attention* an EOS closes its own document.
 
     Args:
         input_ids (`torch.Tensor`): (B, S) token ids.
@@ -122,7 +122,7 @@ def segments_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def segments_from_lengths(cumulative_lengths: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Number the documents of packed rows, end to end, by their cumulative lengths (`cu_seq_lens_q`).
+    """Number the documents of packed rows by their cumulative lengths (`cu_seq_lens_q`).
 
     Args:
         cumulative_lengths (`torch.Tensor`): (N + 1,), starting at 0, as `DataCollatorWithFlattening` makes
@@ -149,7 +149,7 @@ def segments_from_lengths(cumulative_lengths: torch.Tensor, num_tokens: int) -> 
 def lengths_from_segments(
     segments_BS: torch.Tensor, attention_mask_BS: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Cumulative lengths of the documents of all rows, end to end, as flash attention takes them.
+    """Cumulative lengths of the documents of all rows, one after the other, as flash attention takes them.
 
     Padding before or after a document counts as a document of its own.
 
@@ -161,8 +161,8 @@ def lengths_from_segments(
         `tuple[torch.Tensor, int]`: (N + 1,) int32, from 0 to B * S; the longest length.
 
     Raises:
-        ValueError: if the mask has another shape, or padding lies inside a document: lengths cannot leave it
-            out. (Not seen where this is compiled.)
+        ValueError: if the mask has another shape, or padding lies inside a document, where lengths cannot
+            leave it out. (Compiled code does not check the latter.)
 
     Example:
 
@@ -179,34 +179,31 @@ def lengths_from_segments(
     if attention_mask_BS.shape != segments_BS.shape:
         raise ValueError(
             f"The attention mask has shape {tuple(attention_mask_BS.shape)}, expected "
-            f"{tuple(segments_BS.shape)}: flash attention tells documents and padding apart by tokens."
+            f"{tuple(segments_BS.shape)}: flash attention needs a 2-D mask, with a value for each token."
         )
     real_BS = attention_mask_BS.to(segments_BS.device, torch.bool)
     starts_BS = torch.ones_like(real_BS)
     starts_BS[:, 1:] = (segments_BS[:, 1:] != segments_BS[:, :-1]) | (real_BS[:, 1:] != real_BS[:, :-1])
-    # Flash attention launches its kernels for so many documents, the longest of so many tokens: numbers
-    # that the host waits for, here and once a forward. (With a tensor of the longest it would in each layer.)
+    # Flash attention needs the number of documents and the longest length on the host. It waits for both
+    # here, once in a forward. If the longest length stayed a tensor, every layer would wait for it.
     start_N = starts_BS.flatten().nonzero().flatten()
     cumulative = F.pad(start_N, (0, 1), value=segments_BS.numel()).int()
     segment_N, real_N = flatten_segments(segments_BS)[start_N], real_BS.flatten()[start_N]
-    # Within a document tokens and padding take turns: tokens, padding, tokens is one that padding cuts.
+    # Padding cuts a document in two if it holds tokens, then padding, then tokens.
     cut = ((segment_N[2:] == segment_N[:-2]) & real_N[2:]).any()
     longest, is_cut = torch.stack([cumulative.diff().max(), cut.int()]).tolist()
     if not torch.compiler.is_compiling() and is_cut:
         raise ValueError(
-            "Padding lies inside a document, where flash attention cannot leave it out: move it to an end, "
-            "or use eager, sdpa or flex attention."
+            "Padding lies inside a document, where flash attention cannot leave it out: move it to an end of "
+            "the row, or use eager, sdpa or flex attention."
         )
     return cumulative, longest
 
 
 def flatten_segments(segments_BS: torch.Tensor) -> torch.Tensor:
-    """Make segment numbers differ between rows: (B, S) to (T,), in the order of rows and of segments within
-    them.
+    """Number the segments of all rows one after the other: (B, S) to (T,).
 
-    Numbers of one row must start at 0 and grow by at most one from token to token, as those of the functions
-    above do, or be arbitrary ids that are constant within a document; then equal ids in one row are one
-    document.
+    A new segment begins with each row, and wherever the number or id changes from one token to the next.
 
     Args:
         segments_BS (`torch.Tensor`): (B, S) segment numbers or document ids.
@@ -229,10 +226,10 @@ def flatten_segments(segments_BS: torch.Tensor) -> torch.Tensor:
 
 
 def count_segments(segment_T: torch.Tensor) -> int:
-    """How many rows the table of pools needs: the number of segments, or T where asking would cost.
+    """The number of rows that the table of pools needs: one for each segment, or for each of T tokens.
 
-    Reading the number off an accelerator waits for it, and a compiled graph cannot depend on it. There the
-    table has a row for every token, of which most stay empty.
+    On an accelerator the host would wait for the number of segments, and a compiled graph cannot depend on
+    it. In both cases the table has a row for every token, and most rows stay empty.
 
     Args:
         segment_T (`torch.Tensor`): segment numbers from `flatten_segments`.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..configuration import EmoConfig, LayerExperts
+from ..configuration import EmoConfig
 from .expert_subset import ExpertSubset
 from .library import Fetch
 from .numbering import present_experts, root_experts
@@ -164,7 +164,7 @@ def excluded_experts(
         outside = [e for e in ids or () if e >= size]
         if outside:
             raise SubsetError(f"Layer {index} has no expert {outside[0]}: expected ids from 0 to {size - 1}.")
-        protected = _protected(layer, present)
+        protected = {present[e] for e in layer.always_used}
         shared = sorted(protected & set(ids or ()))
         if shared and not is_subset:
             raise SubsetError(
@@ -173,8 +173,3 @@ def excluded_experts(
             )
         excluded.append(set(ids or ()) - protected)
     return excluded
-
-
-def _protected(layer: LayerExperts, present: list[int]) -> set[int]:
-    """The shared and always-active experts of a layer, in root numbering."""
-    return {*present[layer.num_routed :], *(present[e] for e in layer.always_active)}

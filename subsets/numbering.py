@@ -65,7 +65,7 @@ def protected_experts(config: EmoConfig) -> list[list[int] | None]:
     ```
     """
     return [
-        None if layer.is_dense else sorted({*ids[layer.num_routed :], *(ids[e] for e in layer.always_active)})
+        None if layer.is_dense else sorted(ids[e] for e in layer.always_used)
         for layer, ids in zip(config.layer_experts, present_experts(config), strict=True)
     ]
 

@@ -1,8 +1,8 @@
-"""Fine-tuning on answers: prompts and answers, or chats, to ids and labels that count the answers only.
+"""Encodes prompts with answers, or chats, for fine-tuning with a loss on the answers only.
 
-Shape suffixes: T tokens of all examples one after the other, E examples, P pieces (a prompt, an answer, what
-a chat template writes between two answers). A piece is encoded by itself, so that where an answer begins
-is exact: no token holds the end of a prompt and the beginning of an answer.
+Shape suffixes: T tokens of all examples one after the other, E examples, P pieces. A piece is a prompt, an
+answer, or what a chat template writes between two answers. Each piece is encoded by itself, so that no token
+holds both the end of a prompt and the beginning of an answer.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..modeling_emo.transformers_versions import private_names
-from .packing import WINDOW, _check_column, _check_sizes, _end_documents, _eos_of, _import_datasets
+from .columns import WINDOW, check_at_least_one, check_column, end_documents, eos_id, import_datasets
 from .tokenization_emo import EmoTokenizer
 
 with private_names("chats"):
@@ -47,9 +47,9 @@ def encode_answers(
 
     A row is a prompt and its answer, or a chat, of which everything that the assistant writes is an answer.
 
-    **Prompts and answers.** The prompt's ids are those of `tokenizer(prompt)`, which generation goes on from;
-    then come the ids of the answer by itself, and one EOS, which counts as part of the answer. An answer that
-    ends in the text of the EOS gets no second one. Texts are taken as they are: the text of a special token
+    **Prompts and answers.** The prompt's ids are those of `tokenizer(prompt)`, as in generation. The answer
+    is encoded by itself and follows, with one EOS that counts as part of it. An answer that already ends in
+    the text of the EOS gets no second one. Texts are taken as they are: the text of a special token
     is that token, and no space is added or removed between the two. EMO's tokens begin with the space before
     a word, so let the answer begin with it and the prompt end without one: `"Answer:"` and `" Paris"`.
 
@@ -57,17 +57,17 @@ def encode_answers(
     `{% endgeneration %}`. Every turn counts, with an EOS that directly follows it. What follows the last one
     is left out.
 
-    **Examples of more than `max_length` tokens** lose what is too much on the left. An answer that loses its
-    beginning to that does not count, and one needs a token before it. An example whose last answer has
-    `max_length` tokens or more is left out. One warning counts these; a stream warns when it meets the first.
+    **Examples of more than `max_length` tokens** are cut on the left. An answer whose beginning is cut off
+    does not count, and neither does one without a token before it. An example whose last answer has
+    `max_length` tokens or more is left out. One warning says how many were; a stream warns at the first.
 
     The result trains with `DocumentCollator` and `Trainer`. With `remove_unused_columns=False` an example is
-    one document, whatever EOS tokens it holds. `Trainer` removes `seq_lengths` otherwise, and then documents
-    end at EOS tokens, which matters to document pools and to attention within documents.
+    one document, whatever EOS tokens it holds. Otherwise `Trainer` removes the column `seq_lengths`, and
+    documents end at EOS tokens. That changes document pools and attention within documents.
 
     A `Dataset` is encoded at once, by `num_proc` processes and with progress bars; the result is the same
     for any number of them, and is cached on disk as that of every `Dataset.map`. An `IterableDataset` is
-    encoded as it is read; of one whose columns are not known the first row is read at once.
+    encoded as it is read. If its columns are not known, its first row is read at once.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): the examples, one a row.
@@ -77,9 +77,9 @@ def encode_answers(
         messages (`str`, *optional*): the column of chats, lists of messages with `role` and `content`,
             instead of prompts and answers.
         max_length (`int`, defaults to 4096): tokens of an example, or of a window with `pack`, at most.
-        pack (`bool`, defaults to `False`): put as many successive examples in a row as fit, of every
-            `batch_size` of them. Needs a model with `attention_within_documents=True`, otherwise examples see
-            those before them. A batch of so many rows then holds more examples than that.
+        pack (`bool`, defaults to `False`): join successive examples into one row while they fit, within
+            each `batch_size` of them. The model needs `attention_within_documents=True`, or else examples see
+            those before them in the row. A batch then holds more examples than rows.
         num_proc (`int`, *optional*): processes, for a `Dataset`.
         batch_size (`int`, defaults to 1000): examples that are encoded together.
 
@@ -91,9 +91,9 @@ def encode_answers(
     Raises:
         ImportError: if `datasets` is not installed.
         TypeError: if `dataset` is neither of the two.
-        ValueError: if a column is missing; a prompt, an answer or a chat is empty or something else (for a
-            stream: when it is read); the tokenizer has no EOS token, or no chat template that marks what the
-            assistant writes; a size is impossible; or no example of a `Dataset` is short enough.
+        ValueError: if a column is missing; a prompt, an answer or a chat is empty or of another type
+            (for a stream: when it is read); the tokenizer has no EOS token, or no chat template that marks
+            what the assistant writes; a size is impossible; or no example of a `Dataset` is short enough.
 
     Example:
 
@@ -122,14 +122,14 @@ def encode_answers(
 
     ```
     """
-    datasets = _import_datasets()
+    datasets = import_datasets()
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise TypeError(
             f"A {type(dataset).__name__} cannot be encoded: expected a `Dataset` or an `IterableDataset`. Of "
             "several splits choose one, as in `dataset['train']`."
         )
-    _check_sizes(max_length=max_length, batch_size=batch_size)
-    _eos_of(tokenizer, None)
+    check_at_least_one(max_length=max_length, batch_size=batch_size)
+    eos_id(tokenizer)
     if messages is not None:
         _chat_template(tokenizer)
 
@@ -139,7 +139,7 @@ def encode_answers(
     if names is None:
         names = list(next(iter(dataset), {}))
     for argument, column in _columns(prompt, answer, messages).items():
-        _check_column(column, names, argument)
+        check_column(column, names, argument)
     features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in _COLUMNS})
     common = {"batched": True, "batch_size": batch_size, "features": features}
     encoded = dataset.map(
@@ -161,7 +161,7 @@ def encode_answers(
         _report_left_out(len(dataset), len(dataset) - len(encoded), max_length)
     encoded = encoded.with_format("numpy")
     if pack:
-        # By one process, as it only copies: so the number of those that encode changes no batch.
+        # One process packs, since packing only copies. So the number of those that encode changes no batch.
         encoded = encoded.map(
             _pack_batch,
             fn_kwargs={"window": max_length},
@@ -188,7 +188,7 @@ def _encode_batch(
     max_length: int,
     warns: bool,
 ) -> dict[str, list[np.ndarray]]:
-    """A batch of `map`: rows to ids and labels, less those that are too long."""
+    """A batch of `map`: rows become ids and labels. Examples that are too long are left out."""
     if messages is None:
         _check_texts(batch[prompt], prompt, indices)
         _check_texts(batch[answer], answer, indices)
@@ -197,7 +197,7 @@ def _encode_batch(
         ids_T, example_T, is_answer_T = _encode_chats(batch[messages], messages, indices, tokenizer)
     rows = _cut(ids_T, example_T, is_answer_T, max_length)
     if warns and len(rows["labels"]) < len(indices):
-        # Said once a process, whatever the number: a stream has no end to count them at.
+        # Each process says it once, without a number: a stream has no end at which to count.
         logger.warning_once(f"A stream holds examples that are left out: {_too_long(max_length)}")
     return rows
 
@@ -205,12 +205,12 @@ def _encode_batch(
 def _encode_pairs(
     prompts: list[str], answers: list[str], tokenizer: EmoTokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ids (T,) of prompts and answers, the example (T,) of each, and whether it is of the answer (T,)."""
+    """For each token (T,): its id, the number of its example, and whether it belongs to the answer."""
     prompt_ids = _encode(prompts, tokenizer, add_special_tokens=True)
-    if tokenizer.add_eos_token:  # which would end a prompt before its answer
+    if tokenizer.add_eos_token:  # no EOS between a prompt and its answer
         prompt_ids = [ids[:-1] for ids in prompt_ids]
     prompt_T, prompt_lengths_E = _join(prompt_ids)
-    answer_T, answer_lengths_E = _end_documents(_encode(answers, tokenizer), tokenizer.eos_token_id)
+    answer_T, answer_lengths_E = end_documents(_encode(answers, tokenizer), tokenizer.eos_token_id)
     ids_T = np.concatenate([prompt_T, answer_T])
     example_E = np.arange(len(prompts))
     example_T = np.concatenate(
@@ -224,11 +224,11 @@ def _encode_pairs(
 def _encode_chats(
     chats: list, column: str, indices: Sequence[int], tokenizer: EmoTokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `_encode_pairs`, of chats.
+    """As `_encode_pairs`, for chats.
 
-    `apply_chat_template` has masks of its own, found through the characters that tokens stand for. They miss
-    an answer that begins with a space, and all after it, where tokens stand for no spaces (`trim_offsets`);
-    and they count a token that holds both the end of a prompt and the beginning of an answer.
+    `apply_chat_template` can mark the answers too, but it finds them by the characters of each token. Where
+    tokens do not count their space (`trim_offsets`), it misses an answer that begins with a space, and all
+    that follows. It also counts a token that holds both the end of a prompt and the beginning of an answer.
     """
     template = _chat_template(tokenizer)
     pieces, example_P, is_answer_P = [], [], []
@@ -243,7 +243,7 @@ def _encode_chats(
     ids_T, lengths_P = _join(_encode(pieces, tokenizer))
     example_T = np.repeat(example_P, lengths_P)
     is_answer_T = np.repeat(is_answer_P, lengths_P)
-    # An EOS that the template writes after its `endgeneration` ends the answer all the same.
+    # An EOS that the template writes directly after `endgeneration` belongs to the answer too.
     ends_T = (ids_T[1:] == tokenizer.eos_token_id) & is_answer_T[:-1] & (example_T[1:] == example_T[:-1])
     is_answer_T[1:] |= ends_T
     return ids_T, example_T, is_answer_T
@@ -252,7 +252,7 @@ def _encode_chats(
 def _render(
     chat: Any, row: int, column: str, template: str, tokenizer: EmoTokenizer
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A chat as text, and from where to where the assistant writes it."""
+    """A chat as text, and where in it each answer of the assistant begins and ends."""
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise _bad(row, column, f"holds {_kind(chat)}, expected a list of messages")
     # `datasets` fills the keys that only some messages have with `None`, which templates print.
@@ -277,11 +277,11 @@ def _cut(
     lengths_E = np.bincount(example_T)
     begins_E = lengths_E.cumsum() - lengths_E
     place_T = np.arange(len(ids_T))
-    # Where the last answer ends, and so does the example.
+    # An example ends where its last answer ends.
     stops_E = np.maximum.reduceat(np.where(is_answer_T, place_T + 1, 0), begins_E)
     starts_E = np.maximum(begins_E, stops_E - max_length)
     is_kept_T = (starts_E[example_T] <= place_T) & (place_T < stops_E[example_T])
-    # An answer that an example now begins with has lost its beginning, or has no token to be predicted from.
+    # An answer that an example now begins with has lost its beginning, or has no token before it.
     context_T = (is_kept_T & ~is_answer_T).cumsum()
     before_E = np.concatenate([[0], context_T])[begins_E]
     counts_T = is_kept_T & is_answer_T & (context_T > before_E[example_T])
@@ -335,14 +335,14 @@ def _chat_template(tokenizer: EmoTokenizer) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             "The tokenizer has no chat template to write `messages` with: set `tokenizer.chat_template`, or "
-            "give columns of a `prompt` and an `answer`."
+            "name the columns `prompt` and `answer` instead."
         )
     template = tokenizer.get_chat_template()
     if not _GENERATION.search(template):
         raise ValueError(
             "The tokenizer's chat template does not mark what the assistant writes: in "
-            "`tokenizer.chat_template` put it, with what ends it, between `{% generation %}` and "
-            "`{% endgeneration %}`."
+            "`tokenizer.chat_template` write `{% generation %}` before an answer and `{% endgeneration %}` "
+            "after its end."
         )
     return template
 
@@ -356,7 +356,7 @@ def _check_texts(values: Iterable, column: str, indices: Sequence[int]) -> None:
 
 
 def _bad(row: int, column: str, what: str) -> ValueError:
-    return ValueError(f"Row {row}: the column {column!r} {what}. Mend such rows, or filter them out.")
+    return ValueError(f"Row {row}: the column {column!r} {what}. Correct such rows, or filter them out.")
 
 
 def _kind(value: Any) -> str:
@@ -368,7 +368,7 @@ def _report_left_out(total: int, left_out: int, max_length: int) -> None:
         raise ValueError(
             f"All {total} examples would be left out: {_too_long(max_length)}"
             if total
-            else "The dataset has no rows."
+            else "The dataset has no rows: give one with examples."
         )
     if left_out:
         logger.warning(f"{left_out} of {total} examples are left out: {_too_long(max_length)}")

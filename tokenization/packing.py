@@ -1,7 +1,7 @@
-"""From documents to windows of equal length: every document ends in EOS, and nothing marks it otherwise.
+"""Packs documents into windows of equal length. Each document ends in EOS, and only that tells them apart.
 
-Documents stand one after the other and are cut wherever a window is full: what is left of a document begins
-the next window. Labels are the ids themselves, also across the end of a document, as EMO was trained.
+Documents stand one after the other and are cut where a window is full. The rest of a document begins the next
+window. Labels are the ids themselves, also across the end of a document, as EMO was trained.
 
 Shape suffixes: N windows, W tokens of a window, T tokens, D documents.
 """
@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..imports.optional_packages import import_optional
+from .columns import WINDOW, check_at_least_one, check_column, end_documents, eos_id, import_datasets
 from .tokenization_emo import EmoTokenizer
 
 if TYPE_CHECKING:
     import datasets
-
-WINDOW = 4096
-_LARGEST_ID = np.iinfo(np.int32).max  # of a token: datasets keep them as int32
 
 
 def pack_documents(
@@ -30,22 +27,22 @@ def pack_documents(
     window: int = WINDOW,
     rest: Sequence[int] | np.ndarray = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Join documents, each ending in exactly one EOS, and cut what they make into windows.
+    """Join documents, so that each ends in exactly one EOS, and cut the result into windows.
 
-    EOS tokens at the end of a document count as its end: none is added to one, and several become one. A
-    document without tokens becomes a lone EOS. EOS tokens inside a document stay.
+    A document that ends in EOS gets no second one, and several at its end become one. A document without
+    tokens becomes a single EOS. EOS tokens inside a document stay.
 
     Args:
         documents (`Iterable[Sequence[int]]`): the ids of each document, lists or integer arrays of any
             length.
         eos_token_id (`int`): the EOS token.
         window (`int`, defaults to 4096): W, tokens of a window.
-        rest (`Sequence[int]` or `np.ndarray`, *optional*): what an earlier call left over; it comes
-            first and is taken as it is.
+        rest (`Sequence[int]` or `np.ndarray`, *optional*): the tokens that an earlier call left over; they
+            come first and are taken as they are.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: int64 windows (N, W), and the fewer than W tokens after the last one,
-        for the next call, to be dropped or to be padded.
+        `tuple[np.ndarray, np.ndarray]`: int64 windows (N, W), and the tokens after the last window, fewer
+        than W: give them to the next call, drop them or pad them.
 
     Raises:
         ValueError: if the window is smaller than 1, or a document is not a list of ids from 0 to 2**31 - 1.
@@ -63,8 +60,8 @@ def pack_documents(
 
     ```
     """
-    _check_sizes(window=window)
-    ids_T, _ = _end_documents(documents, eos_token_id)
+    check_at_least_one(window=window)
+    ids_T, _ = end_documents(documents, eos_token_id)
     ids_T = np.concatenate([np.asarray(rest, dtype=np.int64), ids_T])
     cut = len(ids_T) // window * window
     return ids_T[:cut].reshape(-1, window), ids_T[cut:]
@@ -109,7 +106,7 @@ def pack_dataset(
         ImportError: if `datasets` is not installed.
         TypeError: if `dataset` is neither of the two.
         ValueError: if there are both or neither of `tokenizer` and `eos_token_id`, the column is missing or
-            holds something else, a size is impossible, or a `Dataset` does not fill one window.
+            holds another type, a size is impossible, or a `Dataset` does not fill one window.
 
     Example:
 
@@ -127,9 +124,9 @@ def pack_dataset(
     """
     if (tokenizer is None) == (eos_token_id is None):
         raise ValueError("Give either `tokenizer`, for texts, or `eos_token_id`, for ids.")
-    _check_sizes(window=window, batch_size=batch_size)
+    check_at_least_one(window=window, batch_size=batch_size)
     column = column or ("input_ids" if tokenizer is None else "text")
-    datasets = _import_datasets()
+    datasets = import_datasets()
     if isinstance(dataset, datasets.IterableDataset):
         return PackedStream(
             dataset,
@@ -146,7 +143,7 @@ def pack_dataset(
             "several splits choose one, as in `dataset['train']`."
         )
 
-    _check_column(column, dataset.column_names)
+    check_column(column, dataset.column_names)
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     common = {"batched": True, "batch_size": batch_size, "num_proc": num_proc, "features": features}
     encode = {"tokenizer": tokenizer, "eos_token_id": eos_token_id, "column": column}
@@ -182,14 +179,14 @@ def pack_dataset(
 class PackedStream(IterableDataset):
     """The windows of an `IterableDataset` of documents, packed as they are read; made by `pack_dataset`.
 
-    Every shard of the documents is read by one worker of a `DataLoader`, which drops (or leaves to be padded)
-    its own last window: give as many shards as workers or more.
+    Each shard of the documents is read by one worker of a `DataLoader`. Each worker drops its own last window
+    if it is not full (or leaves it to be padded). Give at least as many shards as workers.
 
-    `state_dict` and `load_state_dict` are those of `datasets`: a stream that loads a state goes on, bit for
-    bit, after the window that came last, without reading again what came before. A state belongs to the
-    process that iterates. With workers use a data loader that keeps the state of each
-    (`torchdata.stateful_dataloader`), or let `Trainer` skip the batches of before, as it does by itself. The
-    shuffle buffer of `IterableDataset.shuffle` is no part of any state: there only skipping is exact.
+    `state_dict` and `load_state_dict` work as in `datasets`: a stream that loads a state continues, bit for
+    bit, after the last window that was given out, and does not read the documents before it again. A state
+    belongs to the process that iterates. With workers, use a data loader that keeps the state of each
+    (`torchdata.stateful_dataloader`), or let `Trainer` skip the earlier batches, as it does by default. No
+    state holds the shuffle buffer of `IterableDataset.shuffle`: after a shuffle only skipping is exact.
 
     Args:
         documents (`datasets.IterableDataset`): the documents.
@@ -197,7 +194,7 @@ class PackedStream(IterableDataset):
             them.
 
     Raises:
-        ValueError: on iterating, if the column is missing or holds something else, or a state of another
+        ValueError: on iterating, if the column is missing or holds another type, or a state of another
             worker was loaded.
 
     Example:
@@ -234,12 +231,13 @@ class PackedStream(IterableDataset):
         self.tokenizer, self.eos_token_id, self.column = tokenizer, eos_token_id, column
         self.window, self.drop_last, self.batch_size = window, drop_last, batch_size
         self._loaded: dict[str, Any] | None = None
-        # Where the documents stood before the batch at hand, what the batches before it left over, and how
-        # many windows of the two were handed out: little to keep, and at most one batch to encode again.
+        # Where the documents stood before the current batch, the tokens that earlier batches left over, and
+        # how many windows of the current batch were given out. So a state is small, and after loading it at
+        # most one batch is encoded again.
         self._at: tuple[dict | None, np.ndarray, int] = (None, np.empty(0, dtype=np.int64), 0)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        # A view of its own: a state stays with the dataset it was loaded into, for every later epoch.
+        # A copy for this iteration: a dataset keeps a loaded state in all later epochs.
         documents = self.documents.with_format(None)
         documents.set_epoch(self.documents.epoch)
         read, rest, done = None, np.empty(0, dtype=np.int64), 0
@@ -248,7 +246,7 @@ class PackedStream(IterableDataset):
             if loaded["worker"] != _worker():
                 raise ValueError(
                     f"The state was made by worker {loaded['worker']} and is loaded by worker {_worker()}: "
-                    "load it where the stream is iterated, or skip the batches of before."
+                    "load it where the stream is iterated, or load none and skip the earlier batches."
                 )
             read, rest, done = (
                 loaded["documents"],
@@ -260,7 +258,7 @@ class PackedStream(IterableDataset):
         self._at = (read, rest, done)
         examples = iter(documents)
         while batch := list(islice(examples, self.batch_size)):
-            _check_column(self.column, [name for name in batch[0] if all(name in row for row in batch)])
+            check_column(self.column, [name for name in batch[0] if all(name in row for row in batch)])
             ids = _encode([row[self.column] for row in batch], self.tokenizer, self.column)
             windows_NW, new_rest = pack_documents(ids, eos_token_id=self._eos, window=self.window, rest=rest)
             for index in range(done, len(windows_NW)):
@@ -273,20 +271,20 @@ class PackedStream(IterableDataset):
 
     @property
     def _eos(self) -> int:
-        return _eos_of(self.tokenizer, self.eos_token_id)
+        return eos_id(self.tokenizer, self.eos_token_id)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle the documents anew, as `datasets.IterableDataset.set_epoch` does.
 
         Args:
-            epoch (`int`): the epoch that the next iteration is.
+            epoch (`int`): the number of the next epoch.
 
         Example: `Trainer` and accelerate's data loaders call it.
         """
         self.documents.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on after the window that came last.
+        """What `load_state_dict` needs to continue after the last window that was given out.
 
         Returns:
             `dict`: numbers, strings and lists of them.
@@ -316,45 +314,8 @@ class PackedStream(IterableDataset):
         self.set_epoch(state_dict["epoch"])
 
 
-def _end_documents(documents: Iterable[Sequence[int]], eos_token_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Join documents, each with exactly one EOS at its end: ids (T,) and lengths (D,), int64."""
-    arrays = [_as_ids(document, index) for index, document in enumerate(documents)]
-    lengths_D = np.array([len(array) for array in arrays], dtype=np.int64)
-    ids_T = np.concatenate([np.empty(0, dtype=np.int64), *arrays])
-    if len(ids_T) and (ids_T.min() < 0 or ids_T.max() > _LARGEST_ID):
-        raise ValueError(
-            f"Documents of the batch hold ids from {ids_T.min()} to {ids_T.max()}: expected 0 to "
-            f"{_LARGEST_ID}. Is it a column of token ids?"
-        )
-    ends_D = lengths_D.cumsum()
-    begins_D = ends_D - lengths_D
-    # One after the last token that is no EOS, up to each place; 0 where there is none.
-    place_T = np.arange(1, len(ids_T) + 1)
-    last_T = np.maximum.accumulate(np.where(ids_T != eos_token_id, place_T, 0))
-    kept_D = np.maximum(np.concatenate([[0], last_T])[ends_D], begins_D)
-    is_kept_T = place_T <= np.repeat(kept_D, lengths_D)
-
-    lengths_D = kept_D - begins_D + 1
-    ends_D = lengths_D.cumsum()
-    is_text = np.ones(lengths_D.sum(), dtype=bool)
-    is_text[ends_D - 1] = False
-    ended_T = np.full(len(is_text), eos_token_id, dtype=np.int64)
-    ended_T[is_text] = ids_T[is_kept_T]
-    return ended_T, lengths_D
-
-
-def _as_ids(document: Sequence[int], index: int) -> np.ndarray:
-    array = np.asarray(document)
-    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
-        raise ValueError(
-            f"Document {index} of the batch is a {type(document).__name__} of shape {array.shape} and type "
-            f"{array.dtype}: expected a list of ids. Texts need a `tokenizer`."
-        )
-    return array.astype(np.int64)
-
-
 def _encode(values: list, tokenizer: EmoTokenizer | None, column: str) -> list[list[int]]:
-    """The ids of documents, which are texts where there is a tokenizer."""
+    """The ids of documents. With a tokenizer, the values are texts."""
     if tokenizer is None:
         return values
     for value in values:
@@ -369,15 +330,15 @@ def _encode(values: list, tokenizer: EmoTokenizer | None, column: str) -> list[l
 def _encode_batch(
     batch: dict[str, list], *, tokenizer: EmoTokenizer | None, eos_token_id: int | None, column: str
 ) -> dict[str, list[np.ndarray]]:
-    """A batch of `Dataset.map`: documents to ids that end in EOS."""
+    """A batch of `Dataset.map`: documents become ids that end in EOS."""
     ids = _encode(batch[column], tokenizer, column)
-    ids_T, lengths_D = _end_documents(ids, _eos_of(tokenizer, eos_token_id))
+    ids_T, lengths_D = end_documents(ids, eos_id(tokenizer, eos_token_id))
     return {"input_ids": np.split(ids_T.astype(np.int32), lengths_D.cumsum()[:-1])}
 
 
 def _ends(documents: "datasets.Dataset") -> np.ndarray:
     """Where each document of an arrow-formatted dataset ends in the row of all tokens: (D,) int64."""
-    import pyarrow.compute
+    import pyarrow.compute  # comes with `datasets`, which is optional
 
     lengths = [
         pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
@@ -397,10 +358,10 @@ def _windows_that_begin(
 ):
     """A batch of `Dataset.map`: the windows that begin in these documents.
 
-    They may end in documents of later batches, which are read here too. So no batch waits for what another
-    one leaves over, and any number of processes gives the same windows.
+    A window may end in documents of later batches, which are read here too. So no batch waits for another
+    one, and any number of processes gives the same windows.
     """
-    import pyarrow
+    import pyarrow  # comes with `datasets`, which is optional
 
     begin = int(ends_D[indices[0] - 1]) if indices[0] else 0
     first = -(-begin // window) * window
@@ -416,32 +377,7 @@ def _windows_that_begin(
     return pyarrow.table({"input_ids": windows})
 
 
-def _eos_of(tokenizer: EmoTokenizer | None, eos_token_id: int | None) -> int:
-    eos = eos_token_id if tokenizer is None else tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("The tokenizer has no EOS token to end documents with: set `tokenizer.eos_token`.")
-    return eos
-
-
 def _worker() -> str | None:
     """Which worker of a data loader this process is."""
     info = get_worker_info()
     return None if info is None else f"{info.id} of {info.num_workers}"
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` is {size}, expected at least 1.")
-
-
-def _check_column(column: str, names: list[str], argument: str = "column") -> None:
-    if column not in names:
-        raise ValueError(
-            f"The dataset has no column {column!r}, only {sorted(names)}: name the right one as `{argument}`."
-        )
-
-
-def _import_datasets():
-    """`datasets`, which only training needs."""
-    return import_optional("datasets", "Reading a dataset needs")

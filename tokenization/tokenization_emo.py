@@ -14,7 +14,7 @@ from ..modeling_emo.transformers_versions import private_names
 with private_names("tokenizer"):
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-# What `tokenizer_config.json` says of the class, so that tools without this package read what is saved.
+# `tokenizer_config.json` names this class, so that tools without this package can read the saved files.
 _SAVED_CLASS = "PreTrainedTokenizerFast"
 _DEFAULT_TOKENS = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
 
@@ -31,9 +31,9 @@ def _whole(text: str) -> str:
 class EmoTokenizer(TokenizersBackend):
     """Byte-level BPE tokenizer of EMO: EOS is `<|endoftext|>`, padding is `<|pad|>`, and there is no BOS.
 
-    Unlike Transformers' classes for other models it never rebuilds a tokenizer from vocabulary and merges,
-    which would split text as that other model does: whatever `tokenizer_class` a repository names, the ids
-    are those of its `tokenizer.json`.
+    The ids are always those of the repository's `tokenizer.json`, whatever `tokenizer_class` it names.
+    Transformers' classes for other models rebuild a tokenizer from vocabulary and merges, and then split text
+    as that other model does.
 
     `tokenizer(text)` appends nothing. To end texts with EOS there are `encode_documents`, for training, and
     `add_eos_token=True`, as for every Transformers tokenizer.
@@ -42,8 +42,8 @@ class EmoTokenizer(TokenizersBackend):
         tokenizer_file (`str`, *optional*): a `tokenizer.json`.
         tokenizer_object (`tokenizers.Tokenizer`, *optional*): a tokenizer, instead of the file.
         kwargs: as for every Transformers tokenizer. `eos_token` and `pad_token` are by default
-            `<|endoftext|>` and `<|pad|>` where the vocabulary has them; otherwise none, as the id of a new
-            token would be outside the model's embedding.
+            `<|endoftext|>` and `<|pad|>` if the vocabulary has them. Otherwise there are none: the id of a
+            new token would be outside the model's embedding.
 
     Raises:
         ValueError: if there is neither a file nor a tokenizer.
@@ -70,9 +70,9 @@ class EmoTokenizer(TokenizersBackend):
         if tokenizer_object is None and tokenizer_file is None:
             raise ValueError(
                 f"There is no `tokenizer.json` in {kwargs.get('name_or_path') or 'the arguments'}, and "
-                "`EmoTokenizer` reads no other format: `tokenizer.save_pretrained` puts one beside a model."
+                "`EmoTokenizer` reads no other format: put one there with `tokenizer.save_pretrained`."
             )
-        # Loaded here and not by Transformers, as the defaults depend on the vocabulary.
+        # Transformers would load it later, but the defaults depend on the vocabulary.
         if tokenizer_object is None:
             backend = Tokenizer.from_file(str(tokenizer_file))
         else:
@@ -92,7 +92,7 @@ class EmoTokenizer(TokenizersBackend):
         """Encode whole documents for training: the ids of each, with EOS after the last one and nowhere else.
 
         The text of a special token inside a document is text: a page that quotes `<|endoftext|>` stays whole.
-        Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD, as tiktoken has it.
+        Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD, as in tiktoken.
 
         Args:
             texts (`Iterable[str]`): the documents; a string is one document.

@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
+from ..checkpoints.hub.names import HUB_KWARGS
 from ..configuration import EmoConfig
 from ..imports.optional_packages import import_optional
 from ..modeling_emo import EmoPreTrainedModel
@@ -30,7 +32,8 @@ from ..subsets.reduced_config import held_experts
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-_HUB_KWARGS = ("cache_dir", "revision", "subfolder", "token")
+# PEFT gives these to `hf_hub_download`, which takes no proxies.
+_HUB_KWARGS = tuple(name for name in HUB_KWARGS if name != "proxies")
 # Factors of the stacked experts (PEFT nests its wrappers: one per parameter) and of the router.
 _EXPERT_FACTOR = re.compile(
     r".*\.layers\.(?P<layer>\d+)\.mlp\.(?P<part>experts|gate)(\.base_layer)*\.lora_(?P<factor>[AB])\.weight"
@@ -40,23 +43,23 @@ _EXPERT_FACTOR = re.compile(
 def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
     """A PEFT `LoraConfig` whose adapter remembers the experts of `model`, whoever saves it.
 
-    They are those that the model holds now. So make a config for each model, and after its experts were
+    The config holds the experts that the model has now. So make one for each model, after its experts were
     chosen or swapped: `model.add_adapter`, `EmoTrainer` and `emo train` refuse a config of other experts.
-    PEFT's `get_peft_model` shows the config no model and cannot; `save_adapter` writes the experts that the
-    model really holds.
+    PEFT's `get_peft_model` cannot, as it does not show the model to the config. `save_adapter` always writes
+    the experts that the model has.
 
     Args:
         model (`EmoPreTrainedModel`): the model to be adapted, full or a subset.
         kwargs: of `peft.LoraConfig`. What can be adapted: attention (`target_modules=["q_proj", "v_proj"]`);
             the experts (`target_modules=["gate_proj", "up_proj", "down_proj"]`, or the stacked parameters by
             name, `target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`); the router
-            (`target_parameters=["mlp.gate.weight"]`). Stacked parameters take no `lora_dropout`. PEFT reads
-            `gate_proj` and its like as the experts' in every layer: dense layers are adapted by
-            `target_parameters=["mlp.gate_proj.weight", ...]`.
+            (`target_parameters=["mlp.gate.weight"]`). Stacked parameters take no `lora_dropout`. In every
+            layer PEFT takes `gate_proj`, `up_proj` and `down_proj` for the experts'. To adapt dense layers,
+            give `target_parameters=["mlp.gate_proj.weight", ...]`.
 
     Returns:
-        `LoraConfig`: for `peft.get_peft_model`, or as `peft_config=` of TRL's trainers. Those have losses of
-            their own: without the ones of document pools, and with another model's balance loss unless
+        `LoraConfig`: for `peft.get_peft_model`, or as `peft_config=` of TRL's trainers. TRL computes its own
+            loss. It has no losses of document pools, and it adds another model's balance loss unless
             `router_aux_loss_coef=0.0`.
 
     Raises:
@@ -77,16 +80,16 @@ def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
     ```
     """
     _require_peft()
-    from .peft_config import SubsetLoraConfig
+    from .peft_config import SubsetLoraConfig  # this module needs PEFT, which is optional
 
     return SubsetLoraConfig(**kwargs, expert_subset=held_experts(model.config).to_dict())
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs) -> None:
-    """Save an adapter with the experts it was trained on, whatever config it was made with.
+    """Save an adapter with the experts that it was trained on, whichever config it was made with.
 
     `transformers_emo.subsets.push_folder(folder, "me/adapter")` then puts it on the Hub with its card. PEFT's
-    `push_to_hub` takes the experts along too (with `lora_config`), but its card says nothing of them.
+    `push_to_hub` uploads the experts too (with `lora_config`), but its card does not name them.
 
     Args:
         model (`peft.PeftModel`): the adapted model.
@@ -132,22 +135,21 @@ def load_adapter(
     is_trainable: bool = False,
     **kwargs,
 ) -> PeftModel:
-    """Put a saved adapter on a model, once it is known to belong to the model's experts.
+    """Put a saved adapter on a model, after checking that it belongs to the model's experts.
 
-    On a model that holds the adapter's experts and more (the full model, a larger subset) the adapter is
-    expanded through the root ids, as `expand_adapter` does; the other experts stay as they are. With
+    The model may hold more experts than the adapter was trained on: the full model, or a larger subset. The
+    adapter is then expanded as by `expand_adapter`, and the other experts stay as they are. With
     `base.use_experts(subset)` the result computes what the subset with its adapter computes.
 
-    Transformers' own `model.load_adapter(adapter)` and `AutoModelForCausalLM.from_pretrained(adapter)` refuse
-    other experts too. Plain `PeftModel.from_pretrained(base, adapter)` does not: PEFT shows the model neither
-    the folder nor anything in `adapter_config.json` that is not PEFT's own.
+    `model.load_adapter(adapter)` and `AutoModelForCausalLM.from_pretrained(adapter)` refuse other experts
+    too. Plain `PeftModel.from_pretrained(base, adapter)` cannot: the model never sees the adapter's folder.
 
     Args:
         base (`EmoPreTrainedModel`): the model; adapted in place, as PEFT does.
         adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
-        trained_on (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts it was trained on,
-            for an adapter saved without them.
-        is_trainable (`bool`, defaults to `False`): load it to be trained further.
+        trained_on (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts that the adapter
+            was trained on, if it was saved without them.
+        is_trainable (`bool`, defaults to `False`): whether the adapter is to be trained further.
         kwargs: of `PeftModel.from_pretrained`.
 
     Returns:
@@ -155,8 +157,8 @@ def load_adapter(
 
     Raises:
         ImportError: without PEFT.
-        SubsetError: if the adapter was trained on experts that the model does not hold, or on unknown ones;
-            before anything is loaded.
+        SubsetError: if the adapter was trained on experts that the model does not hold, or if they are not
+            known. It comes before anything is loaded.
 
     Example:
 
@@ -192,22 +194,23 @@ def load_adapter(
 def expand_adapter(
     adapter: str | os.PathLike, config: EmoConfig, folder: str | os.PathLike, *, trained_on: Any = None, **hub
 ) -> None:
-    """Write an adapter of a subset anew, for a model that holds those experts and more.
+    """Rewrite an adapter of a subset for a model that holds those experts and more.
 
-    Of the stacked experts each expert's factors go to its place, of the router each row; the places between
-    are zeros, which change nothing. All else (attention) is as it was.
+    The factors of each expert, and its row of the router's factor, go to the place of this expert in the
+    larger model. All other places get zeros, which change nothing. Factors of attention are copied.
 
     Args:
         adapter (`str` or `os.PathLike`): the adapter's folder or Hub repository.
         config (`EmoConfig`): the config of the larger model, mostly the full one.
         folder (`str` or `os.PathLike`): where the expanded adapter goes.
         trained_on (`ExpertSubset`, path, `dict` or list of lists, *optional*): as in `load_adapter`.
-        hub: `revision`, `subfolder`, `token` or `cache_dir` of a Hub repository.
+        hub: `cache_dir`, `force_download`, `local_files_only`, `revision`, `subfolder` or `token`, for a Hub
+            repository.
 
     Raises:
         ImportError: without PEFT.
-        SubsetError: if the model lacks some of the adapter's experts, or the adapter is of a kind that has no
-            known place for each expert (anything but LoRA on the stacked experts or the router).
+        SubsetError: if the model lacks some of the adapter's experts, or the adapter changes experts in
+            another way than by LoRA on the stacked experts or the router.
 
     Example:
 
@@ -224,8 +227,6 @@ def expand_adapter(
     ```
     """
     peft = _require_peft()
-    from safetensors.torch import save_file
-
     kept = _subset_of_adapter(adapter, config, trained_on, hub)
     present = present_experts(config)
     peft_config = peft.PeftConfig.from_pretrained(os.fspath(adapter), **hub)
@@ -236,7 +237,8 @@ def expand_adapter(
         if match is None and SIZED_BY_EXPERTS.fullmatch(name):
             raise SubsetError(
                 f"{name} of the adapter cannot be expanded to other experts: only LoRA on stacked experts "
-                "and on the router can (`target_parameters`). Merge it into the subset it was trained on."
+                "and on the router can (`target_parameters`). Merge the adapter into the subset that it was "
+                "trained on."
             )
         if match is not None:
             layer = int(match["layer"])
@@ -253,7 +255,7 @@ def expand_adapter(
 
 
 def _spread_experts(tensor: torch.Tensor, factor: str, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """PEFT flattens `lora_A` (K, r, I) to (K * r, I), but `lora_B` (O, r, K) to (O, r * K), expert last."""
+    """PEFT flattens `lora_A` (K, r, I) to (K * r, I), but `lora_B` (O, r, K), experts last, to (O, r * K)."""
     if factor == "A":
         tensor_KrI = tensor.reshape(len(ids), -1, tensor.shape[-1])
         expanded_ErI = tensor.new_zeros(num_experts, *tensor_KrI.shape[1:])
@@ -264,7 +266,7 @@ def _spread_experts(tensor: torch.Tensor, factor: str, ids: torch.Tensor, num_ex
 
 
 def _spread_router(tensor: torch.Tensor, factor: str, ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Of the router `lora_A` (r, D) belongs to all experts, and `lora_B` (K, r) has a row for each."""
+    """The router's `lora_A` (r, D) serves all experts, and its `lora_B` (K, r) has a row for each."""
     if factor == "A":
         return tensor
     return tensor.new_zeros(num_experts, tensor.shape[1]).index_copy_(0, ids, tensor)
@@ -282,8 +284,8 @@ def _subset_of_adapter(
         if config.retained_experts is None:  # an adapter of the full model, as anyone's PEFT saves it
             return here
         raise SubsetError(
-            f"The adapter {os.fspath(adapter)!r} has no {RECORD}, so that the experts it was trained on are "
-            f"not known, and this model holds a subset ({_first_layer(here)}): name them by `trained_on=`."
+            f"The adapter {os.fspath(adapter)!r} has no {RECORD}: the experts that it was trained on are not "
+            f"known, and this model holds a subset ({_first_layer(here)}). Give them as `trained_on=`."
         )
     check_record(subset, config)
     return subset

@@ -1,4 +1,4 @@
-"""`DocumentCollator`: packed windows to batches that say which document a token belongs to.
+"""`DocumentCollator` makes batches of packed windows and says which document each token belongs to.
 
 Shape suffixes: B windows, S tokens of the longest one.
 """
@@ -19,10 +19,10 @@ _COLUMNS = {"input_ids", "labels", "document_ids", "seq_lengths", "position_ids"
 class DocumentCollator:
     """Stacks windows into batches for EMO; a `data_collator` for `Trainer`.
 
-    Where documents begin is what a window says, in `document_ids` (W,) or `seq_lengths` (the lengths of the
-    documents in it), and otherwise what the config says: `config.document_boundaries`, so by default
-    every EOS opens a segment. `Trainer` removes columns that it does not find in the model's signature, these
-    two among them, unless `remove_unused_columns=False`.
+    A window may say where its documents begin, in `document_ids` (W,) or in `seq_lengths`, the lengths of its
+    documents. Otherwise `config.document_boundaries` decides: by default every EOS opens a segment. Set
+    `remove_unused_columns=False`: `Trainer` removes columns that are not in the model's signature, and these
+    two are not.
 
     Labels are a window's own `labels`, or its ids, also across the ends of documents. Windows that are
     shorter than others are padded on the right; padding has attention mask 0, label -100 and a document of
@@ -59,8 +59,8 @@ class DocumentCollator:
         """Make a batch.
 
         Args:
-            windows (`Sequence[Mapping]`): each with `input_ids` (W,), and what of `labels`, `document_ids`,
-                `seq_lengths`, `position_ids`, `attention_mask` there is: lists, arrays or tensors.
+            windows (`Sequence[Mapping]`): each with `input_ids` (W,), and any of `labels`, `document_ids`,
+                `seq_lengths`, `position_ids` and `attention_mask`: lists, arrays or tensors.
 
         Returns:
             `dict[str, torch.Tensor]`: `input_ids`, `labels`, `document_ids`, and `position_ids` where given,
@@ -68,7 +68,7 @@ class DocumentCollator:
         """
         rows = [self._row(window) for window in windows]
         batch = {
-            # Any id would do for padding: nothing attends to it, and it is no target.
+            # Any id can stand for padding: nothing attends to it, and it is no target.
             "input_ids": self._stack(rows, "input_ids", self.config.pad_token_id or 0),
             "labels": self._stack(rows, "labels", -100),
             "document_ids": self._stack(rows, "document_ids", _PADDING),
@@ -77,20 +77,20 @@ class DocumentCollator:
             batch["position_ids"] = self._stack(rows, "position_ids", 0)
         self._check_ids(batch)
         mask = self._stack(rows, "attention_mask", 0)
-        # Without a mask attention runs its fastest kernels. Where padding is expected the keys never change:
-        # accelerate joins batches by the keys of the first.
+        # Attention is fastest without a mask. But accelerate joins batches by the keys of the first, so the
+        # mask is always there when padding is expected.
         if self.window is not None or not mask.all():
             batch["attention_mask"] = mask
         return batch
 
     def _check_ids(self, batch: dict[str, torch.Tensor]) -> None:
-        """Refuse here what on an accelerator ends in an error that names nothing."""
+        """Refuse ids outside the vocabulary: on an accelerator they end in an error that names nothing."""
         lowest, highest = (int(value) for value in batch["input_ids"].aminmax())
         highest = max(highest, int(batch["labels"].max()))
         if lowest < 0 or highest >= self.config.vocab_size:
             raise ValueError(
                 f"A batch holds ids from {lowest} to {highest}, and the model has those from 0 to "
-                f"{self.config.vocab_size - 1}: do its tokenizer and the data belong together?"
+                f"{self.config.vocab_size - 1}: encode the data with the model's own tokenizer."
             )
 
     def _row(self, window: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ class DocumentCollator:
             if value.shape != ids.shape:
                 raise ValueError(
                     f"A window has {len(ids)} `input_ids` and `{name}` of shape {tuple(value.shape)}: "
-                    f"expected ({len(ids)},)."
+                    f"expected ({len(ids)},). Give one value for each token."
                 )
         # A window may come padded. Its padding is no target and joins no document either.
         row["labels"] = row["labels"].where(mask.bool(), -100)
@@ -114,14 +114,14 @@ class DocumentCollator:
         return row
 
     def _segments(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The document of each token, as the config's convention tells."""
+        """The document of each token, from `seq_lengths` or by the rule of the config."""
         ids, convention = row["input_ids"], self.config.document_boundaries
         if "seq_lengths" in row:
             lengths = row["seq_lengths"]
             if lengths.sum() != len(ids):
                 raise ValueError(
                     f"The `seq_lengths` of a window add up to {int(lengths.sum())}, expected its {len(ids)} "
-                    "tokens."
+                    "tokens: correct the lengths, or remove the column."
                 )
             return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         if convention == "position_ids":
@@ -140,12 +140,16 @@ class DocumentCollator:
 
     def _stack(self, rows: list[dict[str, torch.Tensor]], name: str, padding: int) -> torch.Tensor:
         if missing := sum(name not in row for row in rows):
-            raise ValueError(f"{missing} of {len(rows)} windows have no `{name}`, the others do.")
+            raise ValueError(
+                f"{missing} of {len(rows)} windows have no `{name}`, the others do: give it to all "
+                "or to none."
+            )
         stacked = pad_sequence([row[name] for row in rows], batch_first=True, padding_value=padding)
         if self.window is None:
             return stacked
         if stacked.shape[1] > self.window:
             raise ValueError(
-                f"A window has {stacked.shape[1]} tokens, more than the collator's `window` of {self.window}."
+                f"A window has {stacked.shape[1]} tokens, more than the collator's `window` of {self.window}"
+                ": give the collator a larger one, or make shorter windows."
             )
         return torch.nn.functional.pad(stacked, (0, self.window - stacked.shape[1]), value=padding)

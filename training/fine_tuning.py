@@ -1,4 +1,4 @@
-"""What trains: all of a model, or its routed experts, its shared ones and its router step by step.
+"""Chooses what trains: the whole model, or its routed experts with or without the shared ones and the router.
 
 Shape suffixes: E experts of the layer.
 """
@@ -24,17 +24,17 @@ def train_only(model: EmoPreTrainedModel, what: What) -> None:
     """Choose what trains; everything else is frozen.
 
     Routed and shared experts stand in the same stacked parameters, `gate_up_proj` (E, 2F, D) and `down_proj`
-    (E, D, F). With `"routed"` these train, and a hook zeroes the gradient of the shared experts' rows before
-    it is summed or reduced over ranks. Weight decay needs no gradient, though: with an optimiser that decays
-    weights, or that has already gathered momentum for those rows, use `KeepFrozenRows` too.
+    (E, D, F). With `"routed"` both train, and a hook zeroes the gradient of the shared experts' rows before
+    it is summed or reduced over ranks. Weight decay changes rows without a gradient, and so does momentum
+    that an optimiser has gathered before: with either, use `KeepFrozenRows` too.
 
-    The choice stays through `Trainer`, accelerate, DDP, FSDP2, `model.to(...)` and copies.
+    The choice holds with `Trainer`, accelerate, DDP and FSDP2, and after `model.to(...)` and copying.
 
     Args:
         model (`EmoPreTrainedModel`): the model, full or a subset. Each call undoes the one before.
-        what (`str`): `"all"`; `"routed"`, the routed experts; `"routed+shared"`, all experts, always-active
-            ones count as shared; `"routed+shared+router"`, and the router too. Dense layers train with
-            `"all"` only.
+        what (`str`): `"all"`; `"routed"`, the routed experts; `"routed+shared"`, all experts;
+            `"routed+shared+router"`, all experts and the router. Always-active experts count as shared. Dense
+            layers train with `"all"` only.
 
     Raises:
         ValueError: if `what` is none of these.
@@ -52,7 +52,7 @@ def train_only(model: EmoPreTrainedModel, what: What) -> None:
     ```
     """
     if what not in get_args(What):
-        raise ValueError(f"`what` is {what!r}, expected one of {list(get_args(What))}.")
+        raise ValueError(f"`what` is {what!r}, expected one of {list(get_args(What))}: name one of them.")
     model.requires_grad_(what == "all")
     for block, layer in zip(_blocks(model), model.config.layer_experts, strict=True):
         if layer.is_dense:
@@ -64,7 +64,7 @@ def train_only(model: EmoPreTrainedModel, what: What) -> None:
             continue
         block.experts.requires_grad_(True)
         block.gate.requires_grad_(what == "routed+shared+router")
-        rows = [*range(layer.num_routed, layer.num_experts), *layer.always_active]
+        rows = list(layer.always_used)
         if what == "routed" and rows:
             block.experts._frozen_rows = rows
             hooks = _FrozenRowHooks(rows)
@@ -73,10 +73,10 @@ def train_only(model: EmoPreTrainedModel, what: What) -> None:
 
 
 def keep_frozen_rows(model: EmoPreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimiser leave the rows frozen by `train_only` exactly as they are, weight decay or not.
+    """Have an optimiser leave the rows that `train_only` froze exactly as they are.
 
-    They are put aside before each of its steps and put back after it; of sharded parameters (FSDP2), by each
-    rank those that it holds.
+    The rows are copied before each step of the optimiser and put back after it. With sharded parameters
+    (FSDP2) each rank does so for the rows that it holds.
 
     Args:
         model (`EmoPreTrainedModel`): a model on which `train_only` was called.
@@ -122,16 +122,17 @@ class KeepFrozenRows(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Watch over the optimiser, once there is one."""
+        """Hook `keep_frozen_rows` into the optimiser that `Trainer` has just made."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper takes no hooks
         keep_frozen_rows(model, optimizer)
 
 
 class _FrozenRowHooks:
-    """Forward pre-hook of a layer's experts: zeroes rows of the gradient, whatever parameters they have then.
+    """Forward pre-hook of a layer's experts that zeroes rows of the gradients of their parameters.
 
-    Hooks on tensors alone are lost where FSDP2 gives the module others, and where the model is copied. A
-    class and not a closure, so that models can still be pickled.
+    FSDP2 and copying give the module other tensors, and hooks on the old ones are lost. So at each forward
+    this hook sees to it that the tensors of the moment have theirs. It is a class and no closure, so that
+    models can still be pickled.
     """
 
     def __init__(self, rows: list[int]):
@@ -139,7 +140,7 @@ class _FrozenRowHooks:
         self.handles = _WeakTensorKeyDictionary()
 
     def __call__(self, experts: nn.Module, *_) -> None:
-        if torch.compiler.is_compiling():  # a compiled graph keeps the hooks that are there
+        if torch.compiler.is_compiling():  # a compiled graph keeps the hooks that it was made with
             return
         for parameter in experts.parameters():
             if parameter.requires_grad and parameter not in self.handles:
@@ -161,7 +162,7 @@ def _on_this_rank(parameter: Any, rows: list[int]) -> tuple[torch.Tensor, torch.
     is_row_E = torch.zeros(len(parameter), dtype=torch.bool, device=parameter.device)
     is_row_E[rows] = True
     if hasattr(parameter, "placements"):  # a DTensor, which not every build of PyTorch has
-        from torch.distributed.tensor import Replicate, distribute_tensor
+        from torch.distributed.tensor import Replicate, distribute_tensor  # not in every build either
 
         placements = [p if p.is_shard(0) else Replicate() for p in parameter.placements]
         # Without a source rank each rank cuts its own part out, and nothing is sent.

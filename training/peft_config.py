@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig` with the experts of its model. The one module here that needs PEFT to be imported."""
+"""PEFT's `LoraConfig` with the experts of its model. Only this module cannot be imported without PEFT."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..subsets.publishing.cards import complete_adapter_card
 class SubsetLoraConfig(LoraConfig):
     """A `LoraConfig` that writes `expert_subset.json` wherever it is saved.
 
-    PEFT, the Trainer and TRL all save an adapter through its config, so that none of them need know. The file
+    PEFT, `Trainer` and TRL all save an adapter through its config, so each of them saves the file too. It
     stands beside `adapter_config.json`, which stays as PEFT alone would write it.
 
     Args:
@@ -41,13 +41,13 @@ class SubsetLoraConfig(LoraConfig):
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """`dict[str, Any]`: what PEFT writes; without the subset, which plain PEFT would warn of."""
+        """`dict[str, Any]`: what PEFT writes. The subset is left out: plain PEFT would warn of it."""
         data = super().to_dict()
         data.pop("expert_subset")
         return data
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write `adapter_config.json` and `expert_subset.json`, and complete the card that is there.
+        """Write `adapter_config.json` and `expert_subset.json`, and complete the model card in the folder.
 
         Arguments are as for every PEFT config.
         """

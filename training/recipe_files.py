@@ -1,4 +1,4 @@
-"""Recipe files: which model, which data, which settings of a training run."""
+"""Recipe files: they name the model, the data and the settings of a training run."""
 
 import os
 import re
@@ -11,14 +11,13 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..checkpoints.hub.names import HUB_KWARGS
 from .fine_tuning import What
 from .recipes import RecipeName
 
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
 
 class _Loader(yaml.SafeLoader):
-    """YAML as in version 1.2, where 4e-3 is a number; PyYAML's 1.1 reads it as text."""
+    """Reads 4e-3 as a number, as YAML 1.2 does. PyYAML follows YAML 1.1, where it is text."""
 
 
 _Loader.add_implicit_resolver(
@@ -35,13 +34,13 @@ class ModelSection:
 
     Args:
         path (`str`): a folder or Hub repository to start from.
-        from_scratch (`bool`): take only the config from there, and new weights.
+        from_scratch (`bool`): take only the config from there, and begin with new weights.
         tokenizer (`str`, *optional*): a folder or Hub repository; `path` by default.
         config (`dict`): settings of `EmoConfig` to change, pools for example.
         expert_subset (*optional*): load only these experts; as for `from_pretrained`.
         train (`str`): what trains; as for `train_only`.
-        options (`dict`): more arguments of `from_pretrained`, such as `dtype` or `revision`; from scratch of
-            `from_config`, and of the Hub.
+        options (`dict`): more arguments of `from_pretrained`, such as `dtype` or `revision`. For a model from
+            scratch: arguments of `from_config`, and those that say where on the Hub the config is.
 
     Raises:
         ValueError: if a model from scratch is to have a subset of experts.
@@ -66,7 +65,7 @@ class ModelSection:
 
     @property
     def hub(self) -> dict[str, Any]:
-        """Those of the options that say where on the Hub the model is."""
+        """The options that say where on the Hub the model is."""
         return {name: value for name, value in self.options.items() if name in HUB_KWARGS}
 
 
@@ -81,15 +80,15 @@ class DataSection:
     Args:
         load (`dict`): arguments of `datasets.load_dataset`.
         text (`str`, *optional*): the column of texts; `"text"` if no other column is named.
-        ids (`str`, *optional*): or that of token ids.
-        prompt, answer (`str`, *optional*): or those of questions and of answers.
-        messages (`str`, *optional*): or that of chats.
-        window (`int`): tokens of a window, at least 2; for answers, of the longest example that is kept.
+        ids (`str`, *optional*): the column of token ids, instead of texts.
+        prompt, answer (`str`, *optional*): the columns of questions and of answers, instead of texts.
+        messages (`str`, *optional*): the column of chats, instead of texts.
+        window (`int`): tokens of a window, at least 2. For answers: the most tokens of an example.
         pack (`bool`): put several short examples with answers into one window.
         num_proc (`int`, *optional*): processes that tokenise.
 
     Raises:
-        ValueError: if the columns do not go together, a window has no next token to predict, or `pack` is
+        ValueError: if the columns do not go together, a window is too short to predict a token, or `pack` is
             set for documents.
 
     Example: see `Recipe`.
@@ -108,20 +107,22 @@ class DataSection:
     def __post_init__(self):
         if self.window < 2:
             raise ValueError(
-                f"`window` is {self.window}, expected at least 2 tokens: the first of a window is predicted "
-                "from nothing and trains nothing (EMO: 4096)."
+                f"`window` is {self.window}, expected at least 2 tokens: nothing stands before the first one "
+                "of a window, so it trains nothing. Give a larger window (EMO was trained with 4096)."
             )
         named = [name for name in ("text", "ids", "prompt", "messages") if getattr(self, name)]
         if len(named) > 1 or bool(self.prompt) != bool(self.answer):
             columns = named + (["answer"] if self.answer else [])
             raise ValueError(
-                f"The data names the columns {columns}: expected `text`, `ids`, `messages`, or `prompt` and "
-                "`answer`."
+                f"The data names the columns {columns}: name only `text`, only `ids`, only `messages`, or "
+                "`prompt` and `answer`."
             )
         if not named:
             self.text = "text"
         if self.pack and not self.has_answers:
-            raise ValueError("`pack` is for examples with answers: documents are always packed.")
+            raise ValueError(
+                "`pack` is for examples with answers, and documents are always packed: remove `pack`."
+            )
 
     @property
     def has_answers(self) -> bool:
@@ -140,13 +141,13 @@ class Recipe:
         model (`ModelSection`): what to start from.
         data (`DataSection`): what to train on.
         evaluation (`DataSection`, *optional*): what to evaluate on; `training.eval_strategy` says when.
-        training (`dict`): arguments of `training_arguments`, so any of `TrainingArguments`.
+        training (`dict`): arguments of `training_arguments`, and with them any of `TrainingArguments`.
         lora (`dict`, *optional*): train a LoRA adapter; arguments of `lora_config`.
         exact_balance (`bool`): as for `EmoTrainer`.
 
     Raises:
-        ValueError: if a section or a setting is unknown, missing or of the wrong kind, or two of them cannot
-            be true together.
+        ValueError: if a section or a setting is unknown, missing or of the wrong kind, or two of them
+            contradict each other.
 
     Example:
 
@@ -183,13 +184,13 @@ class Recipe:
             )
         if self.evaluation is not None and self.evaluation.pack:
             raise ValueError(
-                "Packed examples would see each other in `evaluation`: attention is kept within documents in "
-                "training only. Set `pack: false` there."
+                "Packed examples would see each other in `evaluation`: attention stays within documents only "
+                "in training. Set `evaluation.pack: false`."
             )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """Read what a file holds.
+        """Make a recipe of the contents of a file.
 
         Args:
             data (`Mapping`): sections by name.
@@ -231,9 +232,14 @@ class Recipe:
         try:
             data = read_yaml(Path(file).read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise ValueError(f"{os.fspath(file)} is no YAML file: {error}") from error
+            raise ValueError(
+                f"{os.fspath(file)} is no YAML file: {error}\nCorrect it there, or give a recipe file."
+            ) from error
         if not isinstance(data, dict):
-            raise ValueError(f"{os.fspath(file)} holds no sections: expected `recipe`, `model`, `data` ...")
+            raise ValueError(
+                f"{os.fspath(file)} holds no sections: expected `recipe`, `output_dir`, `model` and `data`. "
+                "Give a recipe file."
+            )
         for name, value in (changes or {}).items():
             *sections, setting = name.split(".")
             section = data
@@ -242,13 +248,15 @@ class Recipe:
                     section[part] = {}
                 section = section[part]
                 if not isinstance(section, dict):
-                    raise ValueError(f"Cannot set `{name}`: `{part}` holds {section!r}, not settings.")
+                    raise ValueError(
+                        f"Cannot set `{name}`: `{part}` holds {section!r}, not settings. Set `{part}` itself."
+                    )
             section[setting] = value
         return cls.from_dict(data)
 
 
 def read_yaml(text: str) -> Any:
-    """Read YAML, with the numbers of version 1.2: `4e-3` is one, and not a text.
+    """Read YAML with the numbers of YAML 1.2, in which `4e-3` is a number and not text.
 
     Args:
         text (`str`): what a recipe file or one of its values holds.
@@ -271,13 +279,15 @@ def read_yaml(text: str) -> Any:
 def _checked(cls: Any, data: Any, where: str) -> Any:
     """`cls(**data)`, with an error that names what is unknown or missing."""
     if not isinstance(data, Mapping):
-        raise ValueError(f"The {where} holds {data!r}, expected settings by name.")
+        raise ValueError(
+            f"The {where} holds {data!r}, expected settings by name: write them as `name: value`."
+        )
     known = {f.name: f for f in fields(cls)}
     if unknown := sorted(set(data) - set(known)):
-        raise ValueError(f"The {where} has no settings {unknown}: expected some of {list(known)}.")
+        raise ValueError(f"The {where} has no settings {unknown}: use only {list(known)}.")
     needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if data.get(name) is None]:
-        raise ValueError(f"The {where} lacks {missing}.")
+        raise ValueError(f"The {where} lacks {missing}: add them.")
     try:
         return cls(**{name: value for name, value in data.items() if value is not None})
     except StrictDataclassError as error:

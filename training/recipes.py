@@ -29,7 +29,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     },
-    # Goes on where pretraining ends: at a tenth of its learning rate.
+    # It continues where pretraining ends: at a tenth of the learning rate.
     "anneal": _OPTIMISER | {"learning_rate": 4e-4, "warmup_steps": 0, "lr_scheduler_type": "linear"},
     "fine-tune": {
         "learning_rate": 5e-5,
@@ -59,25 +59,25 @@ def training_arguments(
     | `"fine-tune"` | 5e-5 | 10 % | linear to 0, one epoch of batches of 32 |
 
     The first two have AdamW (0.9, 0.95), epsilon 1e-8, weight decay 0.1 and gradients clipped at 1.0; the
-    paper pretrains with 1,024 windows of 4,096 tokens to a step (`windows_per_step=1024`). Weight decay for
-    everything but the input embedding, as there, is `EmoTrainer`'s doing. The losses' coefficients are the
-    config's: its defaults are the paper's. Annealing is pretraining gone on with: of an EMO, or of a standard
-    mixture of experts, which becomes one by it if the config has document pools.
+    paper pretrains with 1,024 windows of 4,096 tokens in each step (`windows_per_step=1024`). As in the
+    paper, `EmoTrainer` decays all weights but the input embedding. The coefficients of the losses stand in
+    the config, and its defaults are the paper's. Annealing continues the pretraining of an EMO, or of a
+    standard mixture of experts. With document pools in its config, the latter becomes an EMO.
 
     Args:
         recipe (`str`): `"pretrain"`, `"anneal"` or `"fine-tune"`.
         output_dir (`str` or `os.PathLike`): for checkpoints.
         windows_per_step (`int`, *optional*): windows in one step of the optimiser, over all devices:
             sets `gradient_accumulation_steps` for the number of devices and `per_device_train_batch_size`
-            (8 by default, fewer if so few make a step).
-        changes: any of `TrainingArguments`, instead of the recipe's.
+            (by default 8, or fewer if a step has fewer windows).
+        changes: arguments of `TrainingArguments`; they take the place of the recipe's.
 
     Returns:
         `TrainingArguments`
 
     Raises:
-        ValueError: if there is no such recipe, a number is none, the windows cannot be divided among the
-            devices, or the recipe's warm-up is as long as the whole training.
+        ValueError: if there is no such recipe, something else stands where a number is expected, the windows
+            cannot be divided among the devices, or the recipe's warm-up is as long as the whole training.
         ImportError: without `accelerate`.
 
     Example:
@@ -94,13 +94,13 @@ def training_arguments(
     """
     require("Training needs", "accelerate")
     if recipe not in _RECIPES:
-        raise ValueError(f"There is no recipe {recipe!r}: expected one of {list(get_args(RecipeName))}.")
+        raise ValueError(f"There is no recipe {recipe!r}: name one of {list(get_args(RecipeName))}.")
     _check_numbers(changes)
     if windows_per_step is not None and (not _is_a(windows_per_step, int) or windows_per_step < 1):
-        raise ValueError(f"`windows_per_step` is {windows_per_step!r}, expected an integer of at least 1.")
+        raise ValueError(f"`windows_per_step` is {windows_per_step!r}: give an integer of at least 1.")
     # `DocumentCollator` reads columns that the model's signature does not name.
     settings: dict[str, Any] = {"remove_unused_columns": False, "report_to": "none"} | _RECIPES[recipe]
-    if not torch.accelerator.is_available():  # PyTorch warns of it otherwise
+    if not torch.accelerator.is_available():  # or PyTorch would warn that pinned memory has no use
         settings["dataloader_pin_memory"] = False
     default_windows = settings.pop("windows_per_step", None)
     if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(changes):
@@ -121,20 +121,20 @@ def training_arguments(
     if windows_per_step % at_once:
         raise ValueError(
             f"{windows_per_step} windows per step cannot be divided among {arguments.world_size} processes "
-            f"with {arguments.train_batch_size} at once: expected a multiple of {at_once}."
+            f"with {arguments.train_batch_size} at once: give a multiple of {at_once}."
         )
     arguments.gradient_accumulation_steps = windows_per_step // at_once
     return arguments
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:
-    """`TrainingArguments` takes the text of a number as well, and the optimiser stumbles over it later."""
+    """Refuse text where a number is expected: `TrainingArguments` takes it, and the optimiser fails later."""
     hints = get_type_hints(TrainingArguments)
     for name, value in settings.items():
         kinds = set(get_args(hints.get(name)) or [hints.get(name)])
         if kinds <= {bool, int, float, NoneType} and not any(_is_a(value, kind) for kind in kinds):
             expected = " or ".join(sorted("none" if kind is NoneType else kind.__name__ for kind in kinds))
-            raise ValueError(f"`{name}` is {value!r}, expected {expected}.")
+            raise ValueError(f"`{name}` is {value!r}, expected {expected}: change its value.")
 
 
 def _is_a(value: Any, kind: type) -> bool:

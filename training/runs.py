@@ -1,4 +1,4 @@
-"""Training as a recipe says; what `emo train` runs."""
+"""Runs the training that a recipe describes, for `emo train` and for callers in Python."""
 
 import json
 import os
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from ..checkpoints.hub.names import folder_or_repo, pinned
+from ..checkpoints.hub.names import HUB_KWARGS, folder_or_repo, pinned
 from ..configuration import EmoConfig
 from ..imports.optional_packages import require
 from ..modeling_emo import EmoForCausalLM
 from ..modeling_emo.transformers_versions import private_names
 from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
+from .adapters import lora_config
 from .collator import DocumentCollator
 from .fine_tuning import train_only
-from .recipe_files import HUB_KWARGS, DataSection, Recipe
+from .recipe_files import DataSection, Recipe
 from .recipes import training_arguments
 from .trainer import EmoTrainer
 
@@ -34,8 +35,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
 
     Args:
         recipe (`Recipe`): what to do.
-        resume (`bool`, defaults to `False`): go on from the last whole checkpoint in `output_dir`, if there
-            is one.
+        resume (`bool`, defaults to `False`): continue from the last complete checkpoint in `output_dir`, if
+            there is one.
 
     Returns:
         `EmoTrainer`: after training; `trainer.state.log_history` holds the logs.
@@ -77,7 +78,7 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
 
     Args:
         recipe (`Recipe`): what to do.
-        trainer_class (`type[EmoTrainer]`, *optional*): a trainer of one's own.
+        trainer_class (`type[EmoTrainer]`, *optional*): a trainer of your own.
 
     Raises:
         ValueError: if a setting does not fit, or there is nothing to train on.
@@ -98,7 +99,7 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
     arguments = _arguments(recipe)
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(arguments.seed)
-    pinned(recipe.model.path, recipe.model.hub)  # a path that is wrong is an error of its own
+    pinned(recipe.model.path, recipe.model.hub)  # so that a wrong path has an error of its own
     config = _load_config(recipe)
     if recipe.model.tokenizer is None:
         tokenizer = EmoTokenizer.from_pretrained(recipe.model.path, **recipe.model.hub)
@@ -106,7 +107,7 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
         with folder_or_repo(recipe.model.tokenizer):
             tokenizer = EmoTokenizer.from_pretrained(recipe.model.tokenizer)
     _check_vocabulary(recipe, tokenizer, config)
-    if recipe.model.from_scratch:  # it may be another model's; it is saved as this one's
+    if recipe.model.from_scratch:  # the tokenizer of another model, saved as the one of this model
         tokenizer.model_max_length = config.max_position_embeddings
     with arguments.main_process_first(desc="tokenising"):
         windows = _load_data(recipe.data, tokenizer, "data")
@@ -114,19 +115,17 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
         if recipe.evaluation is not None:
             evaluation = _load_data(recipe.evaluation, tokenizer, "evaluation")
     model = _load_model(recipe, config)
-    # Windows of documents are full. Padded to one length, they would all bring a mask that masks nothing.
+    # Windows of documents are full. With a fixed length they would all bring a mask that masks nothing.
     collator = DocumentCollator(model.config, window=recipe.data.window if recipe.data.pack else None)
     trained: Any = model
     if recipe.lora is not None:
-        from peft import get_peft_model
-
-        from .adapters import lora_config
+        from peft import get_peft_model  # optional
 
         try:
             adapter = lora_config(model, **recipe.lora)
         except TypeError as error:
             raise ValueError(f"The section `lora` is not right: {error}.") from error
-        with warnings.catch_warnings():  # PEFT looks for modules of these names; they are of parameters
+        with warnings.catch_warnings():  # PEFT misses modules of these names; they are names of parameters
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*gate_up_proj")
             trained = get_peft_model(model, adapter)
     return trainer_class(
@@ -141,14 +140,14 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The last checkpoint of `Trainer` in a folder that was written to its end.
+    """The last complete checkpoint of `Trainer` in a folder.
 
     Args:
         folder (`str` or `os.PathLike`): an `output_dir`; it need not exist.
 
     Returns:
-        `str`, *optional*: its path. `Trainer` writes `trainer_state.json` last: a checkpoint without it, or
-        with a part of it, was cut short.
+        `str`, *optional*: its path. `Trainer` writes `trainer_state.json` last: a checkpoint without a whole
+        one is incomplete.
 
     Example:
 
@@ -179,23 +178,26 @@ def _is_json(file: Path) -> bool:
 def _arguments(recipe: Recipe) -> TrainingArguments:
     try:
         return training_arguments(recipe.recipe, recipe.output_dir, **recipe.training)
-    except TypeError as error:  # an unknown setting, which Python names
+    except TypeError as error:  # an unknown setting; the error names it
         raise ValueError(f"The section `training` is not right: {error}.") from error
 
 
 def _load_data(
     section: DataSection, tokenizer: Any, where: str
 ) -> "datasets.Dataset | datasets.IterableDataset | PackedStream":
-    import datasets
+    import datasets  # optional
 
     try:
         dataset = datasets.load_dataset(**section.load)
     except TypeError as error:
         raise ValueError(f"`{where}.load` is not what `datasets.load_dataset` takes: {error}.") from error
     except StopIteration as error:
-        raise ValueError(f"`{where}.load` names files without a row.") from error
+        raise ValueError(f"`{where}.load` names files without a row: name files that hold data.") from error
     except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"`{where}.load` names files that cannot be read: {error.__cause__}") from error
+        raise ValueError(
+            f"`{where}.load` names files that cannot be read: {error.__cause__}. Correct the files or the "
+            "format that `path` names."
+        ) from error
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise ValueError(f"`{where}.load` gives the splits {list(dataset)}: name one as `split`.")
     if section.has_answers:
@@ -221,15 +223,18 @@ def _load_data(
             window=section.window,
             num_proc=section.num_proc,
         )
-    # A stream finds out about its rows only as it is read, which is best before the model is.
+    # A stream checks its rows only when it is read: read one now, before the model is loaded.
     if not isinstance(windows, datasets.Dataset) and next(iter(windows), None) is None:
-        raise ValueError(f"`{where}` streams nothing that fills a window of {section.window} tokens.")
+        raise ValueError(
+            f"`{where}` streams nothing that fills a window of {section.window} tokens: give more data, or a "
+            "smaller `window`."
+        )
     return windows
 
 
 def _load_config(recipe: Recipe) -> EmoConfig:
     section = recipe.model
-    # The paper fine-tunes without pools, also where the model was trained with them.
+    # The paper fine-tunes without pools, even if the model was trained with them.
     pools_off = {"document_pool_min": None, "document_pool_max": None} if recipe.recipe == "fine-tune" else {}
     try:
         config, unknown = EmoConfig.from_pretrained(
@@ -238,12 +243,13 @@ def _load_config(recipe: Recipe) -> EmoConfig:
         config.validate()  # settings that do not go together
     except (StrictDataclassError, ValueError) as error:
         reason: BaseException = error
-        while reason.__cause__ is not None:  # what is wrong, under what it was wrong in
+        while reason.__cause__ is not None:  # the innermost error says what is wrong
             reason = reason.__cause__
         raise ValueError(f"The section `model.config` is not right: {reason}") from error
     if unknown:
         raise ValueError(
-            f"The section `model.config` has settings that `EmoConfig` does not know: {list(unknown)}."
+            f"The section `model.config` has settings that `EmoConfig` does not know: {list(unknown)}. "
+            "Correct their names, or remove them."
         )
     if recipe.recipe == "anneal" and config.document_pool_min is None:
         raise ValueError(
@@ -259,13 +265,13 @@ def _load_config(recipe: Recipe) -> EmoConfig:
 
 
 def _check_vocabulary(recipe: Recipe, tokenizer: Any, config: EmoConfig) -> None:
-    """That of ids in the data themselves shows in `DocumentCollator`."""
+    """Refuse a tokenizer with ids that the model lacks. (`DocumentCollator` checks the ids of the data.)"""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if recipe.data.ids is None and largest >= config.vocab_size:
         raise ValueError(
             f"The tokenizer has ids up to {largest}, and {recipe.model.path} a `vocab_size` of "
-            f"{config.vocab_size}: name the tokenizer that belongs to it as `model.tokenizer`, or from "
-            "scratch set `vocab_size` in `model.config`."
+            f"{config.vocab_size}: name the model's own tokenizer as `model.tokenizer`, or, for a "
+            "model from scratch, set `vocab_size` in `model.config`."
         )
 
 

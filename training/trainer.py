@@ -33,17 +33,18 @@ _LOSSES = {
 def accumulate_balance(
     model: nn.Module, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> Iterator[None]:
-    """Balance the experts over all micro-batches of one optimiser step; for loops without `EmoTrainer`.
+    """Balance the experts over all micro-batches of one optimiser step, in a loop without `EmoTrainer`.
 
-    While the context is open, the balance loss of a forward counts the picks of the forwards before it too.
-    With `batches` it counts those of the whole step from the first: gradients are then exactly those of all
-    micro-batches in one, for the price of another forward each without gradient. With document pools only.
+    While the context is open, the balance loss of a forward also counts the picks of the forwards before it.
+    With `batches`, the picks of the whole step are counted before the first one. The gradients are then
+    exactly those of all micro-batches in one. This costs one more forward for each, without gradient. Without
+    document pools the context changes nothing.
 
     Args:
         model (`nn.Module`): an `EmoForCausalLM`, also inside DDP's, FSDP's or PEFT's wrappers.
-        batches (`Iterable[Mapping]`, *optional*): the step's micro-batches, on the model's device, in the
-            order and number in which they are about to be trained on. The random state is put back, so that
-            they meet the same pools.
+        batches (`Iterable[Mapping]`, *optional*): all micro-batches of the step, on the model's device, in
+            the order in which they will be trained on. The random state is put back after counting, so that
+            training draws the same pools.
 
     Raises:
         ValueError: if there is no `EmoForCausalLM` in the model.
@@ -78,25 +79,26 @@ class EmoTrainer(Trainer):
     - Weight decay is for everything but the input embedding (`Trainer` leaves out norms and biases instead).
     - The balance loss counts over all micro-batches of an optimiser step, as `accumulate_balance`.
     - The logs report `ce_loss`, `balance_loss`, `router_z_loss`, `lm_z_loss` (without their coefficients,
-      means over the steps since the last report), `pool_size` (mean routed experts in a document's pool) and
+      means over the steps since the last report), `pool_size` (mean number of routed experts in a pool) and
       `experts_used` (routed experts that any token took since the last report, mean over the layers).
     - A finished run that is resumed trains no further (`Trainer` with `max_steps` takes one more step).
     - Rows that `train_only` froze stay as they are, whatever the optimiser (`KeepFrozenRows`).
     - `TrainingArguments(fsdp=True)` shards parameters, gradients and the optimiser (FSDP2) on CPUs too, where
       accelerate alone falls back to DDP without a word.
 
-    Everything else, checkpoints and distributed training among it, is `Trainer`'s. Under DDP every parameter
-    has a gradient, so that `ddp_find_unused_parameters=False` saves time. Models that Transformers sharded on
-    loading (`DistributedConfig(fsdp_size=...)`) train as well, but `Trainer` does not resume those.
+    All else, such as checkpoints and distributed training, is as in `Trainer`. Every parameter has a gradient
+    under DDP, so `ddp_find_unused_parameters=False` saves time. Models that Transformers sharded on loading
+    (`DistributedConfig(fsdp_size=...)`) train too, but `Trainer` cannot resume their training.
 
     Args:
         args, kwargs: as for `Trainer`.
-        exact_balance (`bool`, defaults to `False`): count the picks of a step's micro-batches beforehand, so
-            that accumulated gradients are exactly those of one large batch; costs another forward each.
+        exact_balance (`bool`, defaults to `False`): count the picks of all micro-batches of a step before
+            it. Accumulated gradients are then exactly those of one large batch. This costs one more forward
+            for each micro-batch.
 
     Raises:
         ValueError: if there is no `EmoForCausalLM` in the model (classifiers train with `Trainer`), or with
-            `label_smoothing_factor`: `Trainer` then leaves out what the model adds to the cross entropy.
+            `label_smoothing_factor`, which makes `Trainer` drop what the model adds to the cross entropy.
         SubsetError: if the model has an adapter whose config `lora_config` made for other experts.
 
     Example:
@@ -134,21 +136,21 @@ class EmoTrainer(Trainer):
             )
         self.exact_balance = exact_balance
         self._step_counts: BalanceCounts | None = None
-        self._uncounted: list[Any] = []  # the step's micro-batches, where their picks are still to be counted
+        self._uncounted: list[Any] = []  # the step's micro-batches, until their picks are counted
         self._begin_report()
         if isinstance(self.model, EmoPreTrainedModel):
             self.add_callback(KeepFrozenRows())
 
     def train(self, *args, **kwargs):
         """Train; see `Trainer.train`."""
-        self._begin_report()  # what an earlier run did not come to report is none of this one's
+        self._begin_report()  # drop what an earlier run did not report
         return super().train(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and have it shard on CPUs too; see `Trainer`."""
         super().create_accelerator_and_postprocess()
         with private_names("sharding on CPUs"):
-            from accelerate import PartialState
+            from accelerate import PartialState  # optional
             from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
         state, settings = self.accelerator.state, self.args.fsdp_plugin_args
@@ -168,12 +170,12 @@ class EmoTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of the next optimiser step; a new count of picks begins with them."""
         if self.state.global_step >= self.state.max_steps:
-            # Resumed at its end: `Trainer` looks at the number of steps only after another one.
+            # A finished run was resumed. `Trainer` looks at the number of steps only after one more step.
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_counts = BalanceCounts()
-        # Not counted here: when resuming, the random state that draws the pools is restored after this.
+        # They are counted later: on resuming, the random state that draws pools is restored after this call.
         self._uncounted = batches if self.exact_balance and len(batches) > 1 else []
         return batches, num_items
 
@@ -201,12 +203,13 @@ class EmoTrainer(Trainer):
         super().log(logs, start_time)
 
     def _begin_report(self) -> None:
-        self._steps = 0.0  # of the optimiser, since the last report; the others since then, too
+        # All three are since the last report. The first counts the steps of the optimiser.
+        self._steps = 0.0
         self._sums: dict[str, Any] = {}
         self._picks: list[Any] = []  # one (R,) a layer
 
     def _report(self, outputs: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None) -> None:
-        """Note what one micro-batch adds to the report; nothing here waits for the device."""
+        """Note what one micro-batch adds to the report, without waiting for the device."""
         fraction = 1 / self.current_gradient_accumulation_steps
         scale = fraction
         if num_items_in_batch is not None:  # losses are then shares of a sum, as `Trainer.compute_loss` says
@@ -239,7 +242,10 @@ def _causal_lm(model: nn.Module) -> EmoForCausalLM:
     for module in model.modules():
         if isinstance(module, EmoForCausalLM):
             return module
-    raise ValueError(f"Expected an `EmoForCausalLM`, maybe wrapped, got a {type(model).__name__}.")
+    raise ValueError(
+        f"Expected an `EmoForCausalLM`, maybe wrapped, got a {type(model).__name__}: load one with "
+        "`EmoForCausalLM.from_pretrained`, or train this model with `Trainer`."
+    )
 
 
 def _count_picks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> torch.Tensor | None:

@@ -1,1 +1,1 @@
-"""Compiled code for the network, and what calls it."""
+"""Compiled code for the network, and the functions that call it."""

@@ -1,9 +1,9 @@
 """`"emo"`, the experts implementation of EMO on a CPU, and `"emo_sorted"`, the same without compiled code.
 
-Both directions are in C++ (`native/`). Where it was not compiled, and for other dtypes, tokens are sorted by
-expert once, and every expert is two matrix products, each into its place in one buffer; backward four, with
-all else over all picks at once. Transformers' own implementations either build gradients of the size of all
-experts for every expert (`eager`), or go through a fallback (`grouped_mm`).
+Forward and backward are in C++ (`native/`). Without compiled code, and for other dtypes, tokens are sorted by
+expert once. Forward, every expert is then two matrix products, each into its place in one buffer. Backward it
+is four. All other steps run over all picks at once. Transformers' `eager` builds gradients of the size of all
+experts for every expert, and its `grouped_mm` runs a fallback on CPUs.
 
 Shape suffixes: T tokens, K experts taken per token, P = T * K picks, E experts, D hidden size, F expert
 width.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import integrations  # its `moe` is no import: registering imports us in the midst of it
+from transformers import integrations  # not its `moe`, which is still being imported when this is registered
 
 from .gradient_memory import empty_gradient
 from .native_library import Kernels, find_kernels
@@ -22,13 +22,13 @@ from .private_torch import private_torch
 
 _is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
-# Without AMX, from so many float32 rows an expert on, PyTorch's products are as fast as the kernel or faster.
-# For gradients they always are (both measured).
+# Without AMX, PyTorch's float32 products are as fast as the kernel from so many rows an expert on. For
+# gradients they are always as fast (both measured).
 _MANY_ROWS = 192
 
 
 class _Sorting:
-    """Picks in the order of experts, and within one in that of tokens; those of other ranks left out."""
+    """The order of picks by expert, and by token within an expert. Picks of other ranks are left out."""
 
     def __init__(self, index_TK: torch.Tensor, num_experts: int):
         self.top_k = index_TK.shape[1]
@@ -43,12 +43,12 @@ class _Sorting:
         self.token_P = self.order_P // self.top_k
 
     def sum_picks(self, rows_PD: torch.Tensor) -> torch.Tensor:
-        """Rows in the order of experts to their sums over each token's picks, (T, D)."""
+        """Sum the rows, which are in the order of experts, over the picks of each token: (T, D)."""
         return rows_PD.index_select(0, self.place_P).view(-1, self.top_k, rows_PD.shape[-1]).sum(dim=1)
 
 
 def _sorted_forward(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK):
-    """The output, and gate and up of every pick, sorted."""
+    """The output, and gate and up of every pick in the sorted order."""
     num_experts, hidden, width = down_EDF.shape
     sorting = _Sorting(index_TK, num_experts)
     here = sorting.here
@@ -68,7 +68,7 @@ def _sorted_forward(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK):
 
 
 def _sorted_backward(grad_TD, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK, gate_up_P2F, wants):
-    """The gradients that are wanted of x, gate_up, down and weights; `None` for the others."""
+    """The wanted gradients among those of x, gate_up, down and weights; `None` for the others."""
     wants_x, wants_gate_up, wants_down, wants_weights = wants
     num_experts, _, width = down_EDF.shape
     sorting = _Sorting(index_TK, num_experts)
@@ -114,7 +114,7 @@ def _sorted_backward(grad_TD, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
 
 
 def _new_gradient(weight: torch.Tensor, spans: list[tuple[int, int, int]]) -> torch.Tensor:
-    """Room for a gradient whose rows of hit experts are about to be written; the others' are zeros."""
+    """Memory for a gradient: zeros for experts without a pick; the rows of the others are not yet written."""
     gradient = empty_gradient(weight)
     for e in set(range(len(weight))) - {e for e, _, _ in spans}:
         gradient[e].zero_()
@@ -131,12 +131,12 @@ def _experts(
     native: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One operator to graphs, for the sizes of its products depend on the routing."""
+    """One operator for compiled graphs, since the sizes of its products depend on the routing."""
     return _compute(x, gate_up, down, weights, index, native, save)
 
 
 def _kernels_for(x, gate_up, down, index, *, backward: bool = False) -> Kernels | None:
-    """The compiled kernels, where they are the fastest here."""
+    """The compiled kernels, if they can compute this and are the fastest way to do so."""
     if x.dtype not in _COMPILED_DTYPES or not (gate_up.is_contiguous() and down.is_contiguous()):
         return None
     kernels = find_kernels()
@@ -147,7 +147,7 @@ def _kernels_for(x, gate_up, down, index, *, backward: bool = False) -> Kernels 
 
 
 def _compute(x, gate_up, down, weights, index, native: bool, save: bool):
-    """The output, and with `save` gate and up of every pick, sorted (else no rows)."""
+    """The output, and gate and up of every pick in the sorted order (no rows without `save`)."""
     kernels = _kernels_for(x, gate_up, down, index) if native else None
     if kernels is None:
         out, saved = _sorted_forward(x, gate_up, down, weights, index)
@@ -215,7 +215,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
     is_ours = (
         hidden_states.device.type == "cpu"
         and self.config.hidden_act == "silu"  # type: ignore[union-attr]
-        and not torch.compiler.is_exporting()  # what reads a graph elsewhere knows no operator of ours
+        and not torch.compiler.is_exporting()  # other programs do not know this operator
         and not _is_wrapper(gate_up)  # quantised or distributed
     )
     if not is_ours:
@@ -225,7 +225,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
     inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
     if not (save or torch.compiler.is_compiling()) and type(hidden_states) is torch.Tensor:
-        # An operator's way through the dispatcher takes as long as a small model's experts do.
+        # The dispatcher of operators takes as long as the experts of a small model.
         return _compute(*inputs, native, save=False)[0].to(hidden_states.dtype)
     output_TD, _ = torch.ops.transformers_emo.experts(*inputs, native, save)
     return output_TD.to(hidden_states.dtype)
@@ -234,12 +234,12 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
 def emo_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts, for `ExpertsInterface`: what runs on a CPU unless told otherwise.
+    """Weighted sum of each token's experts, for `ExpertsInterface`: the default on a CPU.
 
-    The numbers are those of `eager` to the dtype's tolerance. Gradients are dense, and written once. bfloat16
-    and float32 run compiled code (`native_library.find_kernels`), whose results are the same bits for any
-    number of threads; float32 with very many tokens an expert runs PyTorch's products. On other devices, for
-    other activations than a SiLU and for quantised experts, Transformers' `grouped_mm` runs instead.
+    The results are those of `eager` within the tolerance of the dtype. Gradients are dense, and written once.
+    bfloat16 and float32 run compiled code (`native_library.find_kernels`), which gives the same bits with any
+    number of threads. float32 with very many tokens for each expert runs PyTorch's products. On other
+    devices, for activations other than SiLU and for quantised experts, Transformers' `grouped_mm` runs.
 
     Args:
         self (`nn.Module`): stacked experts, `gate_up_proj` (E, 2F, D) with gate above up, and `down_proj` (E,
@@ -268,10 +268,10 @@ def emo_experts_forward(
 def sorted_experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """As `emo_experts_forward`, by PyTorch's own matrix products alone: `"emo_sorted"`.
+    """As `emo_experts_forward`, but only with PyTorch's own matrix products: `"emo_sorted"`.
 
     Args:
-        self, hidden_states, top_k_index, top_k_weights: as there.
+        self, hidden_states, top_k_index, top_k_weights: as in `emo_experts_forward`.
 
     Returns:
         `torch.Tensor`: (T, D) in the dtype of `hidden_states`.

@@ -1,9 +1,9 @@
 """Memory for large gradients, kept from one backward pass to the next.
 
-A block's experts have gradients of gigabytes. Fresh memory comes page by page, each cleared first, which
-takes longer than the gradients take to compute, and `zero_grad` gives it all back. Here memory is asked for
-in large pages, and what is given back stays for the next pass, marked as free: the system takes it whenever
-anyone needs memory (`MADV_FREE`; until then tools count it as the process's).
+The gradients of one layer's experts take gigabytes. The system clears new memory page by page, which takes
+longer than computing the gradients, and `zero_grad` gives all of it back. So this module asks for large pages
+and keeps the memory that comes back for the next pass. That memory is marked as free (`MADV_FREE`): the
+system takes it when any process needs memory. Until then tools count it as memory of this process.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import torch
 
-# What is smaller the C library keeps by itself.
+# The C library keeps smaller blocks by itself.
 _LEAST_BYTES = 32 << 20
 _PAGE = 2 << 20
 _HAS_ADVICE = all(hasattr(mmap, name) for name in ("MADV_FREE", "MADV_HUGEPAGE"))
@@ -26,11 +26,11 @@ _free: dict[int, list[mmap.mmap]] = {}
 def empty_gradient(like: torch.Tensor) -> torch.Tensor:
     """An uninitialised, contiguous tensor for a gradient.
 
-    Its storage cannot be resized. Other devices than the CPU, anything but Linux, and small gradients get
-    PyTorch's own memory.
+    Its storage cannot be resized. Small gradients, devices other than the CPU and systems other than Linux
+    get PyTorch's own memory.
 
     Args:
-        like (`torch.Tensor`): what the gradient is of.
+        like (`torch.Tensor`): the tensor that the gradient belongs to.
 
     Returns:
         `torch.Tensor`: of the same shape and dtype.
@@ -54,22 +54,22 @@ def empty_gradient(like: torch.Tensor) -> torch.Tensor:
     except IndexError:
         try:
             block = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:  # no room: PyTorch may find some once nothing is kept here, or says what is missing
+        except OSError:  # PyTorch may find memory once nothing is kept here, or names what is missing
             _free.clear()
             return torch.empty_like(like, memory_format=torch.contiguous_format)
         _advise(block, mmap.MADV_HUGEPAGE)
     memory = (ctypes.c_char * size).from_buffer(block)
-    # The tensor holds `memory`, and that the block.
+    # The tensor keeps `memory` alive, and `memory` keeps the block.
     weakref.finalize(memory, _give_back, block, os.getpid()).atexit = False
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 
 def _give_back(block: mmap.mmap, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child would copy what it writes to
+    if os.getpid() == owner:  # a forked child would have to copy every page that it writes to
         _advise(block, mmap.MADV_FREE)
         _free.setdefault(len(block), []).append(block)
 
 
 def _advise(block: mmap.mmap, advice: int) -> None:
-    with suppress(OSError):  # kernels may be built without: slower then, or the memory is kept
+    with suppress(OSError):  # some kernels are built without: then it is slower, or the memory stays in use
         block.madvise(advice)

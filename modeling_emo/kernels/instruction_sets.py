@@ -1,6 +1,6 @@
-"""The instruction sets that the C++ kernels are compiled for, one library each, and how they are compiled.
+"""The instruction sets for which the C++ kernels are compiled, one library each, and how to compile them.
 
-`setup.py` reads this file, too: it imports nothing that has to be installed first.
+`setup.py` runs this file too, so it imports nothing that must be installed first.
 """
 
 import enum
@@ -27,19 +27,19 @@ class Feature(enum.IntFlag):
     ```
     """
 
-    AVX2 = 1  # with all else of x86-64-v3
-    AVX512 = 2  # with all else of x86-64-v4
+    AVX2 = 1  # and the rest of x86-64-v3
+    AVX512 = 2  # and the rest of x86-64-v4
     BF16 = 4  # AVX-512's products of bfloat16
-    AMX = 8  # tiles of bfloat16, which Linux allows a process that asks
+    AMX = 8  # tiles of bfloat16; Linux allows them to a process that asks
 
 
 class InstructionSet(NamedTuple):
-    """One of the libraries.
+    """An instruction set, and how its library is compiled.
 
     Attributes:
-        name (`str`): part of the library's file name, and what `EMO_KERNELS` takes.
-        flags (`tuple[str, ...]`): what the compiler is told of the processor.
-        needs (`Feature`): what must be there to run it.
+        name (`str`): part of the library's file name, and a value of `EMO_KERNELS`.
+        flags (`tuple[str, ...]`): the compiler's flags for it.
+        needs (`Feature`): the features that a machine must have to run it.
 
     Example: see `instruction_sets`.
     """
@@ -49,7 +49,8 @@ class InstructionSet(NamedTuple):
     needs: Feature
 
 
-# The fastest of GCC's tunings on an AMD EPYC, too: in places a quarter less time than `-march=native` takes.
+# This is the fastest of GCC's tunings on an AMD EPYC too. In places it takes a quarter less time than
+# `-march=native`.
 _TUNED = "-mtune=icelake-server"
 _V4 = Feature.AVX2 | Feature.AVX512
 _PORTABLE = InstructionSet("portable", (), Feature(0))
@@ -68,13 +69,13 @@ NAMES = tuple(each.name for each in _X86)
 
 
 def instruction_sets(machine: str) -> tuple[InstructionSet, ...]:
-    """Those that libraries are compiled for, the best first; the last one runs on every such machine.
+    """The instruction sets of a kind of machine, the best first. The last one runs on all of its kind.
 
     Args:
         machine (`str`): as `platform.machine()` names it.
 
     Returns:
-        `tuple[InstructionSet, ...]`: on other processors than x86-64 one, what the compiler does unasked.
+        `tuple[InstructionSet, ...]`: several for x86-64. For other processors one, the compiler's default.
 
     Example:
 
@@ -106,7 +107,7 @@ def library_name(name: str) -> str:
 
 
 def fingerprint(flags: Sequence[str], sources: Path = SOURCES) -> str:
-    """Names the sources and flags of a library, which has it built in: another one is of another version.
+    """A hash of the sources and flags of a library. It is built into the library, and shows its version.
 
     Args:
         flags (`Sequence[str]`): an instruction set's.
@@ -138,19 +139,19 @@ def compile_commands(
     system: str = "linux",
     environment: Mapping[str, str] | None = None,
 ) -> list[list[str]]:
-    """What compiles one library: two commands.
+    """The two commands that compile one library.
 
-    OpenMP is used but not linked. Which library has it is for the process to say that loads this one: it is
-    to be PyTorch's own, since a second one would be a second pool of threads.
+    The library uses OpenMP but does not link it. The process that loads it has PyTorch's OpenMP already. A
+    second one would bring a second pool of threads.
 
     Args:
         compiler (`Sequence[str]`): a C++ compiler's command: GCC's, or on macOS clang's.
         flags (`Sequence[str]`): an instruction set's.
-        library (`Path`): where it goes; an object file is left beside it.
+        library (`Path`): the file to write; an object file stays beside it.
         sources (`Path`, *optional*): the folder of the sources.
         system (`str`, defaults to `"linux"`): as `sys.platform` names it.
-        environment (`Mapping[str, str]`, *optional*): its `CPPFLAGS`, `CXXFLAGS`, `LDFLAGS` and, on macOS,
-            `ARCHFLAGS` are added, as other builds have it.
+        environment (`Mapping[str, str]`, *optional*): environment variables. `CPPFLAGS`, `CXXFLAGS`,
+            `LDFLAGS` and, on macOS, `ARCHFLAGS` are added, as is usual.
 
     Returns:
         `list[list[str]]`: to be run in this order.

@@ -1,6 +1,6 @@
-"""Compiled code for what a layer does beside its experts, for inference on a CPU.
+"""Compiled code for the parts of a layer other than its experts, for inference on a CPU.
 
-Each function gives `None` for what it leaves to PyTorch.
+Each function returns `None` where PyTorch should compute instead.
 """
 
 import torch
@@ -8,7 +8,8 @@ from torch import nn
 
 from .native_library import Kernels, find_kernels
 
-# The kernel is faster than PyTorch up to so many rows (measured on AVX-512 and AMX), from so many weights on.
+# The kernel is faster than PyTorch for at most so many rows and at least so many weights (measured on AVX-512
+# and AMX).
 _FEW_ROWS = {torch.bfloat16: 6, torch.float32: 32}
 _FEW_ROWS_OF_TILES = 128
 _MANY_WEIGHTS = 1 << 18
@@ -27,7 +28,7 @@ def _fits_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
 def few_rows_linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`torch.nn.functional.linear` where the weights are many, the rows few, and all is on a CPU.
+    """`torch.nn.functional.linear` for many weights and few rows, on a CPU.
 
     Args:
         input (`torch.Tensor`): (..., D).
@@ -35,9 +36,9 @@ def few_rows_linear(
         bias (`torch.Tensor`, *optional*): (N,).
 
     Returns:
-        `torch.Tensor` or `None`: (..., N); `None` where PyTorch is to do it: many rows, few weights, other
-        dtypes than bfloat16 and float32 or not the same, autocast, other devices, subclasses of tensors
-        (quantised, distributed or fake ones), no compiled kernels.
+        `torch.Tensor` or `None`: (..., N). `None` where PyTorch should compute: for many rows, few weights,
+        dtypes other than bfloat16 and float32 or two different ones, other devices, subclasses of tensors
+        (quantised, distributed or fake ones), under autocast and without compiled kernels.
 
     Example:
 
@@ -65,7 +66,7 @@ def few_rows_linear(
 
 
 def rms_norm(input: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
-    """`weight * x / sqrt(mean(x ** 2) + epsilon)` in float32, rounded at the end: one pass instead of six.
+    """`weight * x / sqrt(mean(x ** 2) + epsilon)` in float32, rounded at the end, in one pass instead of six.
 
     Args:
         input (`torch.Tensor`): (..., D).

@@ -1,11 +1,11 @@
-"""Loads the C++ kernels: of the libraries that came with the package, the best that this machine can run.
+"""Loads the C++ kernels: the best of the package's libraries that this machine can run.
 
-They are compiled when the package is installed (`setup.py`), one for each of several instruction sets
-(`instruction_sets.py`), and have a plain C interface without headers of Python or PyTorch. Nothing is
-compiled here. Where there are none, all runs without, slower. `EMO_KERNELS` chooses another instruction set,
-by its name, or none: `0`.
+The libraries are compiled when the package is installed (`setup.py`), one for each of several instruction
+sets (`instruction_sets.py`). They have a plain C interface, without headers of Python or PyTorch. Nothing is
+compiled here. Without a library everything runs too, but slower. `EMO_KERNELS` chooses another instruction
+set by its name, or none with `0`.
 
-`python -m transformers_emo.modeling_emo.kernels.native_library` prints what runs here.
+`python -m transformers_emo.modeling_emo.kernels.native_library` prints which library runs here.
 """
 
 import ctypes
@@ -56,11 +56,11 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def _are_readable(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
-    """Whether all are contiguous tensors of a dtype, with memory of this process: not of a device, nor fake.
+    """Whether all are contiguous tensors of a dtype in the memory of this process, so none is fake.
 
-    A view that PyTorch marks as negated has other numbers in memory than it stands for.
+    A view that PyTorch marks as negated is refused, since its memory holds other numbers than its values.
 
-    It runs for every product of every token.
+    This runs for every product of every token.
     """
     for tensor in tensors:  # noqa: SIM110  `all` of a generator takes twice as long
         if not (
@@ -75,7 +75,7 @@ def _are_readable(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
 
 
 def _refusal(what: str, tensors: dict[str, torch.Tensor | None]) -> ValueError:
-    """The error that shows all that something should be computed with, by names that say the shapes."""
+    """The error for inputs that do not fit. It lists all of them, under names that give their shapes."""
     found = ", ".join(
         f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
         + ("" if tensor.is_contiguous() else ", not contiguous")
@@ -86,12 +86,12 @@ def _refusal(what: str, tensors: dict[str, torch.Tensor | None]) -> ValueError:
     )
     return ValueError(
         f"The inputs of {what} do not fit each other, or are not all on the CPU, contiguous and of one "
-        f"dtype, bfloat16 or float32: {found}."
+        f"dtype, bfloat16 or float32: {found}. Change those that differ."
     )
 
 
 def _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK) -> None:
-    """C++ reads where it is told to: what does not fit would be read past its end."""
+    """Check the inputs of the experts. C++ does not: it would read past the end of one that is too short."""
     inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK
     sizes = (*x_TD.shape, *down_EDF.shape, *index_TK.shape)
     if len(sizes) == 7:
@@ -115,15 +115,15 @@ class Kernels:
 
     Args:
         path (`Path`): the compiled library, for an instruction set that this machine can run.
-        flags (`Sequence[str]`, *optional*): those of its instruction set: it must then be compiled by them
-            from the sources that lie in this package.
+        flags (`Sequence[str]`, *optional*): the flags of its instruction set. If given, the library must have
+            been compiled with them, from the sources of this package.
 
     Attributes:
-        path (`Path`): as given.
+        path (`Path`): the compiled library.
         has_tiles (`bool`): whether it uses AMX here.
 
     Raises:
-        KernelsError: if the file is no library that can be loaded here, or is not of this version.
+        KernelsError: if the file cannot be loaded as a library here, or is not of this version.
 
     Example: see `load_kernels`.
     """
@@ -168,12 +168,12 @@ class Kernels:
             down_EDF (`torch.Tensor`): (E, D, F).
             weights_TK (`torch.Tensor`): (T, K) float32.
             index_TK (`torch.Tensor`): (T, K) int64; picks outside 0 ... E - 1 add nothing.
-            save (`bool`, defaults to `False`): give gate and up too.
-            tiles (`bool`, defaults to `True`): use AMX where there is any.
+            save (`bool`, defaults to `False`): return gate and up too.
+            tiles (`bool`, defaults to `True`): use AMX if the machine has it.
 
         Returns:
-            `tuple`: (T, D); (T * K, 2F) gate and up, sorted by expert and within one by token (no rows unless
-            `save`).
+            `tuple`: (T, D); (T * K, 2F) gate and up, sorted by expert, and by token within an expert (no rows
+            without `save`).
 
         Raises:
             ValueError: if the shapes do not fit each other, or a tensor is not on the CPU, contiguous and of
@@ -197,7 +197,10 @@ class Kernels:
             tiles,
         )
         if failed:
-            raise MemoryError(f"No memory for the activations of {tokens} tokens with {top_k} experts each.")
+            raise MemoryError(
+                f"No memory for the activations of {tokens} tokens with {top_k} experts each: give fewer "
+                "tokens at a time."
+            )
         return out_TD, saved_P2F
 
     def experts_backward(
@@ -211,26 +214,26 @@ class Kernels:
         saved_P2F: torch.Tensor,
         wants: Sequence[bool] = (True, True, True, True),
     ) -> list[torch.Tensor | None]:
-        """Gradients of `experts`, where `fits_tiles`.
+        """Gradients of `experts`, for sizes that `fits_tiles` accepts.
 
         Args:
-            grad_TD (`torch.Tensor`): (T, D), of its output.
-            x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK: as there.
-            saved_P2F (`torch.Tensor`): (T * K, 2F), what `experts` gave with `save`.
+            grad_TD (`torch.Tensor`): (T, D), the gradient of the output of `experts`.
+            x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK: as for `experts`.
+            saved_P2F (`torch.Tensor`): (T * K, 2F), what `experts` returned with `save`.
             wants (`Sequence[bool]`, defaults to all): which gradients to compute.
 
         Returns:
             `list`: gradients of x, gate_up, down and weights (float32); `None` for those not wanted.
 
         Raises:
-            ValueError: if `fits_tiles` says no, or as `experts`.
+            ValueError: if `fits_tiles` refuses the sizes, or as `experts`.
         """
         _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK)
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
         if not self.fits_tiles(hidden, width):
             raise ValueError(
-                f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32; the experts "
-                'implementation "emo_sorted" has them for all sizes.'
+                f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32: use the experts "
+                'implementation "emo_sorted", which computes them for all sizes.'
             )
         expected = (tokens, hidden), (tokens * top_k, 2 * width)
         found = tuple(grad_TD.shape), tuple(saved_P2F.shape)
@@ -245,7 +248,7 @@ class Kernels:
                 {"tokens (T, D)": x_TD, "gradient (T, D)": grad_TD, "saved (P, 2F)": saved_P2F},
             )
         inputs = x_TD, gate_up_E2FD, down_EDF, weights_TK
-        # Tokens come in other numbers in every batch: memory kept for one would serve no other, and pile up.
+        # The number of tokens changes from batch to batch. Memory kept for one batch would fit no other.
         gradients = [
             None if not wanted else empty_gradient(tensor) if tensor.dim() == 3 else torch.empty_like(tensor)
             for tensor, wanted in zip(inputs, wants, strict=True)
@@ -258,7 +261,10 @@ class Kernels:
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"No memory for the gradients of {tokens} tokens with {top_k} experts each.")
+            raise MemoryError(
+                f"No memory for the gradients of {tokens} tokens with {top_k} experts each: give fewer "
+                "tokens at a time."
+            )
         return gradients
 
     def linear(
@@ -285,7 +291,9 @@ class Kernels:
         pointers = x_MD.data_ptr(), weight_ND.data_ptr(), bias, out_MN.data_ptr()
         sizes = rows, inputs, outputs, torch.get_num_threads()
         if self._linear(dtype == torch.bfloat16, *pointers, *sizes):
-            raise MemoryError(f"No memory for a product of {rows} rows with {outputs} outputs.")
+            raise MemoryError(
+                f"No memory for a product of {rows} rows with {outputs} outputs: give fewer rows at a time."
+            )
         return out_MN
 
     def rms_norm(self, x_MD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -308,10 +316,10 @@ class Kernels:
         return out_MD
 
     def rotate(self, x_MHW: torch.Tensor, cos_PW: torch.Tensor, sin_PW: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of M rows with H heads; row m has the float32 cosines and sines of m modulo P.
+        """Rotary embedding of M rows with H heads. Row m takes the cosines and sines of row m modulo P.
 
         Raises:
-            ValueError: as `linear`; cosines and sines are float32, and W even.
+            ValueError: as `linear`. Cosines and sines must be float32, and W even.
         """
         dtype, width = x_MHW.dtype, x_MHW.shape[-1]
         if (
@@ -336,7 +344,7 @@ class Kernels:
 
 
 def _open(path: Path, flags: Sequence[str] | None) -> ctypes.CDLL:
-    """A library, if it is of these very sources: others take other arguments."""
+    """Load a library, if it was compiled from these sources. One of others may take other arguments."""
     _show_openmp()
     try:
         library = ctypes.CDLL(str(path))
@@ -356,9 +364,9 @@ def _open(path: Path, flags: Sequence[str] | None) -> ctypes.CDLL:
 
 @cache
 def _show_openmp() -> None:
-    """Let the libraries find PyTorch's OpenMP. They bring none: it would be a second pool of threads."""
+    """Let the libraries find PyTorch's OpenMP. They bring none, as it would be a second pool of threads."""
     if hasattr(ctypes.CDLL(None), "omp_get_thread_num"):
-        return  # PyTorch shows it to all on Linux
+        return  # on Linux PyTorch makes it visible to all libraries
     folder = Path(torch.__file__).parent
     brought = [*folder.glob("lib/lib*omp*"), *folder.parent.glob("torch.libs/lib*omp*")]
     names = [str(file) for file in sorted(brought) if file.name.startswith(("libgomp", "libomp", "libiomp"))]
@@ -399,16 +407,16 @@ def choose_set(
     """The instruction set to run.
 
     Args:
-        sets (`Sequence[InstructionSet]`): all there are for such machines, the best first.
+        sets (`Sequence[InstructionSet]`): all for machines of this kind, the best first.
         features (`Feature`): what this machine can run.
-        compiled (`Collection[str]`): names of those that there are libraries for.
+        compiled (`Collection[str]`): the names of those with a library.
         wish (`str`, *optional*): the name of the one to run.
 
     Returns:
-        `InstructionSet`: the one wished for, or the best.
+        `InstructionSet`: the one named by `wish`, or else the best.
 
     Raises:
-        KernelsError: if the one wished for is unknown, not compiled, or not for this machine.
+        KernelsError: if the one named by `wish` is unknown, not compiled, or not for this machine.
 
     Example:
 
@@ -433,20 +441,22 @@ def choose_set(
     if wish not in NAMES:
         reason = "is no instruction set"
     elif found is None:
-        reason = "is of other processors"
+        reason = "is for other processors"
     elif found.needs not in features:
         missing = " and ".join(str(each.name) for each in found.needs & ~features)
         reason = f"cannot run on this machine, which lacks {missing}"
     else:
         reason = f"was not compiled when this package was installed; to compile it: {_AGAIN}"
-    raise KernelsError(f"{_CHOICE}={wish}: {wish} {reason}. Here run {names}; 0 runs none.")
+    raise KernelsError(
+        f"{_CHOICE}={wish}: {wish} {reason}. Choose one that runs here: {names}; or 0 for none."
+    )
 
 
 def runnable_sets() -> list[str]:
-    """Names of the instruction sets that there are libraries for and this machine can run, the best first.
+    """The names of the instruction sets that have a library and that this machine can run, the best first.
 
     Returns:
-        `list[str]`: any of them may be given to `load_kernels` and by `EMO_KERNELS`.
+        `list[str]`: each is a valid argument of `load_kernels` and a valid value of `EMO_KERNELS`.
 
     Raises:
         KernelsError: as `machine_features`.
@@ -473,14 +483,14 @@ def load_kernels(name: str = "") -> Kernels:
     """The kernels of an instruction set.
 
     Args:
-        name (`str`, *optional*): of the instruction set; the best one of this machine if not given.
+        name (`str`, *optional*): the name of the instruction set; by default the best one of this machine.
 
     Returns:
         `Kernels`: the same object for every call.
 
     Raises:
-        KernelsError: if the package has no library of it, the machine cannot run it, or the library is not of
-            this version.
+        KernelsError: if the package has no library for it, the machine cannot run it, or the library is not
+            of this version.
 
     Example:
 
@@ -504,11 +514,11 @@ def find_kernels() -> Kernels | None:
     """The kernels that run here: the best, or those that `EMO_KERNELS` names.
 
     Returns:
-        `Kernels` or `None`: the same for every call. `None` if `EMO_KERNELS=0` switches them off, or there
-        are none that can be used: why not is said once, as a warning.
+        `Kernels` or `None`: the same for every call. `None` if `EMO_KERNELS=0` switches them off, or if none
+        can be used. One warning says why.
 
     Raises:
-        KernelsError: if `EMO_KERNELS` names some that cannot be used.
+        KernelsError: if `EMO_KERNELS` names an instruction set that cannot be used.
 
     Example:
 
@@ -528,16 +538,16 @@ def find_kernels() -> Kernels | None:
             raise
         logger.warning(
             f"EMO runs without its compiled kernels, several times slower on a CPU: {error}. "
-            f"`{_CHOICE}=0` runs without and without this warning."
+            f"`{_CHOICE}=0` switches them off, and this warning too."
         )
         return None
 
 
 def _report() -> str:
-    """What runs here, for a person."""
+    """Which library runs here, as text for people."""
     kernels = find_kernels()
     if kernels is None:
-        return "No compiled kernels: experts run on PyTorch's own products."
+        return "No compiled kernels: experts run with PyTorch's own products."
     running = runnable_sets()
     lines = [f"Runs {kernels.path}", f"Can run here: {', '.join(running)}"]
     others = [each.name for each in instruction_sets(platform.machine()) if each.name not in running]

@@ -1,6 +1,6 @@
-"""The names of PyTorch that this package uses and PyTorch does not document: each may go with any release.
+"""The undocumented names of PyTorch that this package uses. Any release of PyTorch may remove one.
 
-No private name of PyTorch is used but through `private_torch`; a test looks for others.
+The package takes them only through `private_torch`. A test looks for others.
 """
 
 import importlib
@@ -13,7 +13,7 @@ TESTED = "2.13 to 2.15"
 
 USES = {
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": (
-        "tells quantised and distributed weights, which compiled code must not read by their address"
+        "recognises quantised and distributed weights, which compiled code must not read by their address"
     ),
     "torch.distributed.checkpoint.filesystem._StorageInfo": (
         "says in a training checkpoint where the bytes of a tensor lie"
@@ -38,7 +38,8 @@ def private_torch(name: str) -> Any:
         `Any`: the function or class.
 
     Raises:
-        ImportError: if this PyTorch has no such name: with its use, the version found and those tested.
+        ImportError: if this PyTorch has no such name. The message names its use, this version and those
+            tested.
         KeyError: if the name is none of `USES`.
 
     Example:

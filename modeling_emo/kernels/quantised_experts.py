@@ -1,8 +1,8 @@
 """Experts in 8 or 4 bits, by torchao, as a `quantization_config` for `from_pretrained`.
 
-torchao quantises linear layers; the experts of a layer are one stacked parameter (E, N, K). Its 8-bit tensor
-takes three dimensions and gives single experts out. None of its 4-bit tensors does on a CPU: here a stack of
-its two-dimensional ones does. Nothing here is imported before it is asked for: torchao is no requirement.
+torchao quantises linear layers, but the experts of a layer are one stacked parameter (E, N, K). Its 8-bit
+tensor can have three dimensions and return single experts. None of its 4-bit tensors can on a CPU, so this
+module stacks its two-dimensional ones. torchao is optional: this module is imported only when it is used.
 
 Shape suffixes: E experts, N outputs, K inputs.
 """
@@ -34,16 +34,17 @@ _GROUPS = (32, 64, 128)
 
 
 def quantised_experts(bits: int = 8, *, group_size: int | None = None) -> TorchAoConfig:
-    """The `quantization_config` that keeps experts in few bits; everything else stays as it is.
+    """The `quantization_config` that keeps experts in few bits. All other parameters stay as they are.
 
-    Weights alone are quantised, while loading; a subset (`expert_subset=`) like a whole model. The experts
-    then run one after the other: `experts_implementation="eager"`, chosen when nobody chooses, for no other
-    reads quantised weights. A model in 8 bits can be saved and loaded again, one in 4 bits not.
+    Only weights are quantised, during loading, for a whole model or a subset (`expert_subset=`). The experts
+    then run one after the other (`experts_implementation="eager"`, the default here), since no other
+    implementation reads quantised weights. A model in 8 bits can be saved and loaded again, one in 4 bits
+    cannot.
 
     Args:
         bits (`int`, defaults to 8): 8, for torchao's `Int8WeightOnlyConfig`; or 4, on a CPU, for the packing
             of PyTorch's own 4-bit product.
-        group_size (`int`, *optional*): weights of a row with a scale of their own: 32, 64 or 128, which must
+        group_size (`int`, *optional*): how many weights of a row share a scale: 32, 64 or 128, which must
             divide the hidden size and the expert width. By default the whole row with 8 bits, and 32 with 4.
 
     Returns:
@@ -67,23 +68,25 @@ def quantised_experts(bits: int = 8, *, group_size: int | None = None) -> TorchA
     ```
     """
     if group_size not in (None, *_GROUPS):
-        raise ValueError(f"group_size is {group_size}, expected one of {', '.join(map(str, _GROUPS))}.")
+        raise ValueError(
+            f"group_size is {group_size}, expected one of {', '.join(map(str, _GROUPS))}: give one."
+        )
     config: AOBaseConfig
     if bits == 8:
         config = Int8WeightOnlyConfig(granularity=PerRow() if group_size is None else PerGroup(group_size))
     elif bits == 4:
         config = Int4ExpertsConfig(group_size or 32)
     else:
-        raise ValueError(f"bits is {bits}, expected 8 or 4.")
+        raise ValueError(f"bits is {bits}, expected 8 or 4: give one of them.")
     return TorchAoConfig(FqnToConfig(OrderedDict({EXPERTS: config})))
 
 
 @dataclass
 class Int4ExpertsConfig(AOBaseConfig):
-    """torchao's name for `Int4Experts`: what its `quantize_` makes of a stacked parameter.
+    """The config by which torchao's `quantize_` turns a stacked parameter into `Int4Experts`.
 
     Args:
-        group_size (`int`, defaults to 32): weights with a scale of their own.
+        group_size (`int`, defaults to 32): how many weights share a scale.
 
     Example: see `quantised_experts`.
     """
@@ -92,11 +95,11 @@ class Int4ExpertsConfig(AOBaseConfig):
 
 
 class Int4Experts(TorchAOBaseTensor):
-    """Stacked weights (E, N, K) in 4 bits, of which single experts are taken.
+    """Stacked weights (E, N, K) in 4 bits, from which single experts can be taken.
 
     Args:
-        qdata (`torch.Tensor`): uint8 (E, N, K / 2), each expert packed as PyTorch's 4-bit product on this CPU
-            wants it.
+        qdata (`torch.Tensor`): uint8 (E, N, K / 2), each expert packed for PyTorch's 4-bit product on this
+            CPU.
         scale_and_zero (`torch.Tensor`): (E, K / group, N, 2), in the dtype of the weights.
         block_size (`list[int]`): `[1, group]`.
         shape (`torch.Size`): (E, N, K).
@@ -117,7 +120,7 @@ class Int4Experts(TorchAOBaseTensor):
     tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
 
     def __new__(cls, qdata, scale_and_zero, block_size, shape):
-        """A tensor without memory of its own around the two that it is made of."""
+        """Make the wrapper. Its data lies in the two tensors that it is made of."""
         return _make_wrapper_subclass(
             cls, shape, device=qdata.device, dtype=scale_and_zero.dtype, requires_grad=False
         )
@@ -134,11 +137,11 @@ class Int4Experts(TorchAOBaseTensor):
 
         Args:
             weight_ENK (`torch.Tensor`): (E, N, K) on a CPU, of floating point.
-            group_size (`int`): weights with a scale of their own.
+            group_size (`int`): how many weights share a scale.
 
         Raises:
-            ValueError: if there are not three dimensions, the weights are not on a CPU, or K is no multiple
-                of the group size or N none of 16, which PyTorch's 4-bit product asks for.
+            ValueError: if there are not three dimensions or the weights are not on a CPU; or if K is no
+                multiple of the group size, or N no multiple of 16, as PyTorch's 4-bit product needs.
 
         Example: see the class.
         """
@@ -146,7 +149,8 @@ class Int4Experts(TorchAOBaseTensor):
         if len(shape) != 3 or device != "cpu" or shape[2] % group_size or shape[1] % 16:
             raise ValueError(
                 f"Weights of shape {shape} on {device} cannot be kept in 4 bits: expected (experts, outputs, "
-                f"inputs) on a CPU, outputs a multiple of 16, inputs of the group size {group_size}."
+                f"inputs) on a CPU, outputs a multiple of 16, inputs of the group size {group_size}. Use 8 "
+                "bits, or another group size."
             )
         block_size = [1, group_size]
         experts = [Int4OpaqueTensor.from_hp(weight_NK, block_size) for weight_NK in weight_ENK]
@@ -163,8 +167,8 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Int4OpaqueTensor:
     stacked, dim, expert = args
     if dim != 0:
         raise ValueError(
-            f"Experts in 4 bits were cut along dimension {dim}, expected 0, the experts' own: take an expert "
-            "first and `dequantize` it."
+            f"Experts in 4 bits were cut along dimension {dim}, expected 0, that of the experts: take one "
+            "expert first and `dequantize` it."
         )
     return Int4OpaqueTensor(
         stacked.qdata[expert], stacked.scale_and_zero[expert], stacked.block_size, stacked.shape[1:]

@@ -17,7 +17,6 @@ from ..expert_subset import ExpertSubset
 from ..numbering import present_experts, root_experts
 from ..ranking import best_experts
 from ..validation import SubsetError
-from .scores import always_kept
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Choice:
     def __post_init__(self):
         self.present = present_experts(self.config)
         self.excluded = [ids & set(there) for ids, there in zip(self.excluded, self.present, strict=True)]
-        self.always = [always_kept(layer) for layer in self.config.layer_experts]
+        self.always = [set(layer.always_used) for layer in self.config.layer_experts]
         # With a budget over all layers, each layer keeps at least as many routed experts as a token takes.
         self.least = min(
             (
@@ -177,7 +176,7 @@ def check_num_experts(config: EmoConfig, sizes: Sequence[int], excluded: Sequenc
         if not isinstance(size, int) or isinstance(size, bool):
             raise SubsetError(f"`num_experts` is {size!r}, expected an integer, or several.")
         for index, layer in enumerate(config.layer_experts):
-            protected, there = len(always_kept(layer)), layer.num_experts - len(excluded[index])
+            protected, there = len(layer.always_used), layer.num_experts - len(excluded[index])
             if not layer.is_dense and not protected < size <= there:
                 raise SubsetError(
                     f"Cannot keep {size} experts in layer {index}: it has {there} to choose from, of which "

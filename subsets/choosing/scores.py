@@ -63,7 +63,7 @@ class RouterProbability:
     def result(self) -> torch.Tensor:
         """`torch.Tensor`: (E,) the scores, float64."""
         mean_E = self.sum_E / self.weight
-        mean_E[sorted(always_kept(self.layer))] = 1.0  # the largest probability, as in the authors' files
+        mean_E[list(self.layer.always_used)] = 1.0  # the largest probability, as in the authors' files
         return mean_E
 
 
@@ -162,22 +162,3 @@ def new_score(method: str, layer: LayerExperts) -> RouterProbability | ExpertOut
     if layer.is_dense:
         return None
     return ExpertOutput(layer, method) if method in ("easy_ep", "reap") else RouterProbability(layer)
-
-
-def always_kept(layer: LayerExperts) -> set[int]:
-    """The experts of a layer that every token uses, in the layer's own numbering: shared and always active.
-
-    Args:
-        layer (`LayerExperts`): the experts of the layer.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.configuration import LayerExperts
-    >>> from transformers_emo.subsets.choosing.scores import always_kept
-    >>> always_kept(LayerExperts(num_experts=128, num_shared=1, always_active=(), top_k=8))
-    {127}
-
-    ```
-    """
-    return {*range(layer.num_routed, layer.num_experts), *layer.always_active}

@@ -65,6 +65,7 @@ def from_pretrained(
     afterwards = {name: kwargs.pop(name, None) for name in _AFTERWARDS}
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
         source.refuse_quantised()
+        source.check_sizes()  # before the subset: a damaged config would say that it does not fit
         kept = source.keep(expert_subset, exclude_experts)
         tensors = LazyStateDict(source.parameters(kept.local))
         source.fetch(tensors.values(), progress=True)
@@ -140,7 +141,9 @@ def _take_generation_config(
     )
 
 
-def load_adapter(load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs):
+def load_checked_adapter(
+    load: Callable, config: EmoConfig, adapter: str | os.PathLike | None, *args, **kwargs
+):
     """Transformers' `model.load_adapter`, once the adapter is known to belong to the model's experts.
 
     Args:

@@ -7,7 +7,7 @@ from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rot
 from ..publishing.cards import complete_card
 from .adapter_record import check_adapter_config
 from .default_choice import from_pretrained
-from .from_pretrained import load_adapter
+from .from_pretrained import load_checked_adapter
 from .masking import kept_experts
 from .swapping import share_backbone, swap_experts
 from .tokenizer_copy import copy_tokenizer, tokenizer_to_push
@@ -21,7 +21,7 @@ __all__ = [
     "few_rows_linear",
     "from_pretrained",
     "kept_experts",
-    "load_adapter",
+    "load_checked_adapter",
     "load_weights",
     "rms_norm",
     "rotate",

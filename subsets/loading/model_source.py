@@ -30,6 +30,7 @@ from ..fingerprint import attention_of, warn_if_chosen_elsewhere
 from ..library import Fetch, library_of
 from ..reduced_config import local_experts, subset_config
 from .wanted_tensors import is_wanted, lazy_parameters
+from .weights_check import check_sizes
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class ModelSource:
         self.variant = variant
         self._checkpoint: Checkpoint | None = None
         self._opened_for: list[list[int] | None] | None = None
+        self._sizes_checked = False
 
     @classmethod
     def open(cls, path: str | os.PathLike, **hub_kwargs: Any) -> Self:
@@ -193,6 +195,15 @@ class ModelSource:
         assert self._opened_for in (None, kept), "a repository is opened for the experts that are read"
         return self._checkpoint
 
+    def check_sizes(self) -> None:
+        """Check that the config asks for no more than the weights hold: `CheckpointError` if it does.
+
+        Nothing happens for a repository: of its files only those are opened that will be read.
+        """
+        if not is_hub_repo(self.path):
+            check_sizes(self.checkpoint().tensors, self.config)
+            self._sizes_checked = True
+
     def parameters(self, kept: list[list[int] | None] | None = None) -> dict[str, LazyTensor]:
         """The parameters of the network, each made of the bytes of the kept experts; see `lazy_parameters`.
 
@@ -202,7 +213,7 @@ class ModelSource:
         Raises:
             CheckpointError: if the weights and the config differ.
         """
-        return lazy_parameters(self.checkpoint(kept), self.config, kept)
+        return lazy_parameters(self.checkpoint(kept), self.config, kept, sizes_checked=self._sizes_checked)
 
     def fetch(self, tensors: Iterable[LazyTensor], *, progress: bool = False) -> None:
         """Have the bytes of tensors fetched all at once, where they are on the Hub; see `fetch_ahead`."""

@@ -99,8 +99,7 @@ def parts_of_model(parameters: dict[str, LazyTensor], config: EmoConfig) -> dict
         name = name.removeprefix("model.")
         if match := EXPERT_MATRIX.fullmatch(name):
             index, local = int(match["layer"]), int(match["expert"])
-            layer = layers[index]
-            shared = local >= layer.num_routed or local in layer.always_active
+            shared = local in layers[index].always_used
             key = f"{match['mlp']}.experts.{present[index][local]}.{match['part']}_proj.weight"
             parts[key] = PartOfModel("shared" if shared else "routed", index, tensor)
         elif match := ROUTER.fullmatch(name):

@@ -126,3 +126,18 @@ def test_layer_experts_resolve_every_per_layer_setting(sizes, shared):
         assert layer == LayerExperts(size, min(shared, size), (), min(4, size))
         assert layer.num_routed + layer.num_shared == size
         assert layer.is_dense == (size == 0)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "shared", "always", "used"),
+    [
+        (8, 2, (), (6, 7)),
+        (8, 0, (3, 1), (1, 3)),
+        (8, 1, (7, 0), (0, 7)),
+        (8, 0, (), ()),
+        (0, 0, (), ()),
+        (0, 1, (), ()),
+    ],
+)
+def test_always_used_are_the_shared_and_the_always_active_experts(num_experts, shared, always, used):
+    assert LayerExperts(num_experts, shared, always, top_k=min(4, num_experts)).always_used == used

@@ -25,7 +25,7 @@ def ids_of(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def test_each_row_is_one_document_and_padding_has_no_say(model, plain):
+def test_each_row_is_one_document_and_padding_does_not_count(model, plain):
     rows = [ids_of(1, 9), ids_of(1, 5, seed=1)]
     alone = [plain(row, document_pool=POOL).logits for row in rows]
     assert not torch.allclose(alone[0], plain(rows[0]).logits, atol=1e-3)
@@ -57,7 +57,7 @@ def test_padding_that_cannot_be_told_is_refused(model, plain):
     plain(ids_of(2, 5))
 
 
-def test_a_loop_of_forwards_goes_on_with_the_pools_of_its_prompt(model, plain):
+def test_a_loop_of_forwards_keeps_the_pools_of_its_prompt(model, plain):
     ids = ids_of(1, 7)
     expected = plain.generate(ids, document_pool=POOL, **SETTINGS)
     assert torch.equal(model.generate(ids, **SETTINGS), expected)
@@ -68,14 +68,14 @@ def test_a_loop_of_forwards_goes_on_with_the_pools_of_its_prompt(model, plain):
     assert torch.equal(ids, expected)
 
 
-def test_tokens_read_without_pools_are_not_gone_on_with(model, plain):
+def test_a_cache_of_tokens_read_without_pools_is_refused(model, plain):
     cache = DynamicCache(config=model.config)
     plain(ids_of(1, 5), past_key_values=cache)
     with pytest.raises(ValueError, match="were read without document pools"):
         model(ids_of(1, 1), past_key_values=cache)
 
 
-def test_what_a_caller_says_of_pools_wins(model, plain):
+def test_the_choice_of_the_caller_wins(model, plain):
     ids = ids_of(1, 7)
     assert torch.equal(model(ids, document_pool=False).logits, plain(ids).logits)
     torch.testing.assert_close(model(ids, document_pool=6).logits, plain(ids, document_pool=6).logits)
@@ -85,7 +85,7 @@ def test_what_a_caller_says_of_pools_wins(model, plain):
     )
 
 
-def test_training_and_told_documents_have_a_pool_each(model, plain):
+def test_in_training_and_with_given_documents_each_document_has_a_pool(model, plain):
     ids = ids_of(2, 8)
     ids[0, 4] = model.config.eos_token_id
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1, 1]])

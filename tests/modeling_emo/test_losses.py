@@ -85,7 +85,7 @@ def test_autocast_leaves_the_losses_in_float32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(5)])
-def test_fused_cross_entropy_and_z_loss_are_the_two_apart(dtype, num_items):
+def test_fused_cross_entropy_and_z_loss_equal_the_two_computed_apart(dtype, num_items):
     torch.manual_seed(0)
     fused = (3 * torch.randn(2, 9, 33)).to(dtype).requires_grad_()
     apart = fused.detach().clone().requires_grad_()

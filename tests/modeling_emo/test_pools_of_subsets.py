@@ -41,7 +41,7 @@ def test_pools_of_experts_that_were_swapped_are_refused(folder):
     assert torch.equal(go_on(model, first).sequences, before)
 
 
-def test_pools_that_a_mask_leaves_nothing_of_are_refused(folder):
+def test_pools_without_an_expert_under_the_mask_are_refused(folder):
     model = EmoForCausalLM.from_pretrained(folder)
     first = model.generate(PROMPT, document_pool=4, expert_subset=FIRST, **KWARGS)
     for masked in ({"expert_subset": SECOND}, {"exclude_experts": [ids[:-1] for ids in FIRST]}):
@@ -51,7 +51,7 @@ def test_pools_that_a_mask_leaves_nothing_of_are_refused(folder):
             model(PROMPT[:, :1], past_key_values=first.past_key_values)
 
 
-def test_pools_go_on_under_a_mask_that_leaves_some_of_them(folder):
+def test_pools_stay_under_a_mask_that_allows_some_of_their_experts(folder):
     model = EmoForCausalLM.from_pretrained(folder)
     first = model.generate(PROMPT, document_pool=4, expert_subset=FIRST, **KWARGS)
     expected = go_on(model, first)  # of a pool, its mask leaves all

@@ -36,11 +36,11 @@ def test_impossible_sizes_are_refused(make_model, changes, pool, message):
     [
         ({"cache_implementation": "paged"}, "Continuous batching"),
         ({"guidance_scale": 1.5}, "`guidance_scale=1.5` reads a second prompt"),
-        ({"token_healing": True}, "`token_healing` writes the prompt anew"),
+        ({"token_healing": True}, "`token_healing` rewrites the prompt"),
     ],
     ids=["paged", "guidance", "healing"],
 )
-def test_what_reads_other_prompts_is_refused(make_model, setting, message, where):
+def test_settings_that_read_another_prompt_are_refused(make_model, setting, message, where):
     model, options = make_model(), {"document_pool": 4, **batch()}
     if where == "call":
         options |= NEW | setting

@@ -126,7 +126,7 @@ def test_a_tokenizer_that_adds_eos_does_not_end_prompts():
     assert as_lists(of_adding) == as_lists(of_plain)
 
 
-def test_columns_are_chosen_by_name_and_others_are_left_behind(toy):
+def test_columns_are_chosen_by_name_and_others_are_removed(toy):
     rows = pairs_of(PAIRS).rename_columns({"prompt": "question", "answer": "labels"})
     rows = rows.add_column("id", list(range(len(PAIRS))))
     encoded = encode_answers(rows.with_format("torch"), tokenizer=toy, prompt="question", answer="labels")
@@ -151,7 +151,7 @@ def test_every_turn_of_the_assistant_counts_and_nothing_else(toy):
     assert (row["labels"] != -100).tolist() == [bool(mask) for mask in both["assistant_masks"][:-1]]
 
 
-def test_an_eos_right_behind_the_marked_part_counts(toy):
+def test_an_eos_directly_after_the_marked_part_counts(toy):
     toy.chat_template = TEMPLATE.replace(
         " + eos_token }}{% endgeneration %}", " }}{% endgeneration %}{{ eos_token }}"
     )
@@ -295,7 +295,7 @@ def test_tokenizers_without_what_is_needed_are_refused(toy):
         encode_answers(pairs_of(PAIRS), tokenizer=toy)
 
 
-def test_what_is_no_dataset_is_refused(toy, monkeypatch):
+def test_objects_other_than_datasets_are_refused(toy, monkeypatch):
     with pytest.raises(TypeError, match=r"A DatasetDict .* `dataset\['train'\]`"):
         encode_answers(datasets.DatasetDict(train=pairs_of(PAIRS)), tokenizer=toy)
     with pytest.raises(ValueError, match="no rows"):
@@ -347,7 +347,7 @@ def test_streams_give_the_rows_of_datasets(kind, column, toy, tmp_path):
     assert {type(value) for value in first.values()} == {np.ndarray} and first.keys() == expected[0].keys()
 
 
-def test_a_stream_goes_on_where_it_was(toy):
+def test_a_stream_continues_after_its_last_row(toy):
     rows = pairs_of(PAIRS * 3).to_iterable_dataset()
     stream = encode_answers(rows, tokenizer=toy, max_length=20, pack=True, batch_size=4)
     whole, states = [], []
@@ -414,7 +414,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_answer_tokens(column, toy, make_m
         assert_same_numbers(model(**batch).loss, expected.float())
 
 
-def test_padding_and_prompts_have_no_say_in_the_loss(toy, make_model):
+def test_padding_and_prompts_do_not_change_the_loss(toy, make_model):
     model = make_model(vocab_size=4096, eos_token_id=toy.eos_token_id)
     batch = DocumentCollator(model.config)(list(encode_answers(pairs_of(PAIRS), tokenizer=toy)))
     outputs = model(**batch)

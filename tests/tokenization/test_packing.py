@@ -155,7 +155,7 @@ def test_files_stream_as_they_load(kind, toy, tmp_path):
 
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("kind", ["json", "memory"])
-def test_a_stream_goes_on_bit_for_bit_from_every_window(kind, drop_last, toy, write_jsonl):
+def test_a_stream_continues_bit_for_bit_after_every_window(kind, drop_last, toy, write_jsonl):
     def make():
         if kind == "json":
             stream = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
@@ -274,6 +274,6 @@ def test_without_datasets_the_error_says_what_to_install(monkeypatch):
         pack_dataset([], eos_token_id=EOS)
 
 
-def test_a_stream_is_what_packing_a_stream_gives():
+def test_packing_a_stream_gives_a_packed_stream():
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
     assert isinstance(pack_dataset(rows.to_iterable_dataset(), eos_token_id=EOS), PackedStream)

@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 
+import peft
 import pytest
 import torch
 from hub_server import HubServer
@@ -17,6 +18,7 @@ from transformers_emo import EmoForCausalLM, SubsetError
 from transformers_emo.modeling_emo import transformers_differences
 from transformers_emo.training import (
     EmoTrainer,
+    adapters,
     expand_adapter,
     load_adapter,
     lora_config,
@@ -161,7 +163,7 @@ def test_adapters_of_other_names_have_records_of_their_own(load, tmp_path):
     assert load_adapter(load(SUBSET), tmp_path / "math").peft_config["default"].r == 2
 
 
-def test_plain_peft_reads_our_adapters_without_a_word(load, tmp_path):
+def test_plain_peft_reads_our_adapters_without_a_warning(load, tmp_path):
     model = load(SUBSET)
     saved = fill(get_peft_model(model, lora_config(model, r=2, **TARGETS["stacked"])))
     saved.save_pretrained(tmp_path)
@@ -318,6 +320,26 @@ def test_experts_outside_the_subset_keep_their_weights(load, tmp_path):
             assert changed.tolist() == SUBSET[layer]
 
 
+def test_arguments_for_the_hub_reach_everything_that_an_expansion_reads(load, tmp_path, monkeypatch):
+    model = load(SUBSET)
+    get_peft_model(model, lora_config(model, r=2, **TARGETS["router"])).save_pretrained(tmp_path)
+    given = {}
+
+    def note(module, name):
+        real = getattr(module, name)
+
+        def noting(*args, **kwargs):
+            given[name] = kwargs.get("local_files_only")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(adapters, "read_record")
+    note(peft, "load_peft_weights")
+    load_adapter(load(), tmp_path, local_files_only=True)
+    assert given == {"read_record": True, "load_peft_weights": True}
+
+
 def test_an_adapter_goes_from_a_subset_to_a_larger_subset(load, tmp_path):
     larger = [sorted({*ids, 4, 9}) for ids in SUBSET]
     model = load(SUBSET)
@@ -329,7 +351,7 @@ def test_an_adapter_goes_from_a_subset_to_a_larger_subset(load, tmp_path):
         assert_same_numbers(logits(grown), logits(adapted))
 
 
-def test_what_has_no_place_for_each_expert_is_not_expanded(load, tmp_path):
+def test_adapters_without_a_place_for_each_expert_are_not_expanded(load, tmp_path):
     model = load(SUBSET)
     config = lora_config(model, r=2, **TARGETS["router"])
     get_peft_model(model, config).save_pretrained(tmp_path)
@@ -380,7 +402,7 @@ def test_a_config_made_before_experts_were_swapped_is_refused(load):
         model.add_adapter(config)
 
 
-def test_a_peft_too_old_for_transformers_is_told_with_what_works_instead(load, monkeypatch):
+def test_the_error_for_an_old_peft_names_what_works_instead(load, monkeypatch):
     monkeypatch.setattr(transformers_differences, "MIN_PEFT_VERSION", "99.1.0")
     model = load(SUBSET)
     config = lora_config(model, r=2, **TARGETS["router"])

@@ -32,7 +32,7 @@ def test_eos_opens_or_closes_as_the_config_says(boundaries, expected):
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
-def test_what_a_window_says_of_its_documents_wins():
+def test_documents_that_a_window_gives_are_used_first():
     ids = [5, 1, 6, 7]
     batch = DocumentCollator(CONFIG)(
         [{"input_ids": ids, "document_ids": [3, 3, 3, 8]}, {"input_ids": ids, "seq_lengths": [1, 0, 3]}]
@@ -99,12 +99,14 @@ def test_misuse_is_named(config, window, error):
     "window", [{"input_ids": [5, -3]}, {"input_ids": [5, 96]}, {"input_ids": [5, 6], "labels": [-100, 96]}]
 )
 def test_ids_outside_the_vocabulary_are_refused(window):
-    with pytest.raises(ValueError, match="the model has those from 0 to 95: do its tokenizer and the data"):
+    with pytest.raises(
+        ValueError, match="the model has those from 0 to 95: encode the data with the model's"
+    ):
         DocumentCollator(EmoConfig(vocab_size=96, pad_token_id=0, eos_token_id=1))([window])
 
 
 def test_columns_are_in_all_windows_or_in_none():
-    with pytest.raises(ValueError, match="1 of 2 windows have no `position_ids`"):
+    with pytest.raises(ValueError, match="1 of 2 windows have no `position_ids`.*give it to all or to none"):
         DocumentCollator(CONFIG)([{"input_ids": [5]}, {"input_ids": [5], "position_ids": [0]}])
 
 

@@ -51,7 +51,7 @@ def one_step(model, **kwargs):
     ],
     ids=["one_shared", "two_shared", "none_shared", "always_active"],
 )
-def test_exactly_what_is_meant_changes(make_model, what, changes, shared):
+def test_only_the_chosen_parameters_change(make_model, what, changes, shared):
     model = make_model(**DENSELY_USED | changes)
     train_only(model, what)
     changed = changed_by(model, lambda: one_step(model))
@@ -85,7 +85,7 @@ def test_a_copy_keeps_to_the_choice_until_the_next_one(make_model, copied):
         train_only(model, "routed+shared")
 
 
-def test_parameters_put_in_place_of_others_keep_to_the_choice(make_model):
+def test_replaced_parameters_keep_to_the_choice(make_model):
     model = make_model(**DENSELY_USED)
     train_only(model, "routed")
     experts = model.model.layers[1].mlp.experts

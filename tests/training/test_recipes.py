@@ -69,11 +69,11 @@ def test_windows_per_step_are_accumulated(tmp_path, windows, size, steps):
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        ("pre-train", {}, "no recipe 'pre-train': expected one of"),
+        ("pre-train", {}, "no recipe 'pre-train': name one of"),
         ("pretrain", {"max_steps": 100}, "warms up for 2000 steps, and `max_steps` is 100"),
         ("anneal", {"windows_per_step": 10, "per_device_train_batch_size": 4}, "a multiple of 4"),
-        ("anneal", {"windows_per_step": 0}, "`windows_per_step` is 0, expected an integer of at least 1"),
-        ("anneal", {"windows_per_step": "8"}, "`windows_per_step` is '8', expected an integer"),
+        ("anneal", {"windows_per_step": 0}, "`windows_per_step` is 0: give an integer of at least 1"),
+        ("anneal", {"windows_per_step": "8"}, "`windows_per_step` is '8': give an integer"),
         ("anneal", {"learning_rate": "4e-3"}, "`learning_rate` is '4e-3', expected float"),
         ("anneal", {"max_steps": None}, "`max_steps` is None, expected int"),
         ("anneal", {"save_total_limit": "2"}, "`save_total_limit` is '2', expected int or none"),

@@ -58,7 +58,7 @@ def test_a_run_ends_in_a_model_with_its_tokenizer(write, tmp_path):
     assert tokenizer.model_max_length == model.config.max_position_embeddings != 256
 
 
-def test_a_run_goes_on_where_it_was_stopped(write, tmp_path):
+def test_a_run_continues_where_it_was_stopped(write, tmp_path):
     whole = train(Recipe.read(write()))
     for name in ("checkpoint-4", "model.safetensors"):
         path = tmp_path / "out" / name
@@ -81,7 +81,7 @@ def test_a_finished_run_that_is_resumed_is_saved_as_it_was(write, tmp_path):
     assert model.read_bytes() == expected
 
 
-def test_resuming_without_a_checkpoint_begins(write):
+def test_resuming_without_a_checkpoint_starts_a_new_run(write):
     assert train(Recipe.read(write()), resume=True).state.global_step == 4
 
 
@@ -159,9 +159,9 @@ def test_settings_of_the_command_win(write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modle": {}}, r"The recipe has no settings \['modle'\]: expected some of \['recipe'"),
+        ({"modle": {}}, r"The recipe has no settings \['modle'\]: use only \['recipe'"),
         ({"model": {"pools": 3}}, r"section `model` has no settings \['pools'\]"),
-        ({"model": {"path": None}}, r"section `model` lacks \['path'\]"),
+        ({"model": {"path": None}}, r"section `model` lacks \['path'\]: add them"),
         ({"data": 3}, "section `data` holds 3, expected settings by name"),
         ({"data": {"messages": "chat"}}, r"names the columns \['ids', 'messages'\]"),
         ({"data": {"ids": None, "prompt": "q"}}, r"names the columns \['prompt'\]"),
@@ -236,7 +236,7 @@ def test_a_setting_inside_a_value_is_refused(write):
         Recipe.read(write(), {"output_dir.x": 1})
 
 
-def test_a_run_warns_of_nothing_that_is_right(write, recwarn):
+def test_a_correct_run_gives_no_warning(write, recwarn):
     pytest.importorskip("peft")
     section = {"r": 2, "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
     train(Recipe.read(write(recipe="fine-tune", model={"from_scratch": False}, lora=section)))

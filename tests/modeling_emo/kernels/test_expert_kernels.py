@@ -91,14 +91,14 @@ def test_picks_of_other_ranks_add_nothing():
     assert_same(make_experts(), *make_inputs(2, index))
 
 
-def test_tokens_whose_experts_are_all_elsewhere_come_out_as_nothing():
+def test_tokens_whose_experts_are_all_on_other_ranks_give_zeros():
     experts = make_experts()
     for implementation in OURS:
         found = run(experts, implementation, *make_inputs(2, torch.full((2, 3), 6)))
         assert not any(value.any() for value in found.values())
 
 
-def test_no_tokens_are_no_output():
+def test_without_tokens_the_output_is_empty():
     experts = make_experts()
     for implementation in OURS:
         found = run(experts, implementation, *make_inputs(0))
@@ -138,7 +138,7 @@ def test_inputs_that_do_not_fit_are_refused(changes):
 
 
 @needs_kernels
-def test_weights_that_are_nowhere_are_refused():
+def test_weights_on_the_meta_device_are_refused():
     """Their address is null."""
     experts = make_experts(_experts_implementation="emo").to("meta")
     with torch.no_grad(), pytest.raises(ValueError, match="gate_up .* on meta"):

@@ -48,7 +48,7 @@ def test_other_dtypes_and_shapes_of_a_size_share_memory():
     assert other.shape == (2, 512, 1024) and other.dtype == torch.bfloat16 and other.is_contiguous()
 
 
-def test_what_is_small_is_pytorchs():
+def test_small_tensors_use_the_memory_of_pytorch():
     assert empty_gradient(torch.empty(3, 4)).untyped_storage().resizable()
 
 

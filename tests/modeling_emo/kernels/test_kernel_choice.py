@@ -79,14 +79,14 @@ def test_the_best_that_is_there_and_can_run_is_chosen(machine):
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_a_wish_is_fulfilled_or_refused(machine):
+def test_a_named_set_is_chosen_or_refused(machine):
     for sets, features, compiled in every_case(machine):
         if sets[-1].name not in compiled:
             continue
         for name in NAMES:
             here = next((each for each in sets if each.name == name), None)
             if here is None:
-                expected = "of other processors"
+                expected = "for other processors"
             elif here.needs & ~features:
                 expected = "cannot run on this machine, which lacks"
             elif name not in compiled:
@@ -100,7 +100,9 @@ def test_a_wish_is_fulfilled_or_refused(machine):
 
 def test_what_a_machine_lacks_is_named():
     sets = instruction_sets("x86_64")
-    with pytest.raises(KernelsError, match="lacks AVX512 and BF16 and AMX. Here run avx2, portable;"):
+    with pytest.raises(
+        KernelsError, match="lacks AVX512 and BF16 and AMX. Choose one that runs here: avx2, portable;"
+    ):
         choose_set(sets, Feature.AVX2, NAMES, "amx")
 
 
@@ -146,7 +148,9 @@ class TestTheVariable:
         monkeypatch.setenv("EMO_KERNELS", "avx3")
         model = EmoForCausalLM.from_pretrained(ROOT / "model_cards" / "toy-emo")
         for _ in range(2):  # not once only
-            with pytest.raises(KernelsError, match="EMO_KERNELS=avx3: avx3 is no instruction set. Here run"):
+            with pytest.raises(
+                KernelsError, match="EMO_KERNELS=avx3: avx3 is no instruction set. Choose one"
+            ):
                 model(torch.tensor([[5, 6]]))
 
     @pytest.mark.parametrize("off", ["0", "off", "False", " no "])

@@ -90,7 +90,7 @@ def test_what_is_not_for_the_kernel_goes_to_pytorch(calls):
     assert calls == []
 
 
-def test_shapes_that_do_not_fit_are_pytorchs_to_refuse(calls):
+def test_pytorch_refuses_shapes_that_do_not_fit(calls):
     """The kernel would read past the end of the weights."""
     weight = torch.randn(500, 600)
     with torch.no_grad():

@@ -24,12 +24,12 @@ def driver(tmp_path_factory):
     return program
 
 
-def test_it_finds_the_kernels_right(driver):
+def test_right_kernels_pass(driver):
     done = subprocess.run([driver, KERNELS.path], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and " 0 wrong" in done.stdout, done.stdout + done.stderr
 
 
-def test_it_notices_wrong_kernels(driver, tmp_path):
+def test_wrong_kernels_fail(driver, tmp_path):
     """Picks of other tokens; an activation a thousandth off; one bias for all; an angle's other number."""
     for file, right, wrong, said in (
         ("routing.h", "token[to] = p / s.K", "token[to] = p % s.T", "experts of"),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_same_numbers
 from transformers_emo.configuration import LayerExperts
-from transformers_emo.subsets.choosing.scores import ExpertOutput, RouterProbability, always_kept
+from transformers_emo.subsets.choosing.scores import ExpertOutput, RouterProbability
 
 # What is summed up in float64 is in float32: probabilities of 6 logits, outputs of 8 numbers.
 SUMS = {"dtype": torch.float32, "terms": 6 + 2 * 8}
@@ -74,9 +74,7 @@ def test_outputs_along_the_input_do_not_count_for_easy_ep():
     assert scored("easy_ep", [part | {"output": -3 * part["input"]}]).max() > 0.1
 
 
-def test_always_active_and_shared_experts_are_kept():
-    assert always_kept(LayerExperts(8, 2, (), 4)) == {6, 7}
-    assert always_kept(LayerExperts(8, 0, (3, 1), 4)) == {1, 3}
+def test_always_active_experts_have_the_highest_score():
     with_active = RouterProbability(LayerExperts(4, 0, (2,), 2))
     with_active.add_logits(torch.zeros(1, 4), torch.ones(1))
     assert with_active.result().tolist() == [0.25, 0.25, 1.0, 0.25]

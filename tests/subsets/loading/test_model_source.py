@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers_emo import CheckpointError, EmoForCausalLM, extract_subset, select_experts, write_back
 from transformers_emo.checkpoints.local_files import LocalFiles
-from transformers_emo.subsets.loading import wanted_tensors, weight_loading, weights_check
+from transformers_emo.subsets.loading import model_source, wanted_tensors, weight_loading, weights_check
 from transformers_emo.subsets.loading.model_source import ModelSource, check_hub_kwargs
 
 FIRST, SECOND = [[0, 3, 11]] * 3, [[0, 5, 7, 11]] * 3
@@ -29,7 +29,7 @@ def counts(monkeypatch):
         weights_check.check_sizes(*args)
 
     monkeypatch.setattr(LocalFiles, "read_into", reading)
-    for module in (wanted_tensors, weight_loading):
+    for module in (model_source, wanted_tensors, weight_loading):
         monkeypatch.setattr(module, "check_sizes", checking)
     return counted
 
