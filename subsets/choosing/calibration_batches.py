@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ...optional_packages import import_optional
+from ...imports.optional_packages import import_optional
 
 # A batch with padding holds no more tokens than this, but for a single text that does. At EMO's width
 # activations stay below half a gigabyte then.
