@@ -59,7 +59,7 @@ def test_the_reference_has_a_page_for_every_room():
     rooms -= {
         "api",
         "imports",
-    }  # the public names of `api` are those of `transformers_emo`; `imports` has none
+    }  # what `api` exports is `transformers_emo`; `imports` exports nothing
     pages = {path.stem for path in (ROOT / "docs" / "reference").glob("*.md")}
     assert pages == rooms | {"transformers_emo"}
 
