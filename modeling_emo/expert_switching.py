@@ -3,9 +3,15 @@
 The work is done by the installed package, through one hook: `package.hooks`.
 """
 
+import asyncio
+import inspect
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from threading import RLock
+from contextvars import ContextVar
+from types import FrameType
 from typing import Any, Protocol, Self
 from weakref import WeakKeyDictionary
 
@@ -17,8 +23,7 @@ NEEDS_PACKAGE = (
     "`expert_subset` needs the package transformers-emo, which this code was saved by: install it, as with "
     "`pip install .` in its checkout, and load the model without `trust_remote_code`."
 )
-# Serialises `use_experts` on one model. Not an attribute of it: models are copied and pickled, unlike locks.
-_mask_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+Masks = list[torch.Tensor | None]  # for each layer a bool mask (E,) of the experts to route to, or all
 
 
 class PackageHooks(Protocol):
@@ -151,6 +156,188 @@ class Package:
 package = Package()
 
 
+# Drivers of generators that are context managers: what such a generator opens holds for who entered it.
+_DRIVERS = ("contextlib", "_pytest.")
+_SUSPENDABLE = (
+    inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
+)
+
+
+class _OpenMask:
+    """The masks of one `use_experts`, while it is open.
+
+    A generator has no context of its own: what it opens would hold for whoever takes its next value. So the
+    frame that opened the masks is known, and they hold for it only while it runs.
+    """
+
+    def __init__(self, base: nn.Module, masks: Masks):
+        self.masks = masks
+        self.base = base
+        self.caller = _caller()
+        self.frame = _opening_frame()
+        known = tuple(mask for mask in _open_masks.get() if mask.is_open)
+        self.outer = tuple(mask for mask in known if mask.holds_here())
+        _open_masks.set((*known, self))
+        with _lock:
+            _all_open.setdefault(base, []).append(self)
+            _show(base)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its block has not been left."""
+        return self in _all_open.get(self.base, ())
+
+    def close(self) -> None:
+        """Close it, for every context that knows it: the block may be left in another than it was entered."""
+        _open_masks.set(tuple(mask for mask in _open_masks.get() if mask is not self))
+        with _lock:
+            if self.is_open:  # not in a forked process
+                _all_open[self.base].remove(self)
+            _show(self.base)
+        self.frame = None
+
+    def holds_here(self) -> bool:
+        """Whether it holds for the caller."""
+        if not self.is_open:
+            return False
+        if self.frame is None or self.caller != _caller():  # no generator; or inherited by a task or thread
+            return True
+        is_coroutine = not self.frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)
+        if is_coroutine and self.caller[1] is not None:  # a task has a context of its own
+            return True
+        frame: FrameType | None = inspect.currentframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+_open_masks: ContextVar[tuple[_OpenMask, ...]] = ContextVar("expert_masks", default=())
+# Of every caller, in the order in which they were opened.
+_all_open: WeakKeyDictionary[nn.Module, list[_OpenMask]] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def _show(base: Any) -> None:
+    """Let compiled code see open masks: it can neither read a context variable nor look at frames."""
+    showing = _all_open.get(base, [])
+    base.compiled_masks = showing[-1].masks if showing else [None] * len(base.layers)
+    # Opened inside each other, the last holds. Otherwise there are several callers.
+    base.compiled_masks_differ = any(
+        before not in mask.outer for index, mask in enumerate(showing) for before in showing[:index]
+    )
+
+
+def _forget_all() -> None:
+    """In a forked process nobody is inside a block: the parent is."""
+    global _lock
+    _lock = threading.RLock()
+    for base, opened in list(_all_open.items()):
+        opened.clear()
+        _show(base)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def masks_here(base: nn.Module) -> Masks | None:
+    """The masks that hold for the caller.
+
+    Args:
+        base (`EmoModel`): the decoder.
+
+    Returns:
+        `list[torch.Tensor | None]`, *optional*: for each layer a bool mask (E,), false for experts that must
+        not be taken; `None` where every expert may be.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.modeling_emo.expert_switching import masks_here
+    >>> model = EmoModel.from_pretrained("model_cards/toy-emo")
+    >>> with model.use_experts([[0, 1, 31]] * 4):
+    ...     masks_here(model)[0].sum()
+    tensor(3)
+    >>> masks_here(model) is None
+    True
+
+    ```
+    """
+    for mask in reversed(_open_masks.get()):
+        if mask.base is base and mask.holds_here():
+            return mask.masks
+    return None
+
+
+def masked_by_anyone(base: nn.Module) -> bool:
+    """Whether a `use_experts` is open on a model, in this context or another.
+
+    Args:
+        base (`EmoModel`): the decoder.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.modeling_emo.expert_switching import masked_by_anyone
+    >>> model = EmoModel.from_pretrained("model_cards/toy-emo")
+    >>> masked_by_anyone(model)
+    False
+
+    ```
+    """
+    return bool(_all_open.get(base))
+
+
+def move_masks(base: nn.Module) -> None:
+    """Move open masks to the devices of their layers: once, and not in every forward.
+
+    Args:
+        base (`EmoModel`): the decoder, which was moved.
+
+    Example: see `EmoModel.to`.
+    """
+    layers: Any = base.layers
+    for opened in _all_open.get(base, ()):
+        for index, mask in enumerate(opened.masks):
+            if mask is not None:
+                opened.masks[index] = mask.to(next(layers[index].parameters()).device)
+
+
+def _caller() -> tuple[int, Any]:
+    """The thread, and the task that runs in it; `None` if there is no task with a context of its own."""
+    task: Any = None
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop of asyncio runs here
+        if "sniffio" in sys.modules:
+            try:
+                task = sys.modules["sniffio"].current_async_library()
+            except Exception:  # of sniffio: no other library runs either
+                task = None
+    return threading.get_ident(), task
+
+
+def _opening_frame() -> FrameType | None:
+    """The frame whose `with` opened the masks, if it is that of a generator or coroutine."""
+    here = inspect.currentframe()  # called by `_OpenMask`, and that by `use_experts`, a generator
+    assert here is not None and here.f_back is not None
+    frame = here.f_back.f_back
+    while frame is not None and frame.f_code.co_flags & _SUSPENDABLE:
+        driver = frame.f_back
+        if driver is None or not _drives(driver):
+            return frame
+        while driver is not None and _drives(driver):
+            driver = driver.f_back
+        frame = driver
+    return None
+
+
+def _drives(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith(_DRIVERS)
+
+
 class ExpertSwitching:
     """What every EMO model can do with its experts after loading.
 
@@ -165,8 +352,13 @@ class ExpertSwitching:
         those of all experts, and so does the balance loss. Inside another `use_experts`, the inner choice
         holds alone.
 
-        The mask belongs to the model: a second thread that opens a context waits for the first to close, and
-        a call from another thread without a context of its own is masked too.
+        The choice belongs to the caller, as a `contextvars.ContextVar` does. It holds for calls inside the
+        block, for tasks that are started there and for `asyncio.to_thread`. It does not hold for other
+        threads, tasks and generators: each may have a choice of its own meanwhile, or none. A copy of the
+        model has no choice, and neither has a forked process.
+
+        Compiled code (`torch.compile`) cannot see who calls. It takes the choice that is open, whoever calls,
+        and refuses to run while several callers have one.
 
         Args:
             expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): the experts to route
@@ -205,12 +397,11 @@ class ExpertSwitching:
         ]
         split = torch.tensor(flags, dtype=torch.bool, device=model.device).split(sizes)
         masks = [None if ids is None else mask for ids, mask in zip(kept, split, strict=True)]
-        with _mask_locks.setdefault(base, RLock()):
-            previous, base.expert_masks = base.expert_masks, masks
-            try:
-                yield self
-            finally:
-                base.expert_masks = previous
+        opened = _OpenMask(base, masks)
+        try:
+            yield self
+        finally:
+            opened.close()
 
     def swap_experts(
         self, expert_subset=None, *, exclude_experts=None, source=None, progress: bool = True, **hub_kwargs

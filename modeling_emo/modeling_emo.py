@@ -47,7 +47,7 @@ with private_names("network"):  # the versions are looked at before anything can
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
 from .document_pool import DocumentPools, PoolRequest, mean_pool_size
-from .expert_switching import PackageHooks, package
+from .expert_switching import Masks, PackageHooks, masks_here, move_masks, package
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
@@ -545,8 +545,9 @@ class EmoModel(EmoPreTrainedModel):
         self.norm = EmoRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = EmoRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        # One bool mask (E,) a layer while `use_experts` is open.
-        self.expert_masks: list[torch.Tensor | None] = [None] * config.num_hidden_layers
+        # What compiled code sees of open `use_experts`; see `expert_masks`.
+        self.compiled_masks: Masks = [None] * config.num_hidden_layers
+        self.compiled_masks_differ = False
         # Draws the pool sizes; the device's global generator when `None`.
         self.pool_generator: torch.Generator | None = None
         # Size of the pools where the caller says nothing of pools: `emo run --document-pool`.
@@ -556,11 +557,25 @@ class EmoModel(EmoPreTrainedModel):
     def _apply(self, fn, *args, **kwargs):
         """What `to`, `cuda` and so on do: masks follow the layers, once and not in every forward."""
         super()._apply(fn, *args, **kwargs)
-        self.expert_masks = [
-            None if mask is None else mask.to(next(layer.parameters()).device)
-            for mask, layer in zip(self.expert_masks, self.layers, strict=False)
-        ]
+        move_masks(self)
         return self
+
+    def __getstate__(self):
+        """A copy, or what is pickled, is not masked."""
+        unmasked = {"compiled_masks": [None] * len(self.layers), "compiled_masks_differ": False}
+        return self.__dict__ | unmasked
+
+    @property
+    def expert_masks(self) -> Masks:
+        """For each layer the mask (E,) of the caller's `use_experts`, or `None` for all experts."""
+        if torch.compiler.is_compiling():
+            if self.compiled_masks_differ:
+                raise RuntimeError(
+                    "Several callers have a `use_experts` open on this model, and compiled code cannot tell "
+                    "whose choice this call has: run it without `torch.compile`, or one caller at a time."
+                )
+            return self.compiled_masks
+        return masks_here(self) or [None] * len(self.layers)
 
     @takes_cache
     @_resolve_output_router_logits
@@ -641,11 +656,12 @@ class EmoModel(EmoPreTrainedModel):
         causal_mask, lengths = attention_inputs(inputs, request, attention_within_documents, kwargs)
         kwargs |= lengths
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        expert_masks = self.expert_masks
         frozen, pools = pools_that_hold(
             inputs,
             request,
             prompt_pool,
-            self.expert_masks,
+            expert_masks,
             rank=_data_parallel_rank(self),
             generator=self.pool_generator,
         )
@@ -658,7 +674,7 @@ class EmoModel(EmoPreTrainedModel):
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                expert_mask=self.expert_masks[index],
+                expert_mask=expert_masks[index],
                 pools=None if pools is None else pools[index],
                 last_tokens=last_tokens if is_last and pools is None else 0,
                 **{CACHE: past_key_values},

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ...checkpoints.errors import CheckpointError
 from ...configuration import EmoConfig, LayerExperts
+from ...modeling_emo.expert_switching import masked_by_anyone
 from ...modeling_emo.weight_names import EXPERT_PARAMETERS
 from ..expert_subset import ExpertSubset
 from ..fingerprint import differing_signs, fingerprint_of
@@ -98,8 +99,10 @@ def swap_experts(
 
     Example: see `ExpertSwitching.swap_experts`.
     """
-    if any(mask is not None for mask in model.base_model.expert_masks):
-        raise ValueError("The experts are masked by an open `use_experts`: leave it, then swap.")
+    if masked_by_anyone(model.base_model):
+        raise ValueError(
+            "The experts are masked by an open `use_experts`, of this caller or another: leave it, then swap."
+        )
     config, layers, place = _prepare(
         model, expert_subset, exclude_experts, source, progress, hub_kwargs, "swap_experts"
     )
@@ -158,7 +161,6 @@ def share_backbone(
             memo[id(aside)] = None
     twin = copy.deepcopy(model, memo)
     twin._part_of = Origin.of_loaded(model, hub_kwargs)
-    twin.base_model.expert_masks = [None] * len(model.base_model.expert_masks)
     twin.__dict__.pop("_compiled_call", None)
     for (index, name), tensor in own.items():
         _set_parameter(twin, index, name, tensor)
