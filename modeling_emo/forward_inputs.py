@@ -35,6 +35,8 @@ class ForwardInputs(NamedTuple):
         position_ids (`torch.Tensor`): (B, S) or (1, S).
         cache (`Cache`, *optional*): keys and values of the tokens before.
         training_step (`bool`): the model is in training mode and has no cache.
+
+    Example: see `with_default_pool`.
     """
 
     config: EmoConfig

@@ -821,7 +821,19 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
 
 
 class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrainedModel):
-    """EMO with a classifier on the last token that is not padding (Transformers' generic head)."""
+    """EMO with a classifier on the last token that is not padding (Transformers' generic head).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoForSequenceClassification
+    >>> model = EmoForSequenceClassification.from_pretrained("model_cards/toy-emo", num_labels=3)
+    >>> model(torch.tensor([[5, 6, 7]])).logits.shape
+    torch.Size([1, 3])
+
+    ```
+    """
 
     def __init__(self, config: EmoConfig):
         # The generic head asks `AutoModel` for the network, which code saved beside a model is unknown to.
@@ -835,7 +847,19 @@ class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrain
 
 
 class EmoForTokenClassification(GenericForTokenClassification, EmoPreTrainedModel):
-    """EMO with a classifier on every token (Transformers' generic head)."""
+    """EMO with a classifier on every token (Transformers' generic head).
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo import EmoForTokenClassification
+    >>> model = EmoForTokenClassification.from_pretrained("model_cards/toy-emo", num_labels=3)
+    >>> model(torch.tensor([[5, 6, 7]])).logits.shape
+    torch.Size([1, 3, 3])
+
+    ```
+    """
 
     def __init__(self, config: EmoConfig):
         EmoPreTrainedModel.__init__(self, config)

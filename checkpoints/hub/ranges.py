@@ -144,6 +144,8 @@ class FileRanges:
         remote (`RemoteFile`): the file.
         part (`PartialFile`): where its bytes are written to.
         ranges (`list[tuple[int, int]]`): the ranges `(start, end)`.
+
+    Example: see `HubFiles`, which fetches them.
     """
 
     remote: RemoteFile

@@ -28,6 +28,8 @@ class Batch:
         input_ids (`torch.Tensor`): (B, S) the token ids.
         attention_mask (`torch.Tensor`): (B, S), bool: true for text, false for padding.
         weight (`torch.Tensor`): (B, S), float64: how much each token counts.
+
+    Example: see `make_batches`.
     """
 
     input_ids: torch.Tensor
