@@ -16,7 +16,8 @@ def test_no_import_runs_against_the_table_of_arrows():
         "`pip install -e . --config-settings editable_mode=strict`"
     )
     # In a process of its own: it switches off every logger that is there.
-    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
+    code = "import sys\nfrom importlinter.cli import lint_imports\n"
+    code += "sys.exit(lint_imports(sys.argv[1], no_cache=True))"
     done = subprocess.run(
         [sys.executable, "-c", code, ROOT / ".importlinter"], capture_output=True, text=True, check=False
     )
