@@ -119,7 +119,7 @@ test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev constraints-docs.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-docs.txt --editable '.[docs]'
+	$(INSTALL) --constraint constraints-docs.txt --editable '.[docs]'
 	touch $@
 
 docs: $(VENV)/.installed-docs  ## the manual, into build/site; a broken link or reference is an error
