@@ -292,7 +292,8 @@ def document_pools(
     segment_T = flatten_segments(find_segments(config, request, input_ids, position_ids, eos_opens=eos_opens))
     token_mask_T = None
     if attention_mask is not None and attention_mask.dim() == 2:
-        token_mask_T = attention_mask.bool().flatten()
+        length = segment_T.shape[0] // attention_mask.shape[0]
+        token_mask_T = attention_mask[:, -length:].bool().flatten()  # without what is in a cache
     num_layers, num_segments = config.num_hidden_layers, count_segments(segment_T)
     if sizes is not None:
         size_LN = sizes.to(segment_T.device)

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, D hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class ForwardInputs(NamedTuple):
         attention_mask (`torch.Tensor`, *optional*): (B, S), or a ready 4-D mask.
         position_ids (`torch.Tensor`): (B, S) or (1, S).
         cache (`Cache`, *optional*): keys and values of the tokens before.
-        training_step (`bool`): the model is in training mode and has no cache.
+        training_step (`bool`): whether pools of the config hold, if nothing else is asked for.
 
     Example: see `with_default_pool`.
     """
@@ -67,6 +67,41 @@ def positions_after(cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.T
     """
     seen = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def behind_virtual_tokens(
+    inputs_embeds: torch.Tensor, document_ids: torch.Tensor | None, prompt_pool: PromptPool | None
+) -> tuple[torch.Tensor | None, PromptPool | None]:
+    """Documents and prompts where an adapter has put virtual tokens in front of the row (prompt tuning).
+
+    Virtual tokens belong to the first document of the row, and to the prompt.
+
+    Args:
+        inputs_embeds (`torch.Tensor`): (B, S, D), with the virtual tokens.
+        document_ids (`torch.Tensor`, *optional*): (B, S) or without them (B, S - V).
+        prompt_pool (`PromptPool`, *optional*): its `prompt_BS` with or without them.
+
+    Returns:
+        `tuple[torch.Tensor | None, PromptPool | None]`: both with the virtual tokens.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.forward_inputs import behind_virtual_tokens
+    >>> behind_virtual_tokens(torch.zeros(1, 5, 8), torch.tensor([[3, 3, 4]]), None)[0]
+    tensor([[3, 3, 3, 3, 4]])
+
+    ```
+    """
+    batch, length = inputs_embeds.shape[:2]
+    if document_ids is not None and document_ids.shape[1] < length:
+        first = document_ids[:, :1].expand(batch, length - document_ids.shape[1])
+        document_ids = torch.cat([first, document_ids], dim=1)
+    if prompt_pool is not None and prompt_pool.prompt_BS.shape[1] < length:
+        virtual = prompt_pool.prompt_BS.new_ones(batch, length - prompt_pool.prompt_BS.shape[1])
+        prompt_pool = prompt_pool._replace(prompt_BS=torch.cat([virtual, prompt_pool.prompt_BS], dim=1))
+    return document_ids, prompt_pool
 
 
 def with_default_pool(
@@ -185,7 +220,8 @@ def attention_inputs(
     if within_documents is None:
         within_documents = inputs.training_step and config.attention_within_documents
     asked = within_documents or request.document_pool or request.document_pool_sizes is not None
-    if asked and cache is not None and cache.get_seq_length() > 0:
+    before = cache.get_seq_length() if asked and cache is not None else 0
+    if asked and before > 0 and not inputs.training_step:
         raise ValueError(
             "Documents are told apart as a whole: they cannot begin behind tokens in a cache. Give the whole "
             "documents at once, without a cache, or leave out what asks for documents."
@@ -195,9 +231,12 @@ def attention_inputs(
         # Here an EOS closes its own document: the token after it starts the next one.
         segments_BS = find_segments(config, request, inputs.input_ids, inputs.position_ids, eos_opens=False)
         segments_BS = segments_BS.expand(inputs.inputs_embeds.shape[:2])
-        if is_flash_attention_requested(config):  # given a mask, it does not look at lengths
+        if before > 0:
+            same_document = _same_document_behind(segments_BS, before)
+        elif is_flash_attention_requested(config):  # given a mask, it does not look at lengths
             return None, _flash_lengths(inputs, request, segments_BS, kwargs)
-        same_document = packed_sequence_mask_function(segments_BS)
+        else:
+            same_document = packed_sequence_mask_function(segments_BS)
     causal_mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs.inputs_embeds,
@@ -212,6 +251,16 @@ def attention_inputs(
             "documents apart: use eager, sdpa, flex or flash attention for `attention_within_documents`."
         )
     return causal_mask, {}
+
+
+def _same_document_behind(segments_BS: torch.Tensor, before: int) -> Callable:
+    """Whether a token may attend to another: to the tokens before all documents, and to its own document."""
+
+    def same_document(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        own = segments_BS[batch, query - before] == segments_BS[batch, (key - before).clamp(min=0)]
+        return own | (key < before)
+
+    return same_document
 
 
 def _flash_lengths(

@@ -162,6 +162,9 @@ class EmoGenerationMixin(GenerationMixin):
         kwargs = one_cache_name(kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         request = _request.get()
+        if inputs.get(CACHE) is None:
+            # Without a cache a model in training mode would take this for a training step.
+            inputs.setdefault("training_step", False)
         if request is not None:
             # Only this mask shows padding. With a static cache, the one in the inputs is 4-D.
             inputs |= request.model_inputs(inputs, kwargs.get("attention_mask"))

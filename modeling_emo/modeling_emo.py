@@ -51,6 +51,7 @@ from .expert_switching import Masks, PackageHooks, masks_here, move_masks, packa
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
+    behind_virtual_tokens,
     pools_that_hold,
     positions_after,
     with_default_pool,
@@ -422,6 +423,16 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         return hidden_states if statistics is None else (hidden_states, *statistics)
 
 
+def _has_hooks(model: "EmoModel") -> bool:
+    """Whether somebody looks at the last layer, or at what comes out of the decoder."""
+    if getattr(torch.nn.modules.module, "_global_forward_hooks", None):
+        return True
+    watched = (model, model.norm, *model.layers[-1].modules())
+    hooks = (hook for m in watched for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    # Transformers' own stay where hidden states were once asked for, and look only when they are again.
+    return any(getattr(hook, "__module__", "") != OutputRecorder.__module__ for hook in hooks)
+
+
 def _data_parallel_rank(model: PreTrainedModel) -> int:
     """This process's number among those that see different data (tensor-parallel ones see the same)."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -595,6 +606,7 @@ class EmoModel(EmoPreTrainedModel):
         attention_within_documents: bool | None = None,
         prompt_pool: PromptPool | None = None,
         last_tokens: int = 0,
+        training_step: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EmoModelOutputWithPast:
         """Run the decoder.
@@ -624,6 +636,9 @@ class EmoModel(EmoPreTrainedModel):
             last_tokens (`int`, defaults to 0): let only so many tokens at the end through the feed-forward
                 block of the last layer, where nobody wants the others (0: all). `last_hidden_state` has no
                 more then, unless there are pools, which the last layer too chooses from all tokens.
+            training_step (`bool`, *optional*): whether this is a step of training: with the config's pools,
+                if nothing else is asked for, and with what their losses need. Tokens in a cache then are a
+                prefix that every document sees (prefix tuning). By default in training mode without a cache.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
@@ -640,8 +655,9 @@ class EmoModel(EmoPreTrainedModel):
         refuse_unknown_caches(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`: leave the other one out.")
-        # Generating hands over a cache, in training mode too: that is no training step.
-        training_step = self.training and past_key_values is None
+        if training_step is None:
+            # Generating hands over a cache, in training mode too: that is no training step.
+            training_step = self.training and past_key_values is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
@@ -650,6 +666,8 @@ class EmoModel(EmoPreTrainedModel):
             position_ids = positions_after(past_key_values, inputs_embeds)
         given = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         inputs = ForwardInputs(self.config, *given, training_step)
+        if input_ids is None:  # perhaps with virtual tokens of an adapter in front
+            document_ids, prompt_pool = behind_virtual_tokens(inputs_embeds, document_ids, prompt_pool)
         documents = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
         request = PoolRequest(document_pool, document_pool_sizes, document_ids, *documents)
         request, prompt_pool = with_default_pool(inputs, request, prompt_pool, self.default_document_pool)
@@ -779,7 +797,10 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         # A prompt's other tokens need not go through the last layer's experts, unless somebody looks at them.
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         is_seen = output_router_logits or recorded not in (None, False) or torch.is_grad_enabled()
+        is_seen = is_seen or _has_hooks(self.model)
         last_tokens = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        if self.training and labels is not None:
+            kwargs.setdefault("training_step", True)  # behind a prefix too, which comes in a cache
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

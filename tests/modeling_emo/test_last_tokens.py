@@ -13,8 +13,14 @@ def rows():
 
     def watch(model) -> list[int]:
         seen: list[int] = []
-        for layer in model.model.layers:
-            layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for layer in model.model.layers:  # no hook: whoever has one is shown all tokens
+            forward = layer.mlp.forward
+
+            def noted(hidden, *args, forward=forward, **kwargs):
+                seen.append(hidden.shape[1])
+                return forward(hidden, *args, **kwargs)
+
+            layer.mlp.forward = noted
         return seen
 
     return watch
@@ -83,3 +89,16 @@ def test_all_tokens_go_through_for_gradients_and_a_config_that_asks(make_model, 
     with torch.no_grad():
         assert model(IDS, logits_to_keep=1).hidden_states[-1].shape[1] == 9
     assert seen == [9] * 6
+
+
+@pytest.mark.parametrize("hooked", ["gate", "mlp", "layer", "model"])
+def test_whoever_has_a_hook_is_shown_all_tokens(make_model, hooked):
+    model = make_model()
+    last = model.model.layers[-1]
+    module = {"gate": last.mlp.gate, "mlp": last.mlp, "layer": last, "model": model.model}[hooked]
+    shapes = []
+    module.register_forward_hook(
+        lambda _, args, output: shapes.append((output if hooked == "layer" else output[0]).shape)
+    )
+    model.generate(IDS, max_new_tokens=1, do_sample=False)
+    assert shapes[0][:-1].numel() == IDS.numel()
