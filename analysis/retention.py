@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoints.folder_lock import locked_folder
 from ..checkpoints.hub.names import pinned
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
@@ -114,6 +115,7 @@ def measure_retention(
         ValueError: before a model is measured, if a method is unknown, a domain has so few documents that all
             seeds would draw the same, `out` holds measurements of other texts, settings or weights, or the
             models cut the same text into different tokens, so that losses cannot be compared.
+        BlockingIOError: if another run measures into `out`.
 
     Example:
 
@@ -139,6 +141,42 @@ def measure_retention(
     if not 2 <= window <= context:
         raise ValueError(f"`window` is {window} tokens, expected 2 to {context}, the models' context.")
     encoded = _encode(models, domains, window, tokenizer)
+    with locked_folder(out):
+        return _measure(
+            models,
+            domains,
+            out,
+            methods,
+            seeds,
+            sizes,
+            encoded,
+            window,
+            num_calibration,
+            batch_tokens,
+            dtype,
+            device,
+            visit,
+            progress,
+        )
+
+
+def _measure(
+    models,
+    domains,
+    out,
+    methods,
+    seeds,
+    sizes,
+    encoded,
+    window,
+    num_calibration,
+    batch_tokens,
+    dtype,
+    device,
+    visit,
+    progress,
+) -> Retention:
+    """Make the measurements that the journal lacks. The caller holds the folder's lock."""
     journal = Journal(Path(out) / Journal.NAME)
     journal.require({"window": window, "num_calibration": num_calibration})
     journal.require(
