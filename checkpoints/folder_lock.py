@@ -32,20 +32,19 @@ def lock_folder(folder: Path, what: str) -> int | None:
         `int`, *optional*: a descriptor, to be closed. `None` on systems without such locks.
 
     Raises:
-        BlockingIOError: if another run holds the lock, or the folder is gone. The message says who holds it.
+        BlockingIOError: if another run holds the lock, or the folder is gone. The message says who holds it, if it was locked
+            by `locked_folder`.
 
     Example:
 
     ```python
-    >>> import os
-    >>> from transformers_emo.checkpoints.folder_lock import lock_folder
-    >>> lock = lock_folder(tmp_path, "results")
-    >>> try:
-    ...     lock_folder(tmp_path, "results")
-    ... except BlockingIOError as error:
-    ...     print(str(error).startswith("Another run is writing results (process "))
+    >>> from transformers_emo.checkpoints.folder_lock import lock_folder, locked_folder
+    >>> with locked_folder(tmp_path):
+    ...     try:
+    ...         lock_folder(tmp_path, "results")
+    ...     except BlockingIOError as error:
+    ...         print(str(error).startswith("Another run is writing results (process "))
     True
-    >>> os.close(lock)
 
     ```
     """
@@ -61,7 +60,6 @@ def lock_folder(folder: Path, what: str) -> int | None:
             pass  # NFS and some others cannot lock folders: there is no lock then
         if not _is(lock, folder):
             raise BlockingIOError
-        _leave_note(lock)
     except BlockingIOError as error:
         holder = _holder(lock)
         os.close(lock)
@@ -97,6 +95,8 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
     folder = Path(os.path.realpath(folder))
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder, os.fspath(folder))
+    if lock is not None:
+        _leave_note(lock)
     try:
         yield
     finally:

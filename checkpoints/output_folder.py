@@ -8,13 +8,13 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .durable_files import make_folders, rename_durably, sync_tree
 from .errors import CheckpointError
-from .folder_lock import NOTE, lock_folder
+from .folder_lock import lock_folder
 from .safetensors_writing import write_json
 from .small_files import read_json
 from .source_files import SourceChangedError, SourceFiles
@@ -83,8 +83,7 @@ def new_folder(
             for source in sources:
                 source.check()
             check_new(out)
-            for ours in (_PLAN, NOTE):
-                (partial / ours).unlink(missing_ok=True)
+            (partial / _PLAN).unlink(missing_ok=True)
             partial.chmod(_usual_mode())
             sync_tree(partial)
             rename_durably(partial, out)
@@ -99,8 +98,6 @@ def new_folder(
             raise
     finally:
         if lock is not None:
-            with suppress(OSError):
-                os.unlink(NOTE, dir_fd=lock)
             os.close(lock)
 
 
@@ -141,7 +138,7 @@ def _take_over(partial: Path, out: Path, plan: Mapping[str, Any] | None) -> None
 
 
 def _holds_work(partial: Path) -> bool:
-    return any(path.is_file() and not path.name.startswith((_PLAN, NOTE)) for path in partial.rglob("*"))
+    return any(path.is_file() and not path.name.startswith(_PLAN) for path in partial.rglob("*"))
 
 
 def _with_what_is_left(error: OSError, out: Path, kept: Path | None) -> OSError:
@@ -200,8 +197,6 @@ def _plan_of(partial: Path) -> dict[str, Any] | None:
 
 def _empty(folder: Path) -> None:
     for left in folder.iterdir():
-        if left.name == NOTE:
-            continue
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 

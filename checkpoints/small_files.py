@@ -81,7 +81,8 @@ def read_small(path: str | os.PathLike, most: int = MAX_JSON_BYTES) -> bytes:
     ```
     """
     with open(open_regular(path), "rb") as file:
-        data = file.read(most + 1)
+        # Python makes room for as much as it is asked for.
+        data = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes, the limit")
     return data
