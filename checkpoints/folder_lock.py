@@ -32,8 +32,8 @@ def lock_folder(folder: Path, what: str) -> int | None:
         `int`, *optional*: a descriptor, to be closed. `None` on systems without such locks.
 
     Raises:
-        BlockingIOError: if another run holds the lock, or the folder is gone. The message says who holds it, if it was locked
-            by `locked_folder`.
+        BlockingIOError: if another run holds the lock, or the folder is gone. The message
+            says who holds a lock of `locked_folder`.
 
     Example:
 
