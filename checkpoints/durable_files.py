@@ -15,7 +15,7 @@ from pathlib import Path
 _CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EPERM}
 
 
-def sync_tree(folder: str | os.PathLike) -> None:
+def sync_tree(folder: str | os.PathLike[str]) -> None:
     """Bring all files and folders inside a folder to the disk, and then the folder itself.
 
     Args:
@@ -33,7 +33,7 @@ def sync_tree(folder: str | os.PathLike) -> None:
 
     ```
     """
-    for place, _, names in os.walk(folder, topdown=False):
+    for place, _, names in os.walk(os.fspath(folder), topdown=False):
         for name in names:
             path = os.path.join(place, name)
             if not os.path.islink(path) and os.path.isfile(path):

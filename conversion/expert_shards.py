@@ -90,8 +90,8 @@ def shard_experts(
         raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected an integer from 1.")
     check_new(out)
     without = [ending for ending in _WEIGHTS if ending != ".safetensors"]
+    before = SourceFiles.of(source, patterns=ALL_FILES, subfolder=hub_kwargs.get("subfolder"))
     folder = source_folder(source, without=without, **hub_kwargs)
-    before = SourceFiles.of(folder, patterns=ALL_FILES)
     config = EmoConfig.from_pretrained(folder)
     checkpoint = Checkpoint.from_folder(folder)
     try:

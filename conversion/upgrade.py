@@ -92,8 +92,8 @@ def upgrade_checkpoint(
     """
     out = Path(out)
     check_new(out)
+    before = SourceFiles.of(repo, patterns=ALL_FILES, subfolder=hub_kwargs.get("subfolder"), links=link)
     folder = source_folder(repo, without=_CODE_AND_PICKLES, **hub_kwargs)
-    before = SourceFiles.of(folder, patterns=ALL_FILES, links=link)
     content = read_model_config(folder)
     weights = Checkpoint.from_folder(folder)
     weights.source.close()

@@ -102,10 +102,11 @@ class RemoteFile:
             httpx.HTTPError: the same error, if trying again does not help, or was tried often enough.
         """
         response = None if isinstance(error, httpx.TransportError) else getattr(error, "response", None)
-        is_busy = response is not None and response.status_code in _BUSY
-        if failures > _RETRIES or not (is_busy or isinstance(error, httpx.TransportError)):
+        asked = None
+        if response is not None and response.status_code in _BUSY and failures <= _RETRIES:
+            asked = _asked_wait(response.headers)
+        elif failures > _RETRIES or not isinstance(error, httpx.TransportError):
             raise error
-        asked = _asked_wait(response.headers) if is_busy else None
         if asked is not None and asked > _LONGEST_WAIT:
             raise CheckpointError(
                 f"The server of {self.repo_id} asks to wait {asked:.0f} seconds for {self.file}, "
@@ -242,7 +243,8 @@ def _fetch_piece(file: FileRanges, start: int, end: int, bar: tqdm, stop: thread
     position = recorded = start
     failures = 0
     while position < end and not stop.is_set():
-        before, reason = position, None
+        before = position
+        reason: Exception | None = None
         begun, counted = time.monotonic(), position
         try:
             for data in file.remote.stream(position, end, file.part):
