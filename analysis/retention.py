@@ -142,68 +142,35 @@ def measure_retention(
         raise ValueError(f"`window` is {window} tokens, expected 2 to {context}, the models' context.")
     encoded = _encode(models, domains, window, tokenizer)
     with locked_folder(out):
-        return _measure(
-            models,
-            domains,
-            out,
-            methods,
-            seeds,
-            sizes,
-            encoded,
-            window,
-            num_calibration,
-            batch_tokens,
-            dtype,
-            device,
-            visit,
-            progress,
+        journal = Journal(Path(out) / Journal.NAME)
+        journal.require({"window": window, "num_calibration": num_calibration})
+        journal.require(
+            {f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains}
         )
 
-
-def _measure(
-    models,
-    domains,
-    out,
-    methods,
-    seeds,
-    sizes,
-    encoded,
-    window,
-    num_calibration,
-    batch_tokens,
-    dtype,
-    device,
-    visit,
-    progress,
-) -> Retention:
-    """Make the measurements that the journal lacks. The caller holds the folder's lock."""
-    journal = Journal(Path(out) / Journal.NAME)
-    journal.require({"window": window, "num_calibration": num_calibration})
-    journal.require(
-        {f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains}
-    )
-
-    plans = {
-        name: [
-            (domain, method, seed, missing)
-            for method, seed in [(FULL, None), *((m, s) for m in methods for s in seeds)]
-            for domain in domains
-            if (missing := _missing(journal, name, domain.name, method, seed, sizes[name]))
-        ]
-        for name in models
-    }
-    total = sum(len(d.test) * len(missing) for plan in plans.values() for d, _, _, missing in plan)
-    with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
-        for name, model in models.items():
-            bar.set_postfix_str(name)
-            network = _load(model, dtype, device)
-            journal.require({f"weights of {name}": _fingerprint(network)})
-            _try_methods(network, methods, max(sizes[name].values()))
-            _measure_model(network, name, plans[name], encoded, journal, num_calibration, batch_tokens, bar)
-            if visit is not None:
-                visit(name, network, {domain.name: encoded[domain.name][1] for domain in domains})
-            del network
-    return Retention(journal.measurements.values())
+        plans = {
+            name: [
+                (domain, method, seed, missing)
+                for method, seed in [(FULL, None), *((m, s) for m in methods for s in seeds)]
+                for domain in domains
+                if (missing := _missing(journal, name, domain.name, method, seed, sizes[name]))
+            ]
+            for name in models
+        }
+        total = sum(len(d.test) * len(missing) for plan in plans.values() for d, _, _, missing in plan)
+        with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
+            for name, model in models.items():
+                bar.set_postfix_str(name)
+                network = _load(model, dtype, device)
+                journal.require({f"weights of {name}": _fingerprint(network)})
+                _try_methods(network, methods, max(sizes[name].values()))
+                _measure_model(
+                    network, name, plans[name], encoded, journal, num_calibration, batch_tokens, bar
+                )
+                if visit is not None:
+                    visit(name, network, {domain.name: encoded[domain.name][1] for domain in domains})
+                del network
+        return Retention(journal.measurements.values())
 
 
 def _measure_model(network, name, plan, encoded, journal, num_calibration, batch_tokens, bar) -> None:

@@ -99,9 +99,9 @@ def rename_durably(old: str | os.PathLike, new: str | os.PathLike) -> None:
 
     ```python
     >>> from transformers_emo.checkpoints.durable_files import rename_durably
-    >>> _ = (tmp_path / "a").write_text("text")
-    >>> rename_durably(tmp_path / "a", tmp_path / "b")
-    >>> (tmp_path / "b").read_text()
+    >>> _ = (tmp_path / "old.txt").write_text("text")
+    >>> rename_durably(tmp_path / "old.txt", tmp_path / "new.txt")
+    >>> (tmp_path / "new.txt").read_text()
     'text'
 
     ```

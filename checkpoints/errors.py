@@ -44,7 +44,7 @@ def tidy(message: str) -> str:
     ```python
     >>> from transformers_emo.checkpoints.errors import tidy
     >>> tidy("No tensor \x07" + "a" * 50_000_000 + ": download it again.")[-46:]
-    'aaaa (50000001 characters) download it again.'
+    'aaaa: (50000002 characters) download it again.'
 
     ```
     """

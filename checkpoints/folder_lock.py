@@ -76,6 +76,8 @@ def lock_folder(folder: Path, what: str) -> int | None:
 def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Make a folder if need be, and keep others from writing to it within the block.
 
+    A folder that was made and is still empty at the end is removed.
+
     Args:
         folder (`str` or `os.PathLike`): the folder.
 
@@ -89,10 +91,13 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
     >>> with locked_folder(tmp_path / "results"):
     ...     (tmp_path / "results").is_dir()
     True
+    >>> (tmp_path / "results").exists()  # nothing was written
+    False
 
     ```
     """
     folder = Path(os.path.realpath(folder))
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder, os.fspath(folder))
     if lock is not None:
@@ -103,6 +108,9 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
         if lock is not None:
             with suppress(OSError):
                 (folder / NOTE).unlink()
+            with suppress(OSError):  # it holds something
+                if is_new:
+                    folder.rmdir()
             os.close(lock)
 
 

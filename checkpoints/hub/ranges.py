@@ -177,6 +177,8 @@ class FileRanges:
         remote (`RemoteFile`): the file.
         part (`PartialFile`): where its bytes are written to.
         ranges (`list[tuple[int, int]]`): the ranges `(start, end)`.
+
+    Example: see `fetch_ranges`.
     """
 
     remote: RemoteFile
