@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from ..checkpoints.durable_files import write_whole
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -23,8 +24,4 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
     ```
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text)

@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.durable_files import make_folders, sync_folder
+from ..checkpoints.small_files import parse_json
+
 FULL = "full"
 
 
@@ -287,7 +290,7 @@ class Journal:
                 break  # an interrupted run did not finish this line
             self._whole += len(line)
             try:
-                data = json.loads(line)
+                data = parse_json(line)
                 if "settings" in data:
                     self.settings |= data["settings"]
                 else:
@@ -329,12 +332,23 @@ class Journal:
         self.measurements[_key(measurement)] = measurement
 
     def _append(self, data: Iterable[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(self.path.parent)
         lines = b"".join(json.dumps(one).encode() + b"\n" for one in data)
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+        is_new = not self.path.exists()
+        with self.path.open("wb" if is_new else "r+b") as file:
+            file.seek(self._whole)
+            if not is_new and b"\n" in file.read():
+                raise ValueError(
+                    f"Another run has added measurements to {os.fspath(self.path)!r}: nothing was written. "
+                    "Call again when it is done: this continues with what both have measured."
+                )
             file.truncate(self._whole)
             file.seek(self._whole)
             file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folder(self.path.parent)
         self._whole += len(lines)
 
 

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoints.folder_lock import locked_folder
 from ..checkpoints.hub.names import pinned
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
@@ -114,6 +115,7 @@ def measure_retention(
         ValueError: before a model is measured, if a method is unknown, a domain has so few documents that all
             seeds would draw the same, `out` holds measurements of other texts, settings or weights, or the
             models cut the same text into different tokens, so that losses cannot be compared.
+        BlockingIOError: if another run measures into `out`.
 
     Example:
 
@@ -139,33 +141,36 @@ def measure_retention(
     if not 2 <= window <= context:
         raise ValueError(f"`window` is {window} tokens, expected 2 to {context}, the models' context.")
     encoded = _encode(models, domains, window, tokenizer)
-    journal = Journal(Path(out) / Journal.NAME)
-    journal.require({"window": window, "num_calibration": num_calibration})
-    journal.require(
-        {f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains}
-    )
+    with locked_folder(out):
+        journal = Journal(Path(out) / Journal.NAME)
+        journal.require({"window": window, "num_calibration": num_calibration})
+        journal.require(
+            {f"texts of {domain.name}": _digest(domain.calibration, domain.test) for domain in domains}
+        )
 
-    plans = {
-        name: [
-            (domain, method, seed, missing)
-            for method, seed in [(FULL, None), *((m, s) for m in methods for s in seeds)]
-            for domain in domains
-            if (missing := _missing(journal, name, domain.name, method, seed, sizes[name]))
-        ]
-        for name in models
-    }
-    total = sum(len(d.test) * len(missing) for plan in plans.values() for d, _, _, missing in plan)
-    with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
-        for name, model in models.items():
-            bar.set_postfix_str(name)
-            network = _load(model, dtype, device)
-            journal.require({f"weights of {name}": _fingerprint(network)})
-            _try_methods(network, methods, max(sizes[name].values()))
-            _measure_model(network, name, plans[name], encoded, journal, num_calibration, batch_tokens, bar)
-            if visit is not None:
-                visit(name, network, {domain.name: encoded[domain.name][1] for domain in domains})
-            del network
-    return Retention(journal.measurements.values())
+        plans = {
+            name: [
+                (domain, method, seed, missing)
+                for method, seed in [(FULL, None), *((m, s) for m in methods for s in seeds)]
+                for domain in domains
+                if (missing := _missing(journal, name, domain.name, method, seed, sizes[name]))
+            ]
+            for name in models
+        }
+        total = sum(len(d.test) * len(missing) for plan in plans.values() for d, _, _, missing in plan)
+        with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
+            for name, model in models.items():
+                bar.set_postfix_str(name)
+                network = _load(model, dtype, device)
+                journal.require({f"weights of {name}": _fingerprint(network)})
+                _try_methods(network, methods, max(sizes[name].values()))
+                _measure_model(
+                    network, name, plans[name], encoded, journal, num_calibration, batch_tokens, bar
+                )
+                if visit is not None:
+                    visit(name, network, {domain.name: encoded[domain.name][1] for domain in domains})
+                del network
+        return Retention(journal.measurements.values())
 
 
 def _measure_model(network, name, plan, encoded, journal, num_calibration, batch_tokens, bar) -> None:

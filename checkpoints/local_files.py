@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
+from .small_files import open_regular
 
 _MOST_OPEN = 256  # files kept open: there may be thousands of expert shards, and a process may open 1024
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
@@ -82,7 +83,7 @@ class LocalFiles:
             if descriptor is None:
                 path = self.folder / file
                 try:
-                    descriptor = os.open(path, os.O_RDONLY)
+                    descriptor = open_regular(path)
                 except OSError as error:
                     raise CheckpointError(
                         f"Cannot open the weights file {path}: {error.strerror}. Download it again, or "

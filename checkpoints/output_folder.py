@@ -6,20 +6,21 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .durable_files import make_folders, rename_durably, sync_tree
 from .errors import CheckpointError
+from .folder_lock import lock_folder
 from .safetensors_writing import write_json
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from .small_files import read_json
+from .source_files import SourceChangedError, SourceFiles
 
 _PLAN = ".plan.json"
+_MAX_PLAN = 256 << 20  # it names every tensor and every file of the source
 
 
 @contextmanager
@@ -28,11 +29,14 @@ def new_folder(
     *,
     plan: Mapping[str, Any] | None = None,
     hopeless: tuple[type[BaseException], ...] = (),
+    sources: Sequence[SourceFiles] = (),
 ) -> Iterator[Path]:
     """A folder to write to. It gets its name at the end if there was no error, and is removed otherwise.
 
-    Until then its name is `.<name>.partial`. It is locked, so that two runs cannot write to it at the same
-    time. If an earlier run without a plan was killed, the files that it left are removed first.
+    Before it gets its name, all its files are brought to the disk: after a power cut it is whole or not
+    there. Until then its name is `.<name>.partial`, and only its owner may look into it. It is locked, so
+    that two runs cannot write to it at the same time. If an earlier run without a plan was killed, the files
+    that it left are removed first.
 
     Args:
         out (`str` or `os.PathLike`): the folder's name. Its parents are made too.
@@ -41,12 +45,16 @@ def new_folder(
             run with the same plan left are kept, and so are the files of this run if it fails.
         hopeless (`tuple[type[BaseException], ...]`, *optional*): errors after which nothing is kept, because
             the same call would fail again.
+        sources (`Sequence[SourceFiles]`, *optional*): the state of the folders that are read, noted before
+            anything of them was. If one has changed at the end, nothing is kept.
 
     Yields:
         `Path`: the folder. It is empty, or holds the files that an earlier run with the same plan left.
 
     Raises:
-        FileExistsError: if `out` exists, or a run with another plan left files.
+        FileExistsError: if `out` exists, a run with another plan left files, or the folder of an earlier run
+            could be another user's work.
+        SourceChangedError: if a source changed meanwhile.
         BlockingIOError: if another run is writing to the folder.
         OSError: if writing fails. The message says what is left on disk and how to continue.
 
@@ -65,26 +73,50 @@ def new_folder(
     """
     out = Path(out)
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(out.parent)
     partial = out.with_name(f".{out.name}.partial")
     lock = _claim(partial, out)
     try:
         _take_over(partial, out, plan)
         try:
             yield partial
+            for source in sources:
+                source.check()
             check_new(out)
             (partial / _PLAN).unlink(missing_ok=True)
-            partial.rename(out)
-        except BaseException as error:
+            partial.chmod(_usual_mode())
+            sync_tree(partial)
+            rename_durably(partial, out)
+        except BaseException as caught:
+            error = _with_its_cause(caught, sources)
+            hopeless = (*hopeless, SourceChangedError)
             kept = plan is not None and not isinstance(error, hopeless) and _holds_work(partial)
             if not kept:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, FileExistsError):
-                raise _with_what_is_left(error, out, partial if kept else None) from error
+                raise _with_what_is_left(error, out, partial if kept else None) from caught
             raise
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _with_its_cause(error: BaseException, sources: Sequence[SourceFiles]) -> BaseException:
+    """The error; or that a source changed, which is why what was read of it made no sense."""
+    if isinstance(error, OSError | ValueError) and not isinstance(error, FileExistsError):
+        try:
+            for source in sources:
+                source.check()
+        except SourceChangedError as changed:
+            return changed
+    return error
+
+
+def _usual_mode() -> int:
+    """The permissions that a new folder has."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def _take_over(partial: Path, out: Path, plan: Mapping[str, Any] | None) -> None:
@@ -122,7 +154,7 @@ def _with_what_is_left(error: OSError, out: Path, kept: Path | None) -> OSError:
             f"{kept} holds what was finished: remove the cause and call again with the same arguments to "
             "continue, or remove the folder."
         )
-    told = (CheckpointError if isinstance(error, CheckpointError) else OSError)(f"{what} {left}")
+    told = (type(error) if isinstance(error, CheckpointError) else OSError)(f"{what} {left}")
     told.errno = error.errno
     return told
 
@@ -131,39 +163,34 @@ def _claim(partial: Path, out: Path) -> int | None:
     """Make the partial folder and lock it. The system removes the lock when the process ends."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise FileExistsError(f"{partial} is needed for writing {out}, but it is no folder: remove it.")
-    partial.mkdir(exist_ok=True)
-    if fcntl is None:
-        return None
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            pass  # NFS and some others cannot lock folders: there is no lock then
-        if not _is(lock, partial):
-            raise BlockingIOError
-    except BlockingIOError as error:
-        os.close(lock)
-        raise BlockingIOError(
-            f"Another run is writing {out}: wait for it, or name another folder."
-        ) from error
-    return lock
+        partial.mkdir(mode=0o700)
+    except FileExistsError:
+        _check_ours(partial, out)
+    return lock_folder(partial, os.fspath(out))
 
 
-def _is(descriptor: int, path: Path) -> bool:
-    """Whether a path still names an open folder. Another run may have renamed it meanwhile."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except OSError:
-        return False
+def _check_ours(partial: Path, out: Path) -> None:
+    """Refuse a folder that another user made or may write to: its files would become part of the model."""
+    if not hasattr(os, "geteuid"):  # Windows
+        return
+    found = partial.stat(follow_symlinks=False)
+    reason = ""
+    if found.st_uid != os.geteuid():
+        reason = f"belongs to another user (number {found.st_uid}, you are {os.geteuid()})"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason = f"may be written to by other users (mode {stat.S_IMODE(found.st_mode):o})"
+    if reason:
+        raise FileExistsError(
+            f"{partial} is needed for writing {out}, but it {reason}: look at what it holds and remove it, "
+            "or name another folder."
+        )
 
 
 def _plan_of(partial: Path) -> dict[str, Any] | None:
     try:
-        plan = json.loads((partial / _PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        plan = read_json(partial / _PLAN, _MAX_PLAN)
+    except (OSError, ValueError):
         return None
     return plan if isinstance(plan, dict) else None
 

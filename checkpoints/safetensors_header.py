@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from .errors import CheckpointError
+from .small_files import read_small
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -163,7 +164,7 @@ def read_index(path: Path) -> dict[str, str]:
     ```
     """
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_small(path, MAX_HEADER_BYTES))["weight_map"]
         pairs = weight_map.items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

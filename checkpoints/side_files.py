@@ -14,6 +14,8 @@ from transformers.utils import cached_file
 
 from .checkpoint import Checkpoint
 from .local_files import LocalFiles
+from .small_files import MAX_JSON_BYTES, open_regular, read_small
+from .source_files import SourceFiles
 
 TOKENIZER_FILES = (  # names and patterns, for `side_files`
     "tokenizer.json",
@@ -46,8 +48,8 @@ def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: 
 
     Returns:
         `dict[str, Any]`: the folder's path, or the repository and its commit; the hash of `config.json`; a
-        hash of where each tensor lies; and for each file of weights its size and, in a folder, when it was
-        changed last.
+        hash of where each tensor lies; and for each file of weights its size, or, in a folder, the state of
+        each file as in `SourceFiles`.
 
     Example:
 
@@ -62,11 +64,12 @@ def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: 
     """
     source = checkpoint.source
     files = sorted({span.file for span in checkpoint.tensors.values()})
-    config = Path(optional_file(model, "config.json", **hub_kwargs) or os.devnull).read_bytes()
+    found = optional_file(model, "config.json", **hub_kwargs)
+    config = b"" if found is None else read_small(found, MAX_JSON_BYTES)
     headers = repr(sorted((name, repr(span)) for name, span in checkpoint.tensors.items()))
-    times: dict[str, int | None] = dict.fromkeys(files)
+    states: dict[str, Any] = {file: [source.size(file)] for file in files}
     if isinstance(source, LocalFiles):
-        times |= {file: os.stat(source.folder / file).st_mtime_ns for file in files}
+        states = {name: list(state) for name, state in SourceFiles.of(source.folder).files.items()}
         where = [str(source.folder.resolve())]
     else:
         where = [os.fspath(model), str(getattr(source, "commit", None)), hub_kwargs.get("subfolder") or ""]
@@ -74,7 +77,7 @@ def identity_of(model: str | os.PathLike, checkpoint: Checkpoint, **hub_kwargs: 
         "source": where,
         "config": hashlib.sha256(config).hexdigest(),
         "headers": hashlib.sha256(headers.encode()).hexdigest(),
-        "files": {file: [source.size(file), times[file]] for file in files},
+        "files": states,
     }
 
 
@@ -198,4 +201,5 @@ def copy_side_files(model: str | os.PathLike, names: Sequence[str], folder: Path
         found = optional_file(model, name, **hub_kwargs)
         if found is not None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, folder / name)
+            with open(open_regular(found), "rb") as old, open(folder / name, "wb") as new:
+                shutil.copyfileobj(old, new)

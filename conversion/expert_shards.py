@@ -26,12 +26,13 @@ from ..checkpoints import Checkpoint, CheckpointError, TensorSpan
 from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import header_of, write_json
 from ..checkpoints.side_files import identity_of
+from ..checkpoints.source_files import SourceFiles
 from ..configuration import EmoConfig
 from ..modeling_emo.weight_names import EXPERT_MATRIX, STACKED_EXPERTS
 from ..subsets.loading.wanted_tensors import lazy_parameters
 from ..subsets.loading.weights_check import check_whole
 from .from_olmo_core import PROVENANCE
-from .source_folder import source_folder
+from .source_folder import ALL_FILES, source_folder
 
 BACKBONE = "model-backbone.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -89,6 +90,7 @@ def shard_experts(
         raise ValueError(f"`experts_per_file` is {experts_per_file!r}, expected an integer from 1.")
     check_new(out)
     without = [ending for ending in _WEIGHTS if ending != ".safetensors"]
+    before = SourceFiles.of(source, patterns=ALL_FILES, subfolder=hub_kwargs.get("subfolder"))
     folder = source_folder(source, without=without, **hub_kwargs)
     config = EmoConfig.from_pretrained(folder)
     checkpoint = Checkpoint.from_folder(folder)
@@ -97,7 +99,8 @@ def shard_experts(
         check_whole(lazy_parameters(checkpoint, config, None), config, os.fspath(source))
         files = plan_expert_files(checkpoint.tensors, config, experts_per_file)
         # A downloaded folder has the commit in its name, so the plan has it too.
-        with new_folder(out, plan={"source": identity_of(folder, checkpoint), "files": files}) as partial:
+        plan = {"source": identity_of(folder, checkpoint), "files": files}
+        with new_folder(out, plan=plan, sources=[before]) as partial:
             for left in partial.glob("*.partial"):
                 left.unlink()
             headers = {file: _header(names, checkpoint.tensors) for file, names in files.items()}

@@ -17,6 +17,7 @@ from ..checkpoints.hub.names import existing_folder
 from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import size_in_bytes, write_json
 from ..checkpoints.side_files import TOKENIZER_FILES, copy_side_files, side_files
+from ..checkpoints.source_files import SourceFiles
 from ..checkpoints.tensor_writer import PlannedTensor, plan_shards, write_checkpoint
 from ..configuration import EmoConfig
 from .olmo_core.config_reader import read_config
@@ -27,6 +28,7 @@ from .olmo_core.verification import verify_logits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVENANCE = "conversion.json"
+STEP_FILES = ("config.json", ".metadata.json", "model_and_optim/.metadata", "model_and_optim/*.distcp")
 
 
 def convert_olmo_core(
@@ -84,6 +86,9 @@ def convert_olmo_core(
     size = size_in_bytes(max_shard_size)
     check_new(out)
     tokenizer_files = _tokenizer_files(tokenizer)
+    before = [SourceFiles.of(step_folder, patterns=STEP_FILES)]
+    if tokenizer is not None:
+        before.append(SourceFiles.of(tokenizer, patterns=TOKENIZER_FILES))
     config = read_config(step_folder / "config.json")
     checkpoint = DistributedCheckpoint(step_folder / "model_and_optim")
     try:
@@ -93,7 +98,7 @@ def convert_olmo_core(
             for source in tqdm(sources, "Checking sums", unit="tensor", disable=not progress):
                 checkpoint[source].check_bytes()
         shards = plan_shards([PlannedTensor(part.name, part.shape) for part in parts], wanted, size)
-        with new_folder(out) as folder:
+        with new_folder(out, sources=before) as folder:
             hashes = _write(folder, shards, wanted, parts, checkpoint, progress)
             config.dtype = wanted
             config.save_pretrained(folder)

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..checkpoints import CheckpointError
+from ..checkpoints.small_files import read_small
 from ..configuration import EmoConfig
 
 TRAINING_SETTINGS = (
@@ -51,7 +52,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Cannot read {path}: {error}. Expected the config of a model.") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):

@@ -12,6 +12,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..checkpoints.hub.names import folder_or_repo, is_hub_repo
 
+ALL_FILES = ("**/*",)  # for `SourceFiles`: conversions copy whatever lies beside the weights
+
 
 def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hub_kwargs: Any) -> Path:
     """The folder with the files of a model on this machine. A repository is downloaded, at one commit.

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from ..checkpoints import Checkpoint, CheckpointError
 from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import write_json
+from ..checkpoints.source_files import SourceFiles
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
-from .from_olmo_core import PROVENANCE
+from .from_olmo_core import PROVENANCE, STEP_FILES
 from .model_config import TRAINING_SETTINGS, emo_config, read_model_config
 from .olmo_core.config_reader import read_config
 from .olmo_core.config_writer import training_config
@@ -106,6 +107,9 @@ def convert_to_olmo_core(
     """
     folder, out = Path(model_folder), Path(out)
     check_new(out)
+    before = [SourceFiles.of(folder)]
+    if original is not None:
+        before.append(SourceFiles.of(original, patterns=STEP_FILES))
     with ExitStack() as stack:
         weights = Checkpoint.from_folder(folder)
         stack.callback(weights.source.close)
@@ -143,7 +147,7 @@ def convert_to_olmo_core(
         whole = {name: (rows, *shape[1:]) if shape[0] is None else shape for name, shape in shapes.items()}
         _check_weights(weights, parts)
         pieces = list(_pieces(weights, parts, rows, padding))
-        with new_folder(out) as step:
+        with new_folder(out, sources=before) as step:
             with tqdm(total=len(pieces), desc="Converting", unit="tensor", disable=not progress) as bar:
                 hashes = write_distributed_checkpoint(
                     step / "model_and_optim", _known(whole), _chunks(pieces, bar.update)

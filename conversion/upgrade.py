@@ -22,13 +22,14 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..checkpoints import Checkpoint, CheckpointError
 from ..checkpoints.output_folder import check_new, new_folder
 from ..checkpoints.safetensors_writing import write_json
+from ..checkpoints.source_files import SourceFiles
 from ..checkpoints.tensor_writer import rename_tensors
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from .from_olmo_core import PROVENANCE, generation_config
 from .model_config import emo_config, read_model_config
 from .olmo_core.layout import training_layout
 from .other_families import emo_name, emo_settings
-from .source_folder import name_and_commit, source_folder
+from .source_folder import ALL_FILES, name_and_commit, source_folder
 
 # All other files are copied, but for those that are written anew.
 _CODE_AND_PICKLES = {".py", ".pyc", ".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -91,6 +92,7 @@ def upgrade_checkpoint(
     """
     out = Path(out)
     check_new(out)
+    before = SourceFiles.of(repo, patterns=ALL_FILES, subfolder=hub_kwargs.get("subfolder"), links=link)
     folder = source_folder(repo, without=_CODE_AND_PICKLES, **hub_kwargs)
     content = read_model_config(folder)
     weights = Checkpoint.from_folder(folder)
@@ -108,7 +110,7 @@ def upgrade_checkpoint(
     files = sorted({span.file for span in weights.tensors.values()})
     kept = _kept_files(folder)
     # Hashing runs while the next file is copied, and reads from the page cache.
-    with new_folder(out) as partial, ThreadPoolExecutor(1) as hasher:
+    with new_folder(out, sources=[before]) as partial, ThreadPoolExecutor(1) as hasher:
         hashing = {}
         for file in tqdm(files, "Copying", unit="file", disable=not progress):
             if not is_emo:

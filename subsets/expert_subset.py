@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from ..checkpoints.durable_files import write_whole
+from ..checkpoints.small_files import read_json
 from ..configuration import EmoConfig
 from . import set_operations
 from .library import Fetch, subset_file
@@ -130,11 +131,7 @@ class ExpertSubset:
 
         ```
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ExpertSubset:
@@ -149,12 +146,12 @@ class ExpertSubset:
         Example: see `save`.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(path)
         except OSError as error:
             raise SubsetError(
                 f"Cannot read the expert subset {os.fspath(path)!r}: {error.strerror or error}."
             ) from error
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep
+        except ValueError as error:  # not JSON, too long, too deep, or a key is there twice
             raise SubsetError(
                 f"{os.fspath(path)!r} is not an expert subset: it does not hold JSON ({error})."
             ) from error

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from ..checkpoints.errors import tidy
+
 
 class SubsetError(ValueError):
     """An expert subset is malformed, or does not fit the model it is meant for.
@@ -24,6 +26,9 @@ class SubsetError(ValueError):
 
     ```
     """
+
+    def __init__(self, *args: Any):
+        super().__init__(*(tidy(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 def is_id(value: Any) -> bool:

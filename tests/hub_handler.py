@@ -170,7 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         left = self.fault.cut_after
+        if self.fault.trickle:
+            chunks = (chunk[at : at + 100] for chunk in chunks for at in range(0, len(chunk), 100))
         for chunk in chunks:
+            if self.fault.trickle and self.hub.closing.wait(self.fault.trickle):
+                self.close_connection = True
+                return
             piece = chunk if left is None else chunk[:left]
             self.request_record.body_bytes += len(piece)
             self.request_record.sent_bytes += len(piece)

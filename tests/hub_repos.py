@@ -106,6 +106,7 @@ class Fault:
         cut_after (`int`, *optional*): close the connection after so many bytes of the body.
         ignore_range (`bool`, defaults to `False`): answer a range request with 200 and the whole file.
         delay (`float`, defaults to 0): seconds to wait before the answer.
+        trickle (`float`, defaults to 0): seconds to wait before each 100 bytes of the body.
         seen (`int`): matching requests so far.
         hits (`int`): requests hit so far.
     """
@@ -119,6 +120,7 @@ class Fault:
     cut_after: int | None = None
     ignore_range: bool = False
     delay: float = 0.0
+    trickle: float = 0.0
     seen: int = 0
     hits: int = 0
 

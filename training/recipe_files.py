@@ -4,20 +4,37 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
+from ..checkpoints.errors import shown, tidy
 from ..checkpoints.hub.names import HUB_KWARGS
+from ..checkpoints.small_files import read_small
 from .fine_tuning import What
 from .recipes import RecipeName
 
+_MAX_RECIPE = 1 << 20  # bytes
+
 
 class _Loader(yaml.SafeLoader):
-    """Reads 4e-3 as a number, as YAML 1.2 does. PyYAML follows YAML 1.1, where it is text."""
+    """Reads 4e-3 as a number, as YAML 1.2 does, and refuses a name that is there twice.
+
+    PyYAML follows YAML 1.1, where `4e-3` is text, and takes the last of two settings of one name.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"`{shown(key.value)}` is set twice, expected it once", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -230,10 +247,11 @@ class Recipe:
         ```
         """
         try:
-            data = read_yaml(Path(file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+            data = read_yaml(read_small(file, _MAX_RECIPE).decode("utf-8"))
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{os.fspath(file)} is no YAML file: {error}\nCorrect it there, or give a recipe file."
+                f"{os.fspath(file)} is no YAML file: {tidy(str(error))}\n"
+                "Correct it there, or give a recipe file."
             ) from error
         if not isinstance(data, dict):
             raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
+from ..checkpoints.durable_files import sync_tree
+from ..checkpoints.folder_lock import locked_folder
 from ..checkpoints.hub.names import HUB_KWARGS, folder_or_repo, pinned
 from ..configuration import EmoConfig
 from ..imports.optional_packages import require
@@ -45,6 +48,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
         ValueError: if `output_dir` holds checkpoints and `resume` is not set, a setting does not fit, or
             there is nothing to train on.
         ImportError: without `datasets` or `accelerate`, or `peft` for an adapter.
+        BlockingIOError: if another run trains into `output_dir`.
 
     Example:
 
@@ -61,6 +65,16 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
 
     ```
     """
+    # Of the processes of one run, the first holds the lock.
+    is_first = os.environ.get("RANK", "0") == "0"
+    with locked_folder(recipe.output_dir) if is_first else nullcontext():
+        trainer = _train(recipe, resume)
+        if is_first:
+            sync_tree(recipe.output_dir)
+    return trainer
+
+
+def _train(recipe: Recipe, resume: bool) -> EmoTrainer:
     checkpoint = last_checkpoint(recipe.output_dir)
     if checkpoint is not None and not resume:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -31,6 +32,10 @@ WORKERS = 8  # requests at a time, as many as huggingface_hub downloads files
 _PIECE = 16 << 20  # the most bytes of one request: a worker fetches one piece at a time
 _RECORD = 4 << 20  # bytes after which progress is recorded within a request
 _RETRIES = 5  # in a row, without a byte
+_WINDOW = 60.0  # seconds in which a request must bring at least
+_LEAST = 64 << 10  # so many bytes, or it counts as one without a byte
+_BUSY = (429, 500, 502, 503, 504)  # what a server answers that may answer better later
+_LONGEST_WAIT = 60.0  # seconds that a server may ask to wait
 _EXPIRED = (401, 403, 404, 410)  # what storage answers when a signed address has expired
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -79,8 +84,35 @@ class RemoteFile:
         """Size, etag and address. They are asked for once, and again if they are `outdated`."""
         with self._lock:
             if self._metadata is None or self._metadata is outdated:
-                self._metadata = get_hf_file_metadata(self.url, token=self.token, retry_on_errors=True)
+                failures = 0
+                while True:
+                    try:
+                        self._metadata = get_hf_file_metadata(self.url, token=self.token)
+                        break
+                    except httpx.HTTPError as error:
+                        failures += 1
+                        time.sleep(self.wait_after(error, failures))
             return self._metadata
+
+    def wait_after(self, error: httpx.HTTPError, failures: int) -> float:
+        """How long to wait before the next try, in seconds, after a server is busy or cannot be reached.
+
+        Raises:
+            CheckpointError: if the server asks for a longer wait than 60 seconds.
+            httpx.HTTPError: the same error, if trying again does not help, or was tried often enough.
+        """
+        response = None if isinstance(error, httpx.TransportError) else getattr(error, "response", None)
+        asked = None
+        if response is not None and response.status_code in _BUSY and failures <= _RETRIES:
+            asked = _asked_wait(response.headers)
+        elif failures > _RETRIES or not isinstance(error, httpx.TransportError):
+            raise error
+        if asked is not None and asked > _LONGEST_WAIT:
+            raise CheckpointError(
+                f"The server of {self.repo_id} asks to wait {asked:.0f} seconds for {self.file}, "
+                f"more than {_LONGEST_WAIT:.0f}, the limit. What was fetched is kept: call again later."
+            ) from error
+        return min(0.5 * 2**failures, 8) if asked is None else asked
 
     def stream(self, start: int, end: int, part: PartialFile) -> Iterator[bytes]:
         """The bytes from `start` to `end`, for `part`. There are fewer if the connection breaks.
@@ -109,6 +141,7 @@ class RemoteFile:
                 headers=headers,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
                 retry_on_exceptions=(),  # they also come while the body is read: `_fetch_piece` retries
+                retry_on_status_codes=(),  # it would wait for as long as the server says
             ) as response:
                 if response.status_code in _EXPIRED and not last:
                     metadata = self.metadata(outdated=metadata)
@@ -145,7 +178,7 @@ class FileRanges:
         part (`PartialFile`): where its bytes are written to.
         ranges (`list[tuple[int, int]]`): the ranges `(start, end)`.
 
-    Example: see `HubFiles`, which fetches them.
+    Example: see `fetch_ranges`.
     """
 
     remote: RemoteFile
@@ -212,22 +245,37 @@ def _fetch_piece(file: FileRanges, start: int, end: int, bar: tqdm, stop: thread
     position = recorded = start
     failures = 0
     while position < end and not stop.is_set():
-        before, reason = position, None
+        before = position
+        reason: Exception | None = None
+        begun, counted = time.monotonic(), position
         try:
             for data in file.remote.stream(position, end, file.part):
                 data = data[: end - position]
                 file.part.write(position, data)
                 position += len(data)
                 bar.update(len(data))
+                now = time.monotonic()
+                if now - begun >= _WINDOW:
+                    if position - counted < _LEAST:
+                        raise _SlowServerError(file, position - counted, now - begun)
+                    begun, counted = now, position
                 if position - recorded >= _RECORD:
                     file.part.record(recorded, position)
                     recorded = position
                 if position == end or stop.is_set():
                     break
+        except _SlowServerError as error:
+            reason, before = error, position
         except httpx.TransportError as error:
             reason = error
-        except httpx.HTTPError as error:  # the server answered: trying again does not help
-            raise CheckpointError(_failure(file, position, end, error)) from error
+        except httpx.HTTPError as error:  # the server answered
+            failures += 1
+            try:
+                pause = file.remote.wait_after(error, failures)
+            except httpx.HTTPError:
+                raise CheckpointError(_failure(file, position, end, error)) from error
+            stop.wait(pause)
+            continue
         finally:
             if position > recorded:
                 file.part.record(recorded, position)
@@ -240,6 +288,23 @@ def _fetch_piece(file: FileRanges, start: int, end: int, bar: tqdm, stop: thread
                 raise CheckpointError(_failure(file, position, end, reason)) from reason
         if position < end and failures:
             stop.wait(min(0.5 * 2**failures, 8))
+
+
+def _asked_wait(headers: Any) -> float | None:
+    """The seconds that a server asks to wait; `None` if it says nothing of it."""
+    found = re.fullmatch(r"\s*(\d{1,18})\s*", headers.get("Retry-After", ""))
+    found = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,18})", headers.get("ratelimit", "")) or found
+    return None if found is None else float(found[1])
+
+
+class _SlowServerError(Exception):
+    """A server sends next to nothing, and keeps the connection open."""
+
+    def __init__(self, file: FileRanges, got: int, seconds: float):
+        super().__init__(
+            f"its server sent {got} bytes in {seconds:.0f} seconds, expected at least {_LEAST} in "
+            f"{_WINDOW:.0f}"
+        )
 
 
 def _failure(file: FileRanges, position: int, end: int, reason: Exception | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ...checkpoints import CheckpointError
+from ...checkpoints.small_files import read_small
 from ...configuration import EmoConfig
 
 _NO_POOL_ROUTERS = (
@@ -60,7 +61,7 @@ def read_config(path: Path) -> EmoConfig:
     ```
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path))
     except FileNotFoundError as error:
         missing = f"file '{path}'" if path.parent.is_dir() else f"folder '{path.parent}'"
         raise CheckpointError(

@@ -39,6 +39,8 @@ _STORAGES = {
 }
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a member of a zip archive; its name and extra field follow
 _MAX_DESCRIPTION = 1 << 20
+_MAX_ORDER = 16  # bytes of the member `byteorder`, which says `little`
+_MAX_READ = 8 << 20  # bytes of a chunk that are read beside its elements
 _CHECKED_AT_ONCE = 1 << 20  # so many bytes stay in the processor's cache
 
 
@@ -261,7 +263,14 @@ def _storage(
             description = members["data.pkl"]
             if description.file_size > _MAX_DESCRIPTION or description.compress_type:
                 raise ValueError("its description is too long or compressed")
-            order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
+            order = b"little"
+            if (said := members.get("byteorder")) is not None:
+                if said.file_size > _MAX_ORDER or said.compress_type:
+                    raise ValueError(
+                        f"its `byteorder` is {said.file_size} bytes long or compressed, expected at most "
+                        f"{_MAX_ORDER}"
+                    )
+                order = archive.read(said)
             key, offset = _described(archive.read(description), dtype, chunk, f"{name} in {chunk.file}")
             storage = members[f"data/{key}"]
     except CheckpointError:
@@ -336,6 +345,7 @@ class _Window(io.RawIOBase):
 
     def __init__(self, source: Source, chunk: ChunkLocation):
         self._source, self._chunk, self._position = source, chunk, 0
+        self._left = _MAX_READ
 
     def readable(self) -> bool:
         return True
@@ -349,6 +359,9 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         length = max(0, min(len(buffer), self._chunk.length - self._position))
+        self._left -= length
+        if self._left < 0:
+            raise ValueError(f"its directory is longer than {_MAX_READ} bytes, the limit")
         if length:
             start = self._chunk.start + self._position
             self._source.read_into(self._chunk.file, start, memoryview(buffer)[:length])

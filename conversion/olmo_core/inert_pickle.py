@@ -20,6 +20,10 @@ from typing import Any, NoReturn
 from ...checkpoints import CheckpointError
 
 _MAX_INTEGER_BYTES = 8
+# The most containers and objects, for each byte read so far. Pickles of metadata have one in 8 to 22 bytes.
+# A container takes 60 bytes of memory.
+_MAX_MADE = 1 / 4
+_SOME = 1000  # more at any time
 _MAX_NAME = 120  # characters of a refused name that an error shows
 
 
@@ -134,7 +138,8 @@ class _Machine:
         self.source = source
         self.position = 0
         self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: list[Any] = []
+        self.made = 0
 
     def run(self) -> Any:
         instructions, data = _INSTRUCTIONS, self.data
@@ -152,6 +157,12 @@ class _Machine:
             instruction = instructions.get(code)
             if instruction is None:
                 self.refuse(f"has the instruction {bytes([code])!r}, which metadata does not need")
+            if code in _MAKERS:
+                self.made += 1
+                if self.made > _SOME + _MAX_MADE * self.position:
+                    self.refuse(
+                        f"makes {self.made} values of so few bytes, more than one in {1 / _MAX_MADE:.0f}"
+                    )
             instruction(self)
 
     def refuse(self, what: str) -> NoReturn:
@@ -203,11 +214,12 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(length), "little", signed=True))
 
     def memoize(self, index: int) -> None:
-        if index > len(self.data):  # no pickle remembers more values than it has bytes
+        if index > len(self.memo):  # pickles number what they remember from 0 on
             self.refuse(f"wants memory for {index} values")
-        self.memo[index] = self.stack[-1]
-        if self.memo[index] is _MARK:
+        value = self.stack[-1]
+        if value is _MARK:
             self.refuse("uses a mark as a value")
+        self.memo[index : index + 1] = [value]
 
     def recall(self, index: int) -> None:
         self.stack.append(self.memo[index])
@@ -313,3 +325,5 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], Any]] = {
     ord("b"): _Machine.build,
     ord("Q"): _Machine.persistent_id,
 }
+# The instructions that make a container, an object or a name: those that take memory.
+_MAKERS = frozenset({ord(code) for code in "]}tcR"} | {0x81, 0x85, 0x86, 0x87, 0x93})

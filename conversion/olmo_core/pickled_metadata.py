@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ...checkpoints import CheckpointError
+from ...checkpoints.small_files import read_small
 from .inert_pickle import Global, Record, UnsafePickleError, read_pickle
 
 __all__ = ["ChunkLocation", "TensorMetadata", "UnsafePickleError", "dtype_of", "read_metadata"]
@@ -41,7 +42,7 @@ _DTYPES = {
         "bool",
     )
 }
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 256 << 20
 # The most chunks that lie side by side, on average. No training run writes a grid of more than this squared.
 _MAX_BESIDE = 128
 
@@ -95,16 +96,15 @@ def read_metadata(path: str | os.PathLike) -> dict[str, TensorMetadata]:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = read_small(path, _MAX_BYTES)
     except OSError as error:
         raise CheckpointError(
             f"Cannot read {path}: {error.strerror}. Expected the folder of a torch.distributed.checkpoint."
         ) from error
-    if len(data) > _MAX_BYTES:
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is larger than {_MAX_BYTES} bytes, and no metadata is: name another folder."
-        )
+        ) from error
     root = read_pickle(data, _ADMITTED, source=str(path))
     try:
         tensors = _tensors(root, max_chunks=len(data))

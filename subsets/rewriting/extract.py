@@ -21,6 +21,7 @@ from ...checkpoints.safetensors_writing import (
     write_index,
 )
 from ...checkpoints.side_files import GENERATION_CONFIG, TOKENIZER_FILES, copy_side_files, side_files
+from ...checkpoints.source_files import SourceFiles
 from ...configuration import EmoConfig
 from ..expert_subset import ExpertSubset
 from ..loading.model_source import ModelSource
@@ -66,6 +67,7 @@ def extract_subset(
         ValueError: if `dtype` is not a floating-point dtype, or `max_shard_size` is not a size.
         FileExistsError: if `out` exists.
         OSError: if the disk has no room for it.
+        SourceChangedError: if the folder of the model changed meanwhile. Nothing is written then.
 
     Example:
 
@@ -81,6 +83,7 @@ def extract_subset(
     check_new(out)
     shard_bytes = size_in_bytes(max_shard_size)
     cast_to = None if dtype is None else floating_dtype(dtype)
+    before = SourceFiles.of(model, subfolder=hub_kwargs.get("subfolder"))
     with ModelSource.open(model, **hub_kwargs) as source:
         kept = source.keep(ExpertSubset.of(subset, *source.library))
         parameters = source.parameters(kept.local)
@@ -97,7 +100,7 @@ def extract_subset(
         companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **source.hub_kwargs)
         source.fetch(tensors.values(), progress=progress)
         source.warn_if_chosen_elsewhere(kept, tensors)
-        with new_folder(out) as work:
+        with new_folder(out, sources=[before]) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)
             copy_side_files(model, companions, work, **source.hub_kwargs)

@@ -24,6 +24,7 @@ from ...checkpoints.output_folder import check_new, check_space, new_folder
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.safetensors_writing import write_json
 from ...checkpoints.side_files import SIDE_FILES, copy_side_files, optional_file, side_files
+from ...checkpoints.source_files import SourceFiles
 from ...configuration import EmoConfig
 from ..library import LIBRARY_FILES
 from ..loading.model_source import ModelSource
@@ -62,10 +63,7 @@ class _Model:
     parts: dict[str, PartOfModel]
     source: ModelSource | None = None  # None for a model in memory, and so the next
     identity: dict[str, Any] | None = None  # by which an interrupted run recognises it when it continues
-
-
-class _SourceChangedError(CheckpointError):
-    """The files of a model changed while they were read."""
+    files: SourceFiles | None = None  # as they were before anything was read
 
 
 def write_back(
@@ -162,10 +160,10 @@ def write_back(
             elif plan is not None:
                 plan["full" if number == 0 else f"tuned model {number}"] = model.identity
         names = _names_to_copy(base)
-        with new_folder(out, plan=plan, hopeless=(ValueError, _SourceChangedError)) as work:
+        states = [model.files for model in opened if model.files is not None]
+        with new_folder(out, plan=plan, hopeless=(ValueError,), sources=states) as work:
             _write_files(base, sources, weight, work, out, progress)
             _copy_rest(base, names, work)
-            _check_unchanged(opened)
     finally:
         for each in opened:
             if each.source is not None:
@@ -184,6 +182,7 @@ def _parts(what: str) -> set[Part]:
 def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **hub_kwargs: Any) -> _Model:
     if isinstance(model, str | os.PathLike):
         label = os.fspath(model)
+        before = SourceFiles.of(model, subfolder=hub_kwargs.get("subfolder"))
         with folder_or_repo(model):
             adapter = optional_file(model, "adapter_config.json", **hub_kwargs)
         if adapter is not None:
@@ -204,7 +203,7 @@ def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **
         except BaseException:
             source.close()
             raise
-        return _Model(label, source.config, parts, source, identity)
+        return _Model(label, source.config, parts, source, identity, before)
     if not isinstance(model, PreTrainedModel) or not isinstance(model.config, EmoConfig):
         raise ValueError(
             f"Cannot write back a {type(model).__name__}: give a folder, a Hub repository or an EMO model. "
@@ -247,16 +246,6 @@ class _Memory:
             )
             for name, t in self._state.items()
         }
-
-
-def _check_unchanged(models: Sequence[_Model]) -> None:
-    """Check that the files that were read have not changed since the beginning."""
-    for model in models:
-        if model.source is None:
-            continue
-        model.source.close()  # so that files are opened anew: they may have been replaced
-        if model.source.identity() != model.identity:
-            raise _SourceChangedError(f"{model.label} changed while it was read: call again when it is done.")
 
 
 def _sources(

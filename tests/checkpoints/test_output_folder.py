@@ -1,6 +1,7 @@
 """A folder appears under its name when it is whole."""
 
 import errno
+import fcntl
 
 import pytest
 from transformers_emo.checkpoints import CheckpointError, output_folder
@@ -158,7 +159,7 @@ def test_a_file_system_that_cannot_lock_is_written_to_without_a_lock(tmp_path, m
     def refused(*args):
         raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS says of a folder
 
-    monkeypatch.setattr(output_folder.fcntl, "flock", refused)
+    monkeypatch.setattr(fcntl, "flock", refused)
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert (tmp_path / "out" / "file").exists()
