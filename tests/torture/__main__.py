@@ -1,7 +1,7 @@
 """Repeat what can go wrong, many times, and tell how often it went how. `make torture`; see docs/security.md.
 
-The commands are the real ones, on models of 4 MB. A fault that a command does not stand is a line in the table
-with a capital word or an error, and the exit status is 1.
+The commands are the real ones, on models of 4 MB. What is not as it should be is bold in the table, and the
+exit status is 1.
 """
 
 import argparse

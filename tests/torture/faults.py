@@ -192,9 +192,9 @@ def full_disk(job: Job, place: Place, times: int) -> Row:
         fresh(place.work)
         largest = _largest(job, place)
         ways: list[Callable[[], tuple[Ended, str | None]]] = [
-            lambda: _too_small(job, place, place.random.randint(1, max(2, largest // 4096)) * 4096),
+            lambda: _too_small(job, place, place.random.randint(1, max(2, largest // 4096)) * 4096),  # noqa: B023 (called at once)
             lambda: _filled(job, place, needed * 2),
-            lambda: _limited(job, place, place.random.randint(1, max(2, largest - 1))),
+            lambda: _limited(job, place, place.random.randint(1, max(2, largest - 1))),  # noqa: B023
         ]
         try:
             ended, wrong = ways[number % 3]()

@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, environment: dict[str, str], folder: Path):
         self.folder, self._began = folder, 0.0
         pipe = subprocess.PIPE
-        self._notes = open(folder / "notes.txt", "w+")  # what others warn of when they are imported
+        self._notes = open(folder / "notes.txt", "w+")  # noqa: SIM115  what others warn of when they are imported
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=pipe,
@@ -157,7 +157,7 @@ class Durability:
         self.synced[status.st_dev, status.st_ino] = status.st_mtime_ns
 
     def _event(self, event: str, arguments: tuple) -> None:
-        """A result gets its name only when its files are on the disk: the system may do it the other way round."""
+        """A result gets its name only when its files are on the disk: systems may do it the other way round."""
         if event == "os.rename" and Path(os.fsdecode(arguments[1])).absolute() in self.paths:
             source = Path(os.fsdecode(arguments[0])).absolute()
             self.early += [f"{path.name} was renamed before it was synced" for path in self._lost(source)]
@@ -230,7 +230,7 @@ def _be(
     said = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said), (2, said)):
         os.dup2(target, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     os.chdir(cwd)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
