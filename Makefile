@@ -8,7 +8,7 @@ CODE := api $(ROOMS) benchmarks docs examples tests setup.py
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-slow test-tools docs test-docs lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo test torture test-oldest test-slow test-tools docs test-docs lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -117,6 +117,11 @@ test-newest: $(VENV)/.installed-dev  ## the tests with the newest Transformers o
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+# Hours: each fault 50 times. TORTURE="--quick" takes minutes, TORTURE="--only kills --jobs extract" a part;
+# `--write docs/security.md` puts the table there. Disks that fill need the right to mount (root).
+torture: $(VENV)/.installed-dev  ## kills, full disks, power cuts, lying Hubs, over and over; not a part of the tests
+	PYTHONPATH=tests $(BIN)/python -m torture $(TORTURE)
 
 $(VENV)/.installed-docs: $(VENV)/.installed-dev constraints-docs.txt
 	$(INSTALL) --constraint constraints-docs.txt --editable '.[docs]'

@@ -21,9 +21,22 @@ from .commands.shard import shard
 from .commands.shared import add_command
 from .commands.train import train
 from .commands.write_back import write_back
+from .error_text import error_text
 from .version import __version__
 
 _INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
+_FROM_THE_START = "Nothing half written has the name of the result: call it again."
+_CONTINUED = "What was finished is kept: the same command goes on."
+_GO_ON = {  # after Ctrl-C
+    "select": _FROM_THE_START,
+    "extract": _FROM_THE_START,
+    "convert": "Nothing half written has the name of the result: the same command goes on, or begins again.",
+    "write-back": _CONTINUED,
+    "shard": _CONTINUED,
+    "retention": _CONTINUED,
+    "push": "What was sent is not sent again: the same command goes on.",
+    "train": "The same command with --resume goes on from the last whole checkpoint.",
+}
 
 
 @dataclass
@@ -110,14 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         context = getattr(error, "ctx", None)
         command = f"emo {call.command}".rstrip() if context is None else context.command_path
         return _fail(command, f"{usage_text(error)} See `{command} --help`.", error.exit_code)
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
         if call.traceback:
             raise
-        return _fail(f"emo {call.command}", str(error), 1)
+        return _fail(f"emo {call.command}", error_text(error), 1)
     except KeyboardInterrupt:
         status = _INTERRUPTED
     if status == _INTERRUPTED:
-        return _fail(f"emo {call.command}".rstrip(), "stopped by Ctrl-C.", _INTERRUPTED)
+        told = f"stopped by Ctrl-C. {_GO_ON.get(call.command, '')}"
+        return _fail(f"emo {call.command}".rstrip(), told, _INTERRUPTED)
     return status or 0
 
 
@@ -127,5 +141,6 @@ def _command() -> Any:
 
 
 def _fail(command: str, message: str, status: int) -> int:
-    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    line = f"{command}: {' '.join(message.split())}"
+    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)  # half characters of file names
     return status

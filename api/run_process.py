@@ -74,6 +74,8 @@ def tell_if_unused(choice: RunChoice) -> None:
     try:
         Path(choice.mark).unlink()
     except FileNotFoundError:
+        if getattr(sys, "last_value", None) is not None:  # the program ended with an error, which says more
+            return
         print(
             f"emo run: no EMO model was loaded with `{choice}`: nothing in this run used that choice.",
             file=sys.stderr,

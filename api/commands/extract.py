@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from .shared import AsJson, MaxShardSize, Revision, experts_text, given, stdout_for_json, tell
+from .shared import (
+    AsJson,
+    CacheDir,
+    MaxShardSize,
+    Revision,
+    Token,
+    experts_text,
+    given,
+    stdout_for_json,
+    tell,
+)
 
 
 def extract(
@@ -16,6 +26,8 @@ def extract(
         str | None, typer.Option(help="Convert to it, such as bfloat16.", show_default="as they are")
     ] = None,
     revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     json: AsJson = False,
 ) -> None:
     """Write a subset of experts as a model of its own.
@@ -36,7 +48,12 @@ def extract(
 
     with stdout_for_json(json):
         config = extract_subset(
-            model, subset, out, max_shard_size=max_shard_size, dtype=dtype, **given(revision=revision)
+            model,
+            subset,
+            out,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            **given(revision=revision, token=token, cache_dir=cache_dir),
         )
     layers = config.layer_experts
     text = f"{out}: {experts_text(layers)} experts a layer"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import HUB, AsJson, stdout_for_json, tell
+from .shared import HUB, AsJson, Token, given, stdout_for_json, tell
 
 
 def push(
@@ -16,6 +16,7 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="The branch.", show_default="main", rich_help_panel=HUB)
     ] = None,
+    token: Token = None,
     json: AsJson = False,
 ) -> None:
     """Put a model, an adapter or documents on the Hub.
@@ -35,5 +36,5 @@ def push(
     from transformers_emo.subsets import push_folder
 
     with stdout_for_json(json):
-        commit = push_folder(folder, repo, private=private, revision=revision)
+        commit = push_folder(folder, repo, private=private, revision=revision, **given(token=token))
     tell(json, commit.commit_url, url=commit.commit_url, commit=commit.oid)

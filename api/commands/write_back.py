@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import AsJson, Revision, given, stdout_for_json, tell
+from .shared import AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
 
 
 def write_back(
@@ -24,6 +24,8 @@ def write_back(
         typer.Option("--no-root-check", help="Do not compare routers to find subsets of another model."),
     ] = False,
     revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     json: AsJson = False,
 ) -> None:
     """Put fine-tuned subsets back into the full model.
@@ -55,7 +57,7 @@ def write_back(
             what=what,
             weight=weight,
             check_root=not no_root_check,
-            **given(revision=revision),
+            **given(revision=revision, token=token, cache_dir=cache_dir),
         )
     averaged = f", {len(result.averaged)} of them averaged" if result.averaged else ""
     text = f"{out}: {len(result.written)} tensors and router rows written{averaged}"

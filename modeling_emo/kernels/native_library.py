@@ -440,6 +440,8 @@ def choose_set(
         return found
     if wish not in NAMES:
         reason = "is no instruction set"
+        if wish in ("1", "on", "true", "yes"):
+            reason = f"is no instruction set; the kernels are on without {_CHOICE}"
     elif found is None:
         reason = "is for other processors"
     elif found.needs not in features:

@@ -168,7 +168,7 @@ OLD_WORDS = {
         },
     ),
     "extract": (
-        "m s o --max-shard-size 1MB --dtype bfloat16 --revision r",
+        "m s o --max-shard-size 1MB --dtype bfloat16 --revision r --token k --cache-dir c",
         {
             "model": "m",
             "subset": "s",
@@ -176,11 +176,13 @@ OLD_WORDS = {
             "max_shard_size": "1MB",
             "dtype": "bfloat16",
             "revision": "r",
+            "token": "k",
+            "cache_dir": "c",
         },
     ),
     "extract by default": ("m s o", {"max_shard_size": "5GB", "dtype": None, "revision": None}),
     "write-back": (
-        "f t1 t2 --out o --what all --weight 0.5 --no-root-check --revision r",
+        "f t1 t2 --out o --what all --weight 0.5 --no-root-check --revision r --token k --cache-dir c",
         {
             "full": "f",
             "tuned": ["t1", "t2"],
@@ -189,6 +191,8 @@ OLD_WORDS = {
             "weight": 0.5,
             "no_root_check": True,
             "revision": "r",
+            "token": "k",
+            "cache_dir": "c",
         },
     ),
     "write-back by default": ("f t --out o", {"what": "routed", "weight": 1.0, "no_root_check": False}),
@@ -229,8 +233,8 @@ OLD_WORDS = {
     ),
     "shard by default": ("m o", {"experts_per_file": 1}),
     "push": (
-        "f me/r --private --revision b",
-        {"folder": "f", "repo": "me/r", "private": True, "revision": "b"},
+        "f me/r --private --revision b --token k",
+        {"folder": "f", "repo": "me/r", "private": True, "revision": "b", "token": "k"},
     ),
     "push by default": ("f me/r", {"private": None}),
     "cache": ("", {"action": "list", "repo": None, "cache_dir": None}),
@@ -362,15 +366,33 @@ def test_help_stands_in_groups(capsys, monkeypatch):
         assert all(f"─ {group} ─" in said for group in groups)
 
 
-def test_an_error_that_nobody_foresaw_is_raised_as_it_is(monkeypatch):
+def test_an_error_that_nobody_foresaw_is_one_line_and_its_traceback_a_choice(monkeypatch, capsys):
     def broken(*arguments, **settings):
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(subsets, "extract_subset", broken)
     hook = sys.excepthook
+    assert cli.main(["extract", "a", "b", "c"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("emo extract: RuntimeError: out of order.") and said.count("\n") == 1
     with pytest.raises(RuntimeError, match="out of order"):
-        cli.main(["extract", "a", "b", "c"])
+        cli.main(["--traceback", "extract", "a", "b", "c"])
     assert sys.excepthook is hook  # no box around it, no values of variables in it
+
+
+def test_files_and_templates_that_break_are_one_line(tmp_path, capsys):
+    deep = tmp_path / "deep.yaml"
+    deep.write_text("a: " + "[" * 5000)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    for words, part in (
+        (["train", str(deep)], "nested too deeply"),
+        (["train", str(tmp_path / "bytes.yaml")], "not UTF-8 text"),
+        (["train", "nope.yaml"], f"There is no file or folder 'nope.yaml' (seen from {os.getcwd()})"),
+        (["train", str(tmp_path)], "Is a directory"),
+    ):
+        assert cli.main(words) == 1
+        said = capsys.readouterr().err
+        assert part in said and said.count("\n") == 1 and "Errno" not in said
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -438,7 +460,10 @@ def test_ctrl_c_ends_a_command_in_one_line_and_leaves_nothing_half_written(tmp_p
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and said == ""
-    assert errors.splitlines()[-1] == f"emo {words[0]}: stopped by Ctrl-C." and "Traceback" not in errors
+    assert (
+        errors.splitlines()[-1] == f"emo {words[0]}: stopped by Ctrl-C. " + cli._GO_ON[words[0]]
+        and "Traceback" not in errors
+    )
     assert not (tmp_path / "out").exists()
 
 

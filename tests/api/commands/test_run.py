@@ -129,6 +129,12 @@ def test_a_run_that_loads_no_model_says_so():
     assert "no EMO model was loaded with `--exclude 3:17,40 --exclude 1:2`" in result.stderr
 
 
+def test_a_run_that_ends_with_an_error_says_nothing_more():
+    result = run("--exclude", "3:17,40", "python", "-c", "raise OSError('no such model')")
+    assert result.returncode == 1 and "no such model" in result.stderr
+    assert "no EMO model was loaded" not in result.stderr
+
+
 def test_another_python_does_not_lose_the_choice_unnoticed(tmp_path, other_environment):
     """It has no package to keep to the choice; that matters only if it loads models."""
     (tmp_path / "transformers.py").write_text("print('imported')")
