@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..checkpoints.durable_files import write_whole
+from ..checkpoints.writing.durable_files import write_whole
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.durable_files import make_folders, sync_folder
 from ..checkpoints.small_files import parse_json
+from ..checkpoints.writing.durable_files import make_folders, sync_folder
 
 FULL = "full"
 

@@ -14,8 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoints.folder_lock import locked_folder
 from ..checkpoints.hub.names import pinned
+from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import ExpertSubset, select_experts

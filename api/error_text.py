@@ -26,8 +26,8 @@ def error_text(error: Exception) -> str:
     """
     if isinstance(error, UnicodeEncodeError):
         return (
-            f"A path or text holds {error.object[error.start : error.end]!r}, half of a character, which UTF-8 "
-            "cannot hold: correct it."
+            f"A path or text holds {error.object[error.start : error.end]!r}, half of a character. UTF-8 "
+            "cannot hold it: correct it."
         )
     if isinstance(error, UnicodeDecodeError):
         return (

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorSpan
-from ..checkpoints.output_folder import check_new, new_folder
-from ..checkpoints.safetensors_writing import header_of, write_json
 from ..checkpoints.side_files import identity_of
 from ..checkpoints.source_files import SourceFiles
+from ..checkpoints.writing.output_folder import check_new, new_folder
+from ..checkpoints.writing.safetensors_writing import header_of, write_json
 from ..configuration import EmoConfig
 from ..modeling_emo.weight_names import EXPERT_MATRIX, STACKED_EXPERTS
 from ..subsets.loading.wanted_tensors import lazy_parameters

@@ -14,11 +14,11 @@ from transformers import GenerationConfig
 
 from ..checkpoints import CheckpointError
 from ..checkpoints.hub.names import existing_folder
-from ..checkpoints.output_folder import check_new, new_folder
-from ..checkpoints.safetensors_writing import size_in_bytes, write_json
 from ..checkpoints.side_files import TOKENIZER_FILES, copy_side_files, side_files
 from ..checkpoints.source_files import SourceFiles
-from ..checkpoints.tensor_writer import PlannedTensor, plan_shards, write_checkpoint
+from ..checkpoints.writing.output_folder import check_new, new_folder
+from ..checkpoints.writing.safetensors_writing import size_in_bytes, write_json
+from ..checkpoints.writing.tensor_writer import PlannedTensor, plan_shards, write_checkpoint
 from ..configuration import EmoConfig
 from .olmo_core.config_reader import read_config
 from .olmo_core.distributed_checkpoint import DistributedCheckpoint

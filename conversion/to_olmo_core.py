@@ -16,9 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoints import Checkpoint, CheckpointError
-from ..checkpoints.output_folder import check_new, new_folder
-from ..checkpoints.safetensors_writing import write_json
 from ..checkpoints.source_files import SourceFiles
+from ..checkpoints.writing.output_folder import check_new, new_folder
+from ..checkpoints.writing.safetensors_writing import write_json
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from .from_olmo_core import PROVENANCE, STEP_FILES
 from .model_config import TRAINING_SETTINGS, emo_config, read_model_config

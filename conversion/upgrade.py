@@ -20,10 +20,10 @@ from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError
-from ..checkpoints.output_folder import check_new, new_folder
-from ..checkpoints.safetensors_writing import write_json
 from ..checkpoints.source_files import SourceFiles
-from ..checkpoints.tensor_writer import rename_tensors
+from ..checkpoints.writing.output_folder import check_new, new_folder
+from ..checkpoints.writing.safetensors_writing import write_json
+from ..checkpoints.writing.tensor_writer import rename_tensors
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from .from_olmo_core import PROVENANCE, generation_config
 from .model_config import emo_config, read_model_config

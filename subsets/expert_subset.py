@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..checkpoints.durable_files import write_whole
 from ..checkpoints.small_files import read_json
+from ..checkpoints.writing.durable_files import write_whole
 from ..configuration import EmoConfig
 from . import set_operations
 from .library import Fetch, subset_file

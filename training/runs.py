@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from ..checkpoints.durable_files import sync_tree
-from ..checkpoints.folder_lock import locked_folder
 from ..checkpoints.hub.names import HUB_KWARGS, folder_or_repo, pinned
+from ..checkpoints.writing.durable_files import sync_tree
+from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
 from ..imports.optional_packages import require
 from ..modeling_emo import EmoForCausalLM

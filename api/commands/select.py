@@ -324,7 +324,7 @@ def _option(name: str) -> str:
 
 
 def _hidden_memory(size: str | None) -> int | None:
-    from transformers_emo.checkpoints.safetensors_writing import size_in_bytes
+    from transformers_emo.checkpoints.writing.safetensors_writing import size_in_bytes
 
     return None if size is None else size_in_bytes(size, name="--hidden-memory")
 

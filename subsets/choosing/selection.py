@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ...checkpoints.safetensors_writing import floating_dtype
+from ...checkpoints.writing.safetensors_writing import floating_dtype
 from ...modeling_emo import EmoPreTrainedModel
 from ..expert_subset import ExpertSubset
 from ..loading.model_source import check_hub_kwargs

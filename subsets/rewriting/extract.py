@@ -11,8 +11,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import check_new, check_space, new_folder
-from ...checkpoints.safetensors_writing import (
+from ...checkpoints.side_files import GENERATION_CONFIG, TOKENIZER_FILES, copy_side_files, side_files
+from ...checkpoints.source_files import SourceFiles
+from ...checkpoints.writing.output_folder import check_new, check_space, new_folder
+from ...checkpoints.writing.safetensors_writing import (
     divide,
     floating_dtype,
     header_of,
@@ -20,8 +22,6 @@ from ...checkpoints.safetensors_writing import (
     size_in_bytes,
     write_index,
 )
-from ...checkpoints.side_files import GENERATION_CONFIG, TOKENIZER_FILES, copy_side_files, side_files
-from ...checkpoints.source_files import SourceFiles
 from ...configuration import EmoConfig
 from ..expert_subset import ExpertSubset
 from ..loading.model_source import ModelSource

@@ -20,11 +20,11 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import folder_or_repo
 from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.output_folder import check_new, check_space, new_folder
 from ...checkpoints.safetensors_header import TensorSpan
-from ...checkpoints.safetensors_writing import write_json
 from ...checkpoints.side_files import SIDE_FILES, copy_side_files, optional_file, side_files
 from ...checkpoints.source_files import SourceFiles
+from ...checkpoints.writing.output_folder import check_new, check_space, new_folder
+from ...checkpoints.writing.safetensors_writing import write_json
 from ...configuration import EmoConfig
 from ..library import LIBRARY_FILES
 from ..loading.model_source import ModelSource

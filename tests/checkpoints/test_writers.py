@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from transformers_emo import EmoForCausalLM, extract_subset, write_back
-from transformers_emo.checkpoints import durable_files, output_folder
 from transformers_emo.checkpoints.source_files import SourceChangedError
+from transformers_emo.checkpoints.writing import durable_files, output_folder
 from transformers_emo.conversion import (
     convert_olmo_core,
     convert_to_olmo_core,

@@ -157,7 +157,7 @@ class Durability:
         self.synced[status.st_dev, status.st_ino] = status.st_mtime_ns
 
     def _event(self, event: str, arguments: tuple) -> None:
-        """A result gets its name only when its files are on the disk: systems may do it the other way round."""
+        """A result gets its name only when its files are on the disk. Systems may reorder the two."""
         if event == "os.rename" and Path(os.fsdecode(arguments[1])).absolute() in self.paths:
             source = Path(os.fsdecode(arguments[0])).absolute()
             self.early += [f"{path.name} was renamed before it was synced" for path in self._lost(source)]

@@ -18,8 +18,9 @@ from transformers_emo import (
     extract_subset,
     select_experts,
 )
-from transformers_emo.checkpoints import Checkpoint, output_folder
+from transformers_emo.checkpoints import Checkpoint
 from transformers_emo.checkpoints.local_files import LocalFiles
+from transformers_emo.checkpoints.writing import output_folder
 from transformers_emo.subsets.rewriting import extract
 
 INPUT_IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])

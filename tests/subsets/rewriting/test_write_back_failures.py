@@ -11,8 +11,8 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from transformers_emo import CheckpointError, EmoForCausalLM, SubsetError, extract_subset, write_back
-from transformers_emo.checkpoints import output_folder
 from transformers_emo.checkpoints.local_files import LocalFiles
+from transformers_emo.checkpoints.writing import output_folder
 from tuned_models import FIRST, SECOND, same_files, trained
 
 

@@ -8,8 +8,8 @@ import torch
 from conftest import TOY
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers_emo.checkpoints import Checkpoint
-from transformers_emo.checkpoints.safetensors_writing import divide, size_in_bytes
-from transformers_emo.checkpoints.tensor_writer import PlannedTensor, plan_shards
+from transformers_emo.checkpoints.writing.safetensors_writing import divide, size_in_bytes
+from transformers_emo.checkpoints.writing.tensor_writer import PlannedTensor, plan_shards
 
 
 def shards(*names: list[str]) -> dict[str, list[str]]:

@@ -17,8 +17,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..modeling_emo.transformers_versions import private_names
-from .safetensors_header import DTYPE_NAMES
+from ...modeling_emo.transformers_versions import private_names
+from ..safetensors_header import DTYPE_NAMES
 
 with private_names("model files"):
     from huggingface_hub.serialization._base import parse_size_to_int
@@ -41,7 +41,7 @@ def size_in_bytes(size: int | str, *, name: str = "max_shard_size") -> int:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.safetensors_writing import size_in_bytes
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import size_in_bytes
     >>> size_in_bytes("1.5GB")
     1500000000
 
@@ -72,7 +72,7 @@ def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.safetensors_writing import floating_dtype
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import floating_dtype
     >>> floating_dtype("bfloat16")
     torch.bfloat16
 
@@ -94,7 +94,7 @@ def length_of(layout: Layout) -> int:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.checkpoints.safetensors_writing import length_of
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import length_of
     >>> length_of((torch.bfloat16, (3, 4)))
     24
 
@@ -117,7 +117,7 @@ def divide(lengths: Iterable[tuple[str, int]], max_shard_size: int) -> dict[str,
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.safetensors_writing import divide
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import divide
     >>> divide([("a", 16), ("b", 8), ("c", 8)], 16)["model-00002-of-00002.safetensors"]
     ['b', 'c']
 
@@ -143,7 +143,7 @@ def header_of(tensors: Mapping[str, Layout]) -> bytes:
     ```python
     >>> import torch
     >>> from safetensors.torch import load
-    >>> from transformers_emo.checkpoints.safetensors_writing import header_of
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import header_of
     >>> load(header_of({"a": (torch.float32, (1,))}) + bytes(4))
     {'a': tensor([0.])}
 
@@ -171,7 +171,7 @@ def encode_header(entries: Mapping[str, Any]) -> bytes:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.safetensors_writing import encode_header
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import encode_header
     >>> encode_header({})
     b'\\x08\\x00\\x00\\x00\\x00\\x00\\x00\\x00{}      '
 
@@ -196,7 +196,7 @@ def write_index(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.checkpoints.safetensors_writing import write_index
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import write_index
     >>> write_index(tmp_path, {"1.safetensors": ["a"], "2.safetensors": ["b"]},
     ...             dict.fromkeys("ab", (torch.float32, (2,))))
     >>> (tmp_path / "model.safetensors.index.json").is_file()
@@ -226,7 +226,7 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.safetensors_writing import write_json
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import write_json
     >>> write_json(tmp_path / "a.json", {"a": 1})
     >>> (tmp_path / "a.json").read_text()
     '{\\n  "a": 1\\n}\\n'

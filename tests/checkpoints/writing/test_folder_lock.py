@@ -4,7 +4,7 @@ import os
 
 import pytest
 from transformers_emo.analysis import Domain, Journal, Measurement, measure_retention
-from transformers_emo.checkpoints.folder_lock import locked_folder
+from transformers_emo.checkpoints.writing.folder_lock import locked_folder
 from transformers_emo.training import Recipe, train
 
 TOY = "model_cards/toy-emo"

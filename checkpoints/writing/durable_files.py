@@ -27,7 +27,7 @@ def sync_tree(folder: str | os.PathLike[str]) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.durable_files import sync_tree
+    >>> from transformers_emo.checkpoints.writing.durable_files import sync_tree
     >>> _ = (tmp_path / "config.json").write_text("{}")
     >>> sync_tree(tmp_path)
 
@@ -53,7 +53,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.durable_files import sync_folder
+    >>> from transformers_emo.checkpoints.writing.durable_files import sync_folder
     >>> sync_folder(tmp_path)
 
     ```
@@ -74,7 +74,7 @@ def make_folders(folder: str | os.PathLike) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.durable_files import make_folders
+    >>> from transformers_emo.checkpoints.writing.durable_files import make_folders
     >>> make_folders(tmp_path / "a" / "b")
     >>> (tmp_path / "a" / "b").is_dir()
     True
@@ -98,7 +98,7 @@ def rename_durably(old: str | os.PathLike, new: str | os.PathLike) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.durable_files import rename_durably
+    >>> from transformers_emo.checkpoints.writing.durable_files import rename_durably
     >>> _ = (tmp_path / "old.txt").write_text("text")
     >>> rename_durably(tmp_path / "old.txt", tmp_path / "new.txt")
     >>> (tmp_path / "new.txt").read_text()
@@ -123,7 +123,7 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.durable_files import write_whole
+    >>> from transformers_emo.checkpoints.writing.durable_files import write_whole
     >>> write_whole(tmp_path / "new" / "table.md", "| a |")
     >>> (tmp_path / "new" / "table.md").read_text()
     '| a |'

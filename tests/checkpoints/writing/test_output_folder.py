@@ -4,8 +4,9 @@ import errno
 import fcntl
 
 import pytest
-from transformers_emo.checkpoints import CheckpointError, output_folder
-from transformers_emo.checkpoints.output_folder import new_folder
+from transformers_emo.checkpoints import CheckpointError
+from transformers_emo.checkpoints.writing import output_folder
+from transformers_emo.checkpoints.writing.output_folder import new_folder
 
 
 def test_files_of_a_killed_run_are_removed(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import shown
+from ..errors import shown
 
 try:
     import fcntl
@@ -38,7 +38,7 @@ def lock_folder(folder: Path, what: str) -> int | None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.folder_lock import lock_folder, locked_folder
+    >>> from transformers_emo.checkpoints.writing.folder_lock import lock_folder, locked_folder
     >>> with locked_folder(tmp_path):
     ...     try:
     ...         lock_folder(tmp_path, "results")
@@ -87,7 +87,7 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.folder_lock import locked_folder
+    >>> from transformers_emo.checkpoints.writing.folder_lock import locked_folder
     >>> with locked_folder(tmp_path / "results"):
     ...     (tmp_path / "results").is_dir()
     True

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
+from ..small_files import read_json
+from ..source_files import SourceChangedError, SourceFiles
 from .durable_files import make_folders, rename_durably, sync_tree
-from .errors import CheckpointError
 from .folder_lock import lock_folder
 from .safetensors_writing import write_json
-from .small_files import read_json
-from .source_files import SourceChangedError, SourceFiles
 
 _PLAN = ".plan.json"
 _MAX_PLAN = 256 << 20  # it names every tensor and every file of the source
@@ -61,7 +61,7 @@ def new_folder(
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.output_folder import new_folder
+    >>> from transformers_emo.checkpoints.writing.output_folder import new_folder
     >>> with new_folder(tmp_path / "model") as folder:
     ...     _ = (folder / "config.json").write_text("{}")
     ...     (tmp_path / "model").exists()
@@ -212,7 +212,7 @@ def check_new(out: Path) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.output_folder import check_new
+    >>> from transformers_emo.checkpoints.writing.output_folder import check_new
     >>> check_new(tmp_path / "model")
 
     ```
@@ -234,7 +234,7 @@ def check_space(out: Path, needed: int) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.output_folder import check_space
+    >>> from transformers_emo.checkpoints.writing.output_folder import check_space
     >>> check_space(tmp_path / "models" / "math", 1000)
 
     ```

@@ -47,7 +47,7 @@ def plan_shards(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.checkpoints.tensor_writer import PlannedTensor, plan_shards
+    >>> from transformers_emo.checkpoints.writing.tensor_writer import PlannedTensor, plan_shards
     >>> list(plan_shards([PlannedTensor("a", (4,)), PlannedTensor("b", (4,))], torch.float32, 16))
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
 
@@ -91,7 +91,7 @@ def write_checkpoint(
     ```python
     >>> import os, struct, torch
     >>> from safetensors.torch import load_file
-    >>> from transformers_emo.checkpoints.tensor_writer import *
+    >>> from transformers_emo.checkpoints.writing.tensor_writer import *
     >>> shards = plan_shards([PlannedTensor("a", (2,))], torch.float32, 100)
     >>> def write(name, descriptor, offset):
     ...     os.pwrite(descriptor, struct.pack("<2f", 1, 2), offset)
@@ -171,7 +171,7 @@ def rename_tensors(source: Path, target: Path, names: dict[str, str]) -> None:
     ```python
     >>> import torch
     >>> from safetensors.torch import load_file, save_file
-    >>> from transformers_emo.checkpoints.tensor_writer import rename_tensors
+    >>> from transformers_emo.checkpoints.writing.tensor_writer import rename_tensors
     >>> save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     >>> rename_tensors(tmp_path / "a.safetensors", tmp_path / "b.safetensors", {"a": "b"})
     >>> load_file(tmp_path / "b.safetensors")
