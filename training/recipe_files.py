@@ -248,7 +248,11 @@ class Recipe:
         """
         try:
             data = read_yaml(read_small(file, _MAX_RECIPE).decode("utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ValueError(f"{os.fspath(file)} is nested too deeply: a recipe has two levels.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{os.fspath(file)} is not UTF-8 text ({error}): save it as UTF-8.") from error
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(file)} is no YAML file: {tidy(str(error))}\n"
                 "Correct it there, or give a recipe file."

@@ -245,6 +245,14 @@ def test_a_forked_process_is_not_masked(model):
     assert process.exitcode == 0
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Code that PyTorch once could not compile it does not try again, for any model of the process."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 class TestCompiled:
     def test_a_mask_is_one_graph_and_none_is_left(self, model, logits):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
