@@ -74,6 +74,10 @@ def find_compiler() -> list[str]:
     return chosen or [found]
 
 
+# Ends the compilers of its process group when this process ends or is killed: that closes its input.
+GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(0, signal.SIGKILL)"
+
+
 class BuildKernels(build_ext):
     """A library for each instruction set, instead of modules of Python."""
 
@@ -93,7 +97,11 @@ class BuildKernels(build_ext):
         except CompileError as error:
             failed = {ext.name: str(error) for ext in self.extensions}
         else:
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            pipe = subprocess.PIPE
+            with (
+                ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+                subprocess.Popen([sys.executable, "-c", GUARD], stdin=pipe, process_group=0) as self.guard,
+            ):
                 errors = list(pool.map(lambda ext: self.compile(compiler, ext), self.extensions))
             named = zip(self.extensions, errors, strict=True)
             failed = {ext.name: error for ext, error in named if error}
@@ -132,7 +140,8 @@ class BuildKernels(build_ext):
             compiler, ext.set.flags, temporary, sources=NATIVE, system=sys.platform, environment=os.environ
         )
         for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            group = self.guard.pid
+            done = subprocess.run(command, capture_output=True, text=True, check=False, process_group=group)
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
                 reason = next((line for line in lines if "error" in line), lines[0])

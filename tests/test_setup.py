@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers_emo.modeling_emo.kernels.instruction_sets import instruction_sets, library_name
 from transformers_emo.modeling_emo.kernels.native_library import Kernels
@@ -100,6 +103,40 @@ def test_a_wheel_has_all_instruction_sets(build):
     assert libraries(wheel) == {library_name(each.name) for each in sets}
     (line,) = said(printed)
     assert line.endswith(", ".join(each.name for each in sets) + ".")
+
+
+@WITH_GCC
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_is_stopped_leaves_no_compilers(checkout, tmp_path, number):
+    compiler = tmp_path / "slow"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-dM*) exec {GCC} "$@";; esac\n'
+        f"sleep 300 & echo $! >> {tmp_path}/pids\nwait\n"
+    )
+    compiler.chmod(0o755)
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "b",
+        "--build-temp",
+        tmp_path / "t",
+    ]
+    environment = os.environ | {"CXX": str(compiler), "EMO_BUILD_KERNELS": "all"}
+    with subprocess.Popen(
+        command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as build:
+        while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().strip():
+            assert build.poll() is None
+            time.sleep(0.05)
+        build.send_signal(number)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    for _ in range(200):
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{pids} still run")
 
 
 def test_nothing_is_compiled_if_so_wished(build):

@@ -388,7 +388,7 @@ def test_files_and_templates_that_break_are_one_line(tmp_path, capsys):
         (["train", str(deep)], "nested too deeply"),
         (["train", str(tmp_path / "bytes.yaml")], "not UTF-8 text"),
         (["train", "nope.yaml"], f"There is no file or folder 'nope.yaml' (seen from {os.getcwd()})"),
-        (["train", str(tmp_path)], "Is a directory"),
+        (["train", str(tmp_path)], "it is a folder, expected a file"),
     ):
         assert cli.main(words) == 1
         said = capsys.readouterr().err
