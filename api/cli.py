@@ -12,6 +12,7 @@ import typer.main
 from .command_words import EmoGroup, usage_text
 from .commands.cache import cache
 from .commands.convert import conversions
+from .commands.export import export
 from .commands.extract import extract
 from .commands.push import push
 from .commands.retention import retention
@@ -33,6 +34,7 @@ _GO_ON = {  # after Ctrl-C
     "convert": "Nothing half written has the name of the result: the same command goes on, or begins again.",
     "write-back": _CONTINUED,
     "shard": _CONTINUED,
+    "export": _CONTINUED,
     "retention": _CONTINUED,
     "push": "What was sent is not sent again: the same command goes on.",
     "train": "The same command with --resume goes on from the last whole checkpoint.",
@@ -89,6 +91,7 @@ add_command(
 )
 add_command(app, retention, "retention", panel="Training and programs")
 app.add_typer(conversions(), name="convert", rich_help_panel="Checkpoints")
+add_command(app, export, "export", panel="Checkpoints")
 add_command(app, shard, "shard", panel="Checkpoints")
 add_command(app, push, "push", panel="Checkpoints")
 add_command(app, cache, "cache", panel="Checkpoints")

@@ -27,8 +27,8 @@ from ..checkpoints.writing.tensor_writer import rename_tensors
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
 from .from_olmo_core import PROVENANCE, generation_config
 from .model_config import emo_config, read_model_config
-from .olmo_core.layout import training_layout
 from .other_families import emo_name, emo_settings
+from .released_shapes import check_released_shapes
 from .source_folder import ALL_FILES, name_and_commit, source_folder
 
 # All other files are copied, but for those that are written anew.
@@ -100,7 +100,7 @@ def upgrade_checkpoint(
     is_emo = content.get("model_type") in (EmoConfig.model_type, LEGACY_MODEL_TYPE)
     config = emo_config(content if is_emo else emo_settings(content, weights.tensors), settings or {})
     names = {name: name if is_emo else emo_name(content["model_type"], name) for name in weights.tensors}
-    _check_weights({names[name]: span.shape for name, span in weights.tensors.items()}, config)
+    check_released_shapes({names[name]: span.shape for name, span in weights.tensors.items()}, config)
     if len(set(names.values())) < len(names):
         twice = sorted(name for name in names if list(names.values()).count(names[name]) > 1)
         raise CheckpointError(
@@ -151,35 +151,6 @@ def _provenance(
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_weights(shapes: dict[str, tuple[int, ...]], config: EmoConfig) -> None:
-    expected = {part.name: part.shape for part in training_layout(config)[0]}
-    dense = {f"model.layers.{i}.mlp." for i, layer in enumerate(config.layer_experts) if layer.is_dense}
-    for name, shape in list(expected.items()):
-        is_dense = name[: name.find(".mlp.") + len(".mlp.")] in dense
-        if (config.attention_bias and ".self_attn." in name) or (config.dense_mlp_bias and is_dense):
-            expected[name.replace(".weight", ".bias")] = shape[:1]
-    if config.tie_word_embeddings:  # some tools save the head too
-        expected.pop("lm_head.weight")
-        shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
-    unknown, missing = shapes.keys() - expected.keys(), expected.keys() - shapes.keys()
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has {len(unknown)} tensors that config.json does not explain, such as "
-            f"{min(unknown)}: it is of another model. Use the one that belongs to the weights."
-        )
-    if missing:
-        raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} tensors that config.json asks for, such as {min(missing)}: "
-            "download it again."
-        )
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise CheckpointError(
-                f"{name} is of shape {list(shapes[name])}, expected {list(shape)} by config.json: use the "
-                "one that belongs to the weights."
-            )
 
 
 def _kept_files(folder: Path) -> list[Path]:

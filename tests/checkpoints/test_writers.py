@@ -10,13 +10,17 @@ from transformers_emo.checkpoints.source_files import SourceChangedError
 from transformers_emo.checkpoints.writing import durable_files, output_folder
 from transformers_emo.conversion import (
     convert_olmo_core,
+    convert_qwen2_moe,
     convert_to_olmo_core,
+    export_model,
     shard_experts,
     upgrade_checkpoint,
 )
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "model_cards" / "toy-emo"
+EMO_TINY = ROOT / "model_cards" / "emo-tiny"
+EXPORT = "an export of it"
 STEP = "a training checkpoint made of it"
 SUBSET = [[0, 1, 2, 3, 31]] * 4
 
@@ -56,6 +60,24 @@ WRITERS = {
         "config.json",
         lambda s, o: upgrade_checkpoint(s, o, link=True, progress=False),
     ),
+    "export to qwen2-moe": (
+        TOY,
+        "model.safetensors",
+        "tokenizer.json",
+        lambda s, o: export_model(s, o, progress=False),
+    ),
+    "export to gguf": (
+        EMO_TINY,
+        "model.safetensors",
+        "config.json",
+        lambda s, o: export_model(s, o, to="gguf", progress=False),
+    ),
+    "export from qwen2-moe": (
+        EXPORT,
+        "model.safetensors",
+        "config.json",
+        lambda s, o: convert_qwen2_moe(s, o, progress=False),
+    ),
     "olmo-core-to-hf": (
         STEP,
         "model_and_optim/__0_0.distcp",
@@ -77,6 +99,8 @@ def copy(request, tmp_path):
     source, large, side, write = WRITERS[request.param]
     if source == STEP:
         convert_to_olmo_core(TOY, tmp_path / "source", progress=False)
+    elif source == EXPORT:
+        export_model(TOY, tmp_path / "source", progress=False)
     else:
         shutil.copytree(source, tmp_path / "source")
     return tmp_path / "source", large, side, write

@@ -1,0 +1,104 @@
+"""An EMO as a DeepSeek-MoE of the first kind (https://arxiv.org/abs/2401.06066), which has shared experts.
+
+It is not in Transformers: vLLM, MLX and llama.cpp know it. It holds what Qwen2-MoE does not: dense layers
+first (MLX, llama.cpp), and experts that every token takes (vLLM alone: a large correction of their scores
+has them picked, and their weight is that of the softmax, without it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...checkpoints.lazy_tensor import LazyTensor
+from ...configuration import EmoConfig
+from .backbone import (
+    SHARED_PARTS,
+    attention_tensors,
+    common_config,
+    dense_tensors,
+    embeddings,
+    head_tensors,
+    router,
+    whole,
+)
+from .export_tensor import ExportTensor
+from .routing_shape import RoutingShape
+
+CORRECTION = 10.0
+"""Added to the score, at most 1, of an expert that every token takes."""
+
+
+def deepseek_config(config: EmoConfig, shape: RoutingShape) -> dict[str, Any]:
+    """The `config.json` of an EMO as a DeepSeek-MoE.
+
+    Args:
+        config (`EmoConfig`): the config of the model.
+        shape (`RoutingShape`): its experts.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.conversion.engines.deepseek import deepseek_config
+    >>> from transformers_emo.conversion.engines.routing_shape import routing_shape
+    >>> config = EmoConfig(num_hidden_layers=2)
+    >>> content = deepseek_config(config, routing_shape(config, "deepseek", []))
+    >>> content["model_type"], content["n_routed_experts"], content["n_shared_experts"]
+    ('deepseek', 127, 1)
+
+    ```
+    """
+    content = {
+        "architectures": ["DeepseekForCausalLM"],
+        "model_type": "deepseek",
+        **common_config(config, shape),
+        "n_routed_experts": shape.routed,
+        "first_k_dense_replace": len(shape.dense),
+        "moe_layer_freq": 1,
+        "scoring_func": "softmax",
+        "routed_scaling_factor": 1.0,
+    }
+    if shape.shared:
+        content["n_shared_experts"] = 1
+    if shape.always:
+        content |= {"topk_method": "noaux_tc", "n_group": 1, "topk_group": 1}
+    return content
+
+
+def deepseek_tensors(
+    config: EmoConfig, shape: RoutingShape, tensors: Mapping[str, LazyTensor]
+) -> Iterator[ExportTensor]:
+    """The tensors of an EMO as those of a DeepSeek-MoE, in the order in which they are needed.
+
+    Args:
+        config (`EmoConfig`): the config of the model.
+        shape (`RoutingShape`): its experts.
+        tensors (`Mapping[str, LazyTensor]`): the model's, from `released_tensors`.
+
+    Example: see `qwen2_moe_tensors`.
+    """
+    yield embeddings(tensors)
+    for layer in range(shape.layers):
+        yield from attention_tensors(tensors, layer)
+        if layer in shape.dense:
+            yield from dense_tensors(tensors, layer)
+            continue
+        mlp = f"model.layers.{layer}.mlp"
+        yield router(tensors, layer, shape.routed)
+        if shape.always:
+            yield ExportTensor(
+                f"{mlp}.gate.e_score_correction_bias",
+                (shape.routed,),
+                values=tuple(CORRECTION if e in shape.always else 0.0 for e in range(shape.routed)),
+                role="vector",
+            )
+        for expert in range(shape.routed):
+            for part in SHARED_PARTS:
+                name = f"{mlp}.experts.{expert}.{part}_proj.weight"
+                yield whole(name, tensors[name])
+        if shape.shared:
+            for part in SHARED_PARTS:
+                last = tensors[f"{mlp}.experts.{shape.routed}.{part}_proj.weight"]
+                yield whole(f"{mlp}.shared_experts.{part}_proj.weight", last)
+    yield from head_tensors(tensors)
