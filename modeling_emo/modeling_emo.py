@@ -346,8 +346,8 @@ def _stack_experts(
     missing += lacking
     if lacking and not all(map(_is_plain, stacked.values())):
         errors.append(
-            f"{lacking[0]} is missing. Some of a layer's experts can only be loaded where the model's own are "
-            f"plain tensors in memory, not {type(stacked['down_proj'].data).__name__} on "
+            f"{lacking[0]} is missing. Some of a layer's experts can only be loaded where the model's own "
+            f"are plain tensors in memory, not {type(stacked['down_proj'].data).__name__} on "
             f"{stacked['down_proj'].device}: load all of them at once, or use `from_pretrained`."
         )
     elif lacking and not (outside or wrong):
@@ -607,11 +607,6 @@ class EmoModel(EmoPreTrainedModel):
         if padding is not None and not -size <= padding < size:
             raise ValueError(
                 f"`pad_token_id` is {padding}, expected one of the {size} ids of the vocabulary, or None."
-            )
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"`hidden_act` is {config.hidden_act!r:.60}, expected an activation of Transformers, such as "
-                "'silu'."
             )
         self.padding_idx = padding
         self.vocab_size = config.vocab_size
