@@ -362,15 +362,9 @@ class EmoConfig(PreTrainedConfig):
             )
 
     def validate_rotary_embedding(self):
-        """Part of `@strict` validation: the rotary embedding is a known one, and heads fit it."""
-        width = getattr(self, "head_dim", None)
-        if width is None:
-            width = self.hidden_size // self.num_attention_heads
-        if type(width) is not int or width < 2 or width % 2:
-            raise ValueError(
-                f"A head is {width!r:.60} wide, expected an even number: `hidden_size` ({self.hidden_size}) "
-                f"by `num_attention_heads` ({self.num_attention_heads}), or `head_dim`. Correct one of them."
-            )
+        """Part of `@strict` validation: the rotary embedding is a known one, and fits `head_dim`."""
+        if getattr(self, "head_dim", None) is not None:
+            self.check_heads()
         rope: dict[str, Any] = dict(self.rope_parameters or {})
         kind = rope.get("rope_type", "default")
         known = sorted({"default", *ROPE_INIT_FUNCTIONS})
@@ -387,6 +381,23 @@ class EmoConfig(PreTrainedConfig):
             value = rope.get(name)
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"`{name}` of the config is {value!r:.60}: write a number above 0.")
+
+    def check_heads(self) -> None:
+        """Check the width of an attention head, when a network is built or a file is read.
+
+        A config that is made for experts alone need not have any heads.
+
+        Raises:
+            ValueError: if it is not even.
+        """
+        width = getattr(self, "head_dim", None)
+        if width is None:
+            width = self.hidden_size // self.num_attention_heads
+        if type(width) is not int or width < 2 or width % 2:
+            raise ValueError(
+                f"A head is {width!r:.60} wide, expected an even number: `hidden_size` ({self.hidden_size}) "
+                f"by `num_attention_heads` ({self.num_attention_heads}), or `head_dim`. Correct one of them."
+            )
 
     def validate_experts(self):
         """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
@@ -564,7 +575,9 @@ class EmoConfig(PreTrainedConfig):
             # The released `auto_map` names remote code that this class replaces. If it stayed, it would be
             # saved beside weights that come without that code.
             config_dict.pop("auto_map", None)
-        return super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).check_heads()
+        return result
 
     @classmethod
     def _clean(cls, config_dict: dict[str, Any]) -> dict[str, Any]:

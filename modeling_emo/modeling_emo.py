@@ -603,6 +603,7 @@ class EmoModel(EmoPreTrainedModel):
 
     def __init__(self, config: EmoConfig):
         super().__init__(config)
+        config.check_heads()
         padding, size = config.pad_token_id, config.vocab_size
         if padding is not None and not -size <= padding < size:
             raise ValueError(

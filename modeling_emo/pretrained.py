@@ -68,7 +68,8 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             exclude_experts (*optional*): experts not to load, of those or of all; as in `use_experts`.
             ignore_missing_keys (`bool`, defaults to `False`): fill parameters that the files lack with random
                 numbers, as other models of Transformers do. By default they are refused by name, other than
-                those of a head that the saved model did not have. Experts and routers of a subset must be
+                those of a head that the saved model did not have. With `output_loading_info=True` they are
+                not refused either: the caller is told their names. Experts and routers of a subset must be
                 there.
             check_weights (`bool`, defaults to `False`): look at every weight that was loaded, and refuse NaN
                 and infinite ones by the name of their tensor. It reads all weights once more, in memory.

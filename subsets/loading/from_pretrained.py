@@ -79,7 +79,8 @@ def from_pretrained(
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)
         tensors = LazyStateDict(source.parameters(kept.local))
-        tensors.label, tensors.ignore_missing = os.fspath(base), ignore_missing_keys
+        tensors.label = os.fspath(base)
+        tensors.ignore_missing = ignore_missing_keys or bool(afterwards["output_loading_info"])
         source.fetch(tensors.values(), progress=True)
         source.warn_if_chosen_elsewhere(kept, tensors)
         small = source.config_of(kept)

@@ -65,6 +65,7 @@ class _WholeModel:
     where: dict[str, Any] | None
     label: str
     ignore_missing: bool
+    tells_missing: bool  # to the caller: `output_loading_info`
     ignore_mismatched: bool
     checkpoint: Checkpoint | None = None
 
@@ -96,7 +97,9 @@ def whole_model(path: Any, kwargs: Mapping[str, Any], *, ignore_missing: bool = 
     )
     where = None if other or path is None else {name: kwargs.get(name) for name in _FILE_KWARGS}
     label = _NO_PATH if path is None else os.fspath(path)
-    loading = _WholeModel(where, label, ignore_missing, bool(kwargs.get("ignore_mismatched_sizes")))
+    tells = bool(kwargs.get("output_loading_info"))
+    any_size = bool(kwargs.get("ignore_mismatched_sizes"))
+    loading = _WholeModel(where, label, ignore_missing, tells, any_size)
     if where is not None and os.path.isdir(path):
         loading.checkpoint = _local_checkpoint(path, where)
     token = _loading.set(loading)
@@ -214,7 +217,9 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         tensors = _tensors_of_files(model.config, state_dict, checkpoint_files, load_config, loading)
         label = _NO_PATH if loading is None else loading.label
         # An empty state dict asks for a network that is new throughout.
-        ignore_missing = loading is None or loading.ignore_missing or state_dict == {}
+        ignore_missing = (
+            loading is None or loading.ignore_missing or loading.tells_missing or state_dict == {}
+        )
         if tensors is None:
             result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
             if loading is not None:  # else it is an adapter

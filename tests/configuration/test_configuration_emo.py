@@ -7,7 +7,7 @@ from conftest import GOLDENS
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers_emo import EmoConfig
+from transformers_emo import EmoConfig, EmoModel
 from transformers_emo.configuration import LayerExperts, LegacyEmoConfig
 
 RELEASED = GOLDENS / "A_hf_forward" / "base" / "checkpoint" / "config.json"
@@ -202,7 +202,7 @@ IMPOSSIBLE = [
 def test_what_no_network_can_have_is_named_in_one_line(changes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "emo", **SMALL, **changes}))
     makers = (
-        lambda: EmoConfig(**SMALL | changes),
+        lambda: EmoModel(EmoConfig(**SMALL | changes)),  # a network, since experts alone have no heads
         lambda: EmoConfig.from_pretrained(tmp_path),
         lambda: EmoConfig.from_dict(SMALL | changes),
     )

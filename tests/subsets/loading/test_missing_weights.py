@@ -80,6 +80,13 @@ def test_a_decoder_saved_by_itself_may_get_a_head(make_checkpoint, tmp_path):
         assert load(tmp_path).config.num_experts == 12
 
 
+@pytest.mark.parametrize("choice", [{}, {"expert_subset": SUBSET}], ids=["whole", "subset"])
+def test_who_asks_what_is_missing_is_told(make_checkpoint, choice):
+    folder = without(make_checkpoint(), "model.norm.weight")
+    _, info = EmoForCausalLM.from_pretrained(folder, output_loading_info=True, **choice)
+    assert info["missing_keys"] == {"model.norm.weight"}
+
+
 def test_tied_embeddings_are_one_tensor(make_checkpoint):
     folder = make_checkpoint(tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
