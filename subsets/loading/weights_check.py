@@ -31,8 +31,8 @@ class MisfitError(CheckpointError, RuntimeError):
     >>> try:
     ...     EmoForCausalLM.from_pretrained("model_cards/toy-emo", vocab_size=500)
     ... except RuntimeError as error:
-    ...     print(str(error)[:50])
-    model_cards/toy-emo does not fit its config: model
+    ...     print(str(error)[:44])
+    model_cards/toy-emo does not fit its config:
 
     ```
     """
