@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import CheckpointError
 from .lazy_tensor import LazyTensor
-from .local_files import LocalFiles
+from .local_files import LocalFiles, file_inside
 from .safetensors_header import Source, TensorSpan, read_header, read_index
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -67,7 +67,7 @@ class Checkpoint:
         """
         folder = Path(folder)
         weights, index_name = weight_files(variant)
-        index = folder / index_name
+        index = file_inside(folder, index_name)
         if (folder / weights).is_file():
             return cls.from_files(folder, [weights])
         if index.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,49 @@ from .small_files import open_regular
 
 _MOST_OPEN = 256  # files kept open: there may be thousands of expert shards, and a process may open 1024
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
+
+
+def file_inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
+    """The path of a file of a folder. It is refused if a link leads out of the folder.
+
+    The folder itself may be a link. So may files in a snapshot of the Hub's cache, which has the contents of
+    all snapshots of a repository in one place beside them.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+        name (`str` or `os.PathLike`): the file's path in it. The file need not exist.
+
+    Raises:
+        CheckpointError: if a link leads out of the folder.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import CheckpointError
+    >>> from transformers_emo.checkpoints.local_files import file_inside
+    >>> file_inside("model_cards/toy-emo", "config.json").name
+    'config.json'
+    >>> (tmp_path / "config.json").symlink_to("/etc/hostname")
+    >>> try:
+    ...     file_inside(tmp_path, "config.json")
+    ... except CheckpointError as error:
+    ...     print("is a link out of its folder" in str(error))
+    True
+
+    ```
+    """
+    path, root = Path(folder, name), Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to(root):
+        return path
+    for parent in root.parents:
+        is_cache = parent.name == "snapshots" and re.match(r"(models|datasets|spaces)--", parent.parent.name)
+        if is_cache and target.is_relative_to(os.path.realpath(parent.parent / "blobs")):
+            return path
+    raise CheckpointError(
+        f"{path} is a link out of its folder, to {target}: refused. If you trust it, put the file itself "
+        "there (`cp -L` copies what links lead to)."
+    )
 
 
 class LocalFiles:
@@ -81,7 +125,7 @@ class LocalFiles:
             descriptor = self._open.get(file)
             keep = descriptor is not None or len(self._open) < _MOST_OPEN
             if descriptor is None:
-                path = self.folder / file
+                path = file_inside(self.folder, file)
                 try:
                     descriptor = open_regular(path)
                 except OSError as error:

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, is_offline_mode
 from transformers.utils import cached_file
 
 from .checkpoint import Checkpoint
-from .local_files import LocalFiles
+from .local_files import LocalFiles, file_inside
 from .small_files import MAX_JSON_BYTES, open_regular, read_small
 from .source_files import SourceFiles
 
@@ -158,6 +158,10 @@ def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str
     Returns:
         `str`, *optional*: where it is on this machine; `None` if the model has no such file.
 
+    Raises:
+        CheckpointError: if it is a link out of the model's folder.
+        OSError: if the repository cannot be reached.
+
     Example:
 
     ```python
@@ -168,6 +172,8 @@ def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str
 
     ```
     """
+    if os.path.isdir(model):
+        file_inside(Path(model, hub_kwargs.get("subfolder") or ""), name)
     try:
         return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
     except OSError:

@@ -6,13 +6,15 @@ https://arxiv.org/abs/2605.06663.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 # The name under which the first uploads of EMO were published. Their tensors are the same as those of `emo`.
 LEGACY_MODEL_TYPE = "flex_olmo_noqknorm_prenorm"
@@ -120,6 +122,45 @@ class LayerExperts:
         return tuple(sorted({*range(self.num_routed, self.num_experts), *self.always_active}))
 
 
+# Sizes of which a network needs at least one.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "dense_intermediate_size",
+)
+_NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "attention_dropout")
+
+
+def _errors_in_one_line(cls: type) -> type:
+    """Have the errors of `@strict` say in one line what they say in two."""
+    init: Callable = cls.__init__  # type: ignore[misc]
+
+    @wraps(init)
+    def initialise(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            error.args = (_one_line(error),)
+            raise
+        except KeyError as error:  # a kind of rotary embedding lacks a setting
+            raise ValueError(f"`rope_scaling` is incomplete: {_one_line(error)}. Give it.") from error
+
+    cls.__init__ = initialise  # type: ignore[misc]
+    return cls
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
+
+
+@_errors_in_one_line
 @strict
 class EmoConfig(PreTrainedConfig):
     r"""Configuration of an EMO model (https://arxiv.org/abs/2605.06663).
@@ -174,6 +215,8 @@ class EmoConfig(PreTrainedConfig):
         root_experts_per_layer (`list[int]`, *optional*): for such a model, E of each layer of the root model.
 
     Raises:
+        ValueError: if no network can have a value: a size below 1, a number that is not finite, an unknown
+            kind of rotary embedding or activation.
         StrictDataclassClassValidationError: if the expert counts or pool sizes contradict each other; the
             message names the value and the layer.
         StrictDataclassFieldValidationError: if a value is of the wrong type.
@@ -270,7 +313,9 @@ class EmoConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self.validate_values()
         super().__post_init__(**kwargs)
+        self.validate_rotary_embedding()
         if self.num_experts_per_layer is not None and 0 in self.num_experts_per_layer:
             self.base_model_tp_plan = {**type(self).base_model_tp_plan, **_DENSE_TP_PLAN}
 
@@ -285,6 +330,74 @@ class EmoConfig(PreTrainedConfig):
             LayerExperts(e, s, tuple(a) if e else (), min(self.num_experts_per_tok, e))
             for e, s, a in zip(experts, shared, always, strict=True)
         ]
+
+    def validate_values(self):
+        """Part of `@strict` validation: every value by itself is one that a network can have."""
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}, expected at least 1: correct it.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` is {value}, expected a finite number: give one.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` is {value}, expected 0 or more: give such a number.")
+        if self.attention_dropout is not None and self.attention_dropout > 1:
+            raise ValueError(
+                f"`attention_dropout` is {self.attention_dropout}, expected at most 1: lower it."
+            )
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide the "
+                f"{self.num_attention_heads} attention heads: give a number that does."
+            )
+        from transformers.activations import ACT2FN  # not above: it needs PyTorch
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`hidden_act` is {self.hidden_act!r:.60}, expected an activation of Transformers, such as "
+                "'silu'."
+            )
+
+    def validate_rotary_embedding(self):
+        """Part of `@strict` validation: the rotary embedding is a known one, and fits `head_dim`."""
+        if getattr(self, "head_dim", None) is not None:
+            self.check_heads()
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        kind = rope.get("rope_type", "default")
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if kind not in known:
+            raise ValueError(
+                f"`rope_type` is {kind!r:.60}, expected one of {', '.join(known)}: give one of these."
+            )
+        for name, value in rope.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"`{name}` of the rotary embedding is {value}, expected a finite number: give one."
+                )
+        for name in ("rope_theta", "factor"):
+            value = rope.get(name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"`{name}` of the config is {value!r:.60}: write a number above 0.")
+
+    def check_heads(self) -> None:
+        """Check the width of an attention head, when a network is built or a file is read.
+
+        A config that is made for experts alone need not have any heads.
+
+        Raises:
+            ValueError: if it is not even.
+        """
+        width = getattr(self, "head_dim", None)
+        if width is None:
+            width = self.hidden_size // self.num_attention_heads
+        if type(width) is not int or width < 2 or width % 2:
+            raise ValueError(
+                f"A head is {width!r:.60} wide, expected an even number: `hidden_size` ({self.hidden_size}) "
+                f"by `num_attention_heads` ({self.num_attention_heads}), or `head_dim`. Correct one of them."
+            )
 
     def validate_experts(self):
         """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
@@ -313,6 +426,13 @@ class EmoConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`retained_experts` names {len(held)} experts in layer {index}, which has "
                     f"{layer.num_experts}: name each expert of the layer once."
+                )
+            roots = None if self.root_experts_per_layer is None else self.root_experts_per_layer[index]
+            wrong = [id for id in held or () if id < 0 or (roots is not None and id >= roots)]
+            if wrong or len(set(held or ())) < len(held or ()):
+                raise ValueError(
+                    f"`retained_experts` is {held!r:.60} in layer {index}: expected different ids from 0 on, "
+                    f"below the {roots or 'number of'} experts of the root model. Correct it."
                 )
 
     def validate_document_pools(self):
@@ -416,7 +536,7 @@ class EmoConfig(PreTrainedConfig):
         try:
             return cls._from_file(config_dict, **kwargs)
         except _MISFITS as error:
-            raise ValueError(f"The config does not describe an EMO model: {error}") from error
+            raise ValueError(f"The config does not describe an EMO model: {_one_line(error)}") from error
 
     @classmethod
     def _from_file(cls, config_dict: dict[str, Any], **kwargs):
@@ -439,7 +559,7 @@ class EmoConfig(PreTrainedConfig):
                     f"`{name}` of the config is {value}, expected at most {most}: correct the file."
                 )
         for value in config_dict.get("num_experts_per_layer") or ():
-            if not value <= _MOST_IN_FILES["num_experts"]:
+            if isinstance(value, int | float) and not value <= _MOST_IN_FILES["num_experts"]:
                 raise ValueError(
                     f"A layer of the config has {value} experts, expected at most "
                     f"{_MOST_IN_FILES['num_experts']}: correct `num_experts_per_layer`."
@@ -456,10 +576,7 @@ class EmoConfig(PreTrainedConfig):
             # saved beside weights that come without that code.
             config_dict.pop("auto_map", None)
         result = super().from_dict(config_dict, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        theta = config.to_dict()["rope_theta"]
-        if not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
-            raise ValueError(f"`rope_theta` of the config is {theta!r:.60}: write a number above 0.")
+        (result[0] if isinstance(result, tuple) else result).check_heads()
         return result
 
     @classmethod

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError, TensorSpan
+from ..checkpoints.local_files import file_inside
 from ..checkpoints.side_files import identity_of
 from ..checkpoints.source_files import SourceFiles
 from ..checkpoints.writing.output_folder import check_new, new_folder
@@ -215,7 +216,7 @@ def _finish(partial: Path, folder: Path, files: dict[str, list[str]], size: int)
         is_weights = path.name.endswith(_WEIGHTS) or path.name == SAFE_WEIGHTS_INDEX_NAME
         if path.is_file() and not is_weights and not any(part.startswith(".") for part in name.parts):
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial / name)
+            shutil.copyfile(file_inside(folder, name), partial / name)
     provenance = partial / PROVENANCE
     if provenance.is_file():  # how the source was converted; its hashes are those of other files
         with suppress(ValueError, RecursionError):

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoints import Checkpoint, CheckpointError
+from ..checkpoints.local_files import file_inside
 from ..checkpoints.source_files import SourceFiles
 from ..checkpoints.writing.output_folder import check_new, new_folder
 from ..checkpoints.writing.safetensors_writing import write_json
@@ -127,7 +128,7 @@ def upgrade_checkpoint(
         for path in kept:
             target = partial / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            _copy_without_code(path, target)
+            _copy_without_code(file_inside(folder, path.relative_to(folder)), target)
         hashes = {file: job.result() for file, job in hashing.items()}
         write_json(partial / PROVENANCE, _provenance(repo, folder, content["model_type"], len(names), hashes))
     return config

@@ -60,6 +60,10 @@ class PackageHooks(Protocol):
         """Check that an adapter is for the experts of the model."""
         ...
 
+    def check_adapters(self, adapter_configs: Any, config: Any) -> None:
+        """Check that adapters that PEFT has put on are for the experts of the model."""
+        ...
+
     def load_checked_adapter(self, load: Callable, config: Any, adapter: Any, *args, **kwargs) -> Any:
         """Load an adapter that belongs to the experts of the model."""
         ...
@@ -81,6 +85,7 @@ class PackageHooks(Protocol):
         exclude_experts: Any,
         source: Any,
         progress: bool,
+        check_weights: bool,
         hub_kwargs: Any,
     ) -> None:
         """Exchange the experts of a model."""
@@ -93,6 +98,7 @@ class PackageHooks(Protocol):
         exclude_experts: Any,
         source: Any,
         progress: bool,
+        check_weights: bool,
         hub_kwargs: Any,
     ) -> Any:
         """Make a second model on the same backbone."""
@@ -404,7 +410,14 @@ class ExpertSwitching:
             opened.close()
 
     def swap_experts(
-        self, expert_subset=None, *, exclude_experts=None, source=None, progress: bool = True, **hub_kwargs
+        self,
+        expert_subset=None,
+        *,
+        exclude_experts=None,
+        source=None,
+        progress: bool = True,
+        check_weights: bool = False,
+        **hub_kwargs,
     ) -> None:
         """Replace the experts by those of another subset, read from disk; the backbone stays where it is.
 
@@ -426,6 +439,8 @@ class ExpertSwitching:
             source (`str` or `os.PathLike`, *optional*): the folder or Hub repository that has them; where the
                 model was loaded from by default.
             progress (`bool`, defaults to `True`): show a progress bar, if it takes longer than two seconds.
+            check_weights (`bool`, defaults to `False`): refuse weights that are read and are NaN or infinite,
+                as in `from_pretrained`.
             hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
         Raises:
@@ -447,10 +462,19 @@ class ExpertSwitching:
 
         ```
         """
-        package.needed().swap_experts(self, expert_subset, exclude_experts, source, progress, hub_kwargs)
+        package.needed().swap_experts(
+            self, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs
+        )
 
     def share_backbone(
-        self, expert_subset=None, *, exclude_experts=None, source=None, progress: bool = True, **hub_kwargs
+        self,
+        expert_subset=None,
+        *,
+        exclude_experts=None,
+        source=None,
+        progress: bool = True,
+        check_weights: bool = False,
+        **hub_kwargs,
     ) -> Self:
         """A second model with experts of its own on this model's backbone, for two tasks in one process.
 
@@ -461,7 +485,7 @@ class ExpertSwitching:
         loaded by itself, also in threads of their own.
 
         Args:
-            expert_subset, exclude_experts, source, progress, hub_kwargs: as in `swap_experts`.
+            expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs: as in `swap_experts`.
 
         Returns:
             A model of the same class, dtype, device and mode (training or not).
@@ -482,5 +506,5 @@ class ExpertSwitching:
         ```
         """
         return package.needed().share_backbone(
-            self, expert_subset, exclude_experts, source, progress, hub_kwargs
+            self, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs
         )

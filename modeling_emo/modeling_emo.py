@@ -8,6 +8,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts 
 the shared ones), K experts taken per token, F expert width.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -284,24 +285,89 @@ class EmoTopKRouter(nn.Module):
         return probs_TE.gather(-1, index_TK), index_TK
 
 
-def _stack_experts(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+_EXPERT_PARTS = ("gate", "up", "down")
+
+
+def _stack_experts(
+    module: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    metadata: dict,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
     """Let plain `load_state_dict` read experts as they are saved, one by one.
 
     The Trainer resumes so, and not through `from_pretrained`: it would leave the experts as they were
-    initialised.
+    initialised. With several files, each call brings some of the experts: these are put in their places.
     """
-    names = {
-        part: [f"{prefix}{e}.{part}_proj.weight" for e in range(module.num_experts)] for part in _EXPERT_PARTS
-    }
-    if all(name in state_dict for part in names.values() for name in part):
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        if match := _EXPERT_NAME.fullmatch(name, len(prefix)):
+            found[int(match["expert"]), match["part"]] = state_dict.pop(name)
+    if not found:
+        return
+    shapes = dict.fromkeys(("gate", "up"), (module.intermediate_dim, module.hidden_dim))
+    shapes["down"] = (module.hidden_dim, module.intermediate_dim)
+    outside = sorted({expert for expert, _ in found} - set(range(module.num_experts)))
+    wrong = [key for key, tensor in found.items() if tuple(tensor.shape) != shapes[key[1]]]
+    if outside:
+        errors.append(
+            f"{prefix}{outside[0]}: the weights have this expert, and the model only {module.num_experts} in "
+            "this layer. Load the subset with `from_pretrained(..., expert_subset=...)`."
+        )
+    elif wrong:
+        name = f"{prefix}{wrong[0][0]}.{wrong[0][1]}_proj.weight"
+        errors.append(
+            f"size mismatch for {name}: its shape is {tuple(found[wrong[0]].shape)}, expected "
+            f"{shapes[wrong[0][1]]}."
+        )
+    stacked = {name: getattr(module, name) for name in ("gate_up_proj", "down_proj")}
+    for name, parameter in stacked.items():
+        twice = state_dict.get(f"{prefix}{name}", parameter)
+        if _is_plain(twice) and _is_plain(parameter) and twice.data_ptr() != parameter.data_ptr():
+            errors.append(f"{prefix}{name} is there stacked and expert by expert: leave out one of the two.")
+    lacking = [
+        f"{prefix}{expert}.{part}_proj.weight"
+        for expert in range(module.num_experts)
+        for part in _EXPERT_PARTS
+        if (expert, part) not in found
+    ]
+    if not (outside or wrong or lacking):
         gate, up, down = (
-            torch.stack([state_dict.pop(name) for name in names[part]]) for part in _EXPERT_PARTS
+            torch.stack([found[expert, part] for expert in range(module.num_experts)])
+            for part in _EXPERT_PARTS
         )
         state_dict[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
         state_dict[f"{prefix}down_proj"] = down
+        return
+    missing += lacking
+    if lacking and not all(map(_is_plain, stacked.values())):
+        errors.append(
+            f"{lacking[0]} is missing. Some of a layer's experts can only be loaded where the model's own "
+            f"are plain tensors in memory, not {type(stacked['down_proj'].data).__name__} on "
+            f"{stacked['down_proj'].device}: load all of them at once, or use `from_pretrained`."
+        )
+    elif lacking and not (outside or wrong):
+        with torch.no_grad():
+            for (expert, part), tensor in found.items():
+                rows = stacked["down_proj" if part == "down" else "gate_up_proj"][expert]
+                half = slice(None)
+                if part != "down":
+                    half = slice(0, shapes[part][0]) if part == "gate" else slice(shapes[part][0], None)
+                rows[half].copy_(tensor)
+    # What stays is in the model: PyTorch copies it onto itself, and misses nothing.
+    state_dict |= {f"{prefix}{name}": parameter.data for name, parameter in stacked.items()}
 
 
-_EXPERT_PARTS = ("gate", "up", "down")
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a tensor with memory here: not distributed, quantised or on the meta device."""
+    return type(tensor.data) is torch.Tensor and not tensor.is_meta
+
+
+_EXPERT_NAME = re.compile(r"(?P<expert>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
 @use_experts_implementation
@@ -537,15 +603,11 @@ class EmoModel(EmoPreTrainedModel):
 
     def __init__(self, config: EmoConfig):
         super().__init__(config)
+        config.check_heads()
         padding, size = config.pad_token_id, config.vocab_size
         if padding is not None and not -size <= padding < size:
             raise ValueError(
                 f"`pad_token_id` is {padding}, expected one of the {size} ids of the vocabulary, or None."
-            )
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"`hidden_act` is {config.hidden_act!r:.60}, expected an activation of Transformers, such as "
-                "'silu'."
             )
         self.padding_idx = padding
         self.vocab_size = config.vocab_size

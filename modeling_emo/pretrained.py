@@ -49,7 +49,14 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, expert_subset=None, exclude_experts=None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        expert_subset=None,
+        exclude_experts=None,
+        ignore_missing_keys: bool = False,
+        check_weights: bool = False,
+        **kwargs,
     ):
         """Load a model, all of it or a subset of its experts; see `PreTrainedModel.from_pretrained`.
 
@@ -59,6 +66,13 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
                 Only their bytes are read; they are renumbered, the router rows are cut to them and the result
                 is a smaller, stand-alone model.
             exclude_experts (*optional*): experts not to load, of those or of all; as in `use_experts`.
+            ignore_missing_keys (`bool`, defaults to `False`): fill parameters that the files lack with random
+                numbers, as other models of Transformers do. By default they are refused by name, other than
+                those of a head that the saved model did not have. With `output_loading_info=True` they are
+                not refused either: the caller is told their names. Experts and routers of a subset must be
+                there.
+            check_weights (`bool`, defaults to `False`): look at every weight that was loaded, and refuse NaN
+                and infinite ones by the name of their tensor. It reads all weights once more, in memory.
             args, kwargs: as for every Transformers model. With `disable_mmap=False` large weights stay pages
                 of their files (on Linux): loaded at once if the system has these in memory, shared between
                 processes, and somewhat slower to compute with. Such a file may be replaced but not written to
@@ -66,9 +80,11 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.
-            CheckpointError: if a file is missing, damaged or outside the folder; before any tensor is read.
-            ImportError: if either is given and this file is used without the `transformers_emo`
-                package.
+            CheckpointError: if a file is missing, damaged or outside the folder, by its path or by a link;
+                if the files lack a parameter, or one has another shape: before any tensor is read. With
+                `check_weights`, if a weight is NaN or infinite.
+            ImportError: if a subset, an exclusion or `check_weights` is given and this file is used without
+                the `transformers_emo` package.
 
         Example:
 
@@ -82,9 +98,10 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
         """
         load = super().from_pretrained
         if (hooks := package.hooks) is not None:
+            kwargs |= {"ignore_missing_keys": ignore_missing_keys, "check_weights": check_weights}
             subset = {"expert_subset": expert_subset, "exclude_experts": exclude_experts}
             return hooks.from_pretrained(load, cls, pretrained_model_name_or_path, *args, **subset, **kwargs)
-        if expert_subset is not None or exclude_experts is not None:
+        if expert_subset is not None or exclude_experts is not None or check_weights:
             raise ImportError(NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -94,6 +111,12 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
         if (hooks := package.hooks) is not None:
             return hooks.load_weights(load, model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    def __setattr__(self, name, value):
+        # PEFT shows the adapters that it puts on a model to it in this way alone.
+        if name == "peft_config" and package.hooks is not None:
+            package.hooks.check_adapters(value, self.config)
+        super().__setattr__(name, value)
 
     def add_adapter(self, adapter_config, *args, **kwargs):
         """Put a new PEFT adapter on the model; see `PreTrainedModel.add_adapter`.

@@ -141,9 +141,9 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "what a model says of itself",
             takes="_no_split_modules _skip_keys_device_placement _supports_flash_attn _supports_sdpa "
             "_supports_flex_attn _supports_attention_backend _can_compile_fullgraph _can_record_outputs "
-            "_keys_to_ignore_on_load_unexpected _tied_weights_keys _tp_plan _pp_plan _fsdp_plan "
-            "config_class base_model_prefix supports_gradient_checkpointing tp_size is_remote_code "
-            "_hf_peft_config_loaded",
+            "_keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _tied_weights_keys "
+            "_tp_plan _pp_plan _fsdp_plan config_class base_model_prefix supports_gradient_checkpointing "
+            "tp_size is_remote_code _hf_peft_config_loaded",
         ),
         PrivateName(
             "transformers.configuration_utils:PreTrainedConfig",
@@ -152,6 +152,7 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "base_model_tp_plan base_model_pp_plan base_model_ep_plan validate __post_init__",
         ),
         PrivateName("transformers.modeling_rope_utils:RopeParameters", "types of the config"),
+        PrivateName("transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS", "kinds of rotary embedding"),
         PrivateName("huggingface_hub.dataclasses:strict", "types of the config are checked"),
         PrivateName("transformers.integrations:use_experts_implementation", "experts implementations"),
         PrivateName("transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS.register", "the same", "key value"),
@@ -281,7 +282,18 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         PrivateName(
             "transformers.modeling_utils:LoadStateDictConfig",
             "where weights go to",
-            takes="device_map hf_quantizer weight_mapping disable_mmap download_kwargs",
+            takes="device_map hf_quantizer weight_mapping disable_mmap download_kwargs "
+            "ignore_mismatched_sizes",
+        ),
+        PrivateName(
+            "transformers.utils.loading_report:LoadStateDictInfo",
+            "what weights lack",
+            takes="missing_keys mismatched_keys error_msgs conversion_errors",
+        ),
+        PrivateName(
+            "transformers.modeling_utils:PreTrainedModel.post_init",
+            "tied weights are one tensor",
+            mentions="all_tied_weights_keys",
         ),
         PrivateName(f"{_LOADING}:WeightConverter.was_used", "saving takes the experts apart again"),
         PrivateName(
@@ -369,6 +381,14 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         ),
         PrivateName("peft:LoraConfig.to_dict", "what an adapter's file holds"),
         PrivateName("peft:LoraConfig.save_pretrained", "the experts are saved beside it", "save_directory"),
+        PrivateName(
+            "peft:LoraConfig", "they are named in it too", takes="auto_mapping task_type inference_mode"
+        ),
+        PrivateName(
+            "peft.tuners.tuners_utils:BaseTuner.__init__",
+            "it is shown to the model that it is put on",
+            mentions="peft_config",
+        ),
     ],
     "torchao": [
         PrivateName("torchao.core.config:AOBaseConfig", "a kind of quantisation of our own"),

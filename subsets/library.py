@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..checkpoints.hub.names import can_be_repo
+from ..checkpoints.local_files import file_inside
 from ..checkpoints.side_files import optional_file
 from .validation import SubsetError
 
@@ -185,7 +186,7 @@ def find_subset(
     if file is None:
         return None
     if folder is not None and Path(folder, file).is_file():
-        return Path(folder, file)
+        return file_inside(folder, file)
     fetched = None if fetch is None else fetch(file)
     return None if fetched is None else Path(fetched)
 

@@ -26,7 +26,7 @@ from ..modeling_emo import EmoPreTrainedModel
 from ..modeling_emo.weight_names import SIZED_BY_EXPERTS
 from ..subsets import ExpertSubset, SubsetError, present_experts
 from ..subsets.library import RECORD
-from ..subsets.loading.adapter_record import check_record, read_record
+from ..subsets.loading.adapter_record import RECORD_KEY, check_record, read_record
 from ..subsets.reduced_config import held_experts
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ def load_adapter(
     `base.use_experts(subset)` the result computes what the subset with its adapter computes.
 
     `model.load_adapter(adapter)` and `AutoModelForCausalLM.from_pretrained(adapter)` refuse other experts
-    too. Plain `PeftModel.from_pretrained(base, adapter)` cannot: the model never sees the adapter's folder.
+    too. Plain `PeftModel.from_pretrained(base, adapter)` and `AutoPeftModelForCausalLM` do not show the
+    adapter's folder to the model. They refuse other experts, and more of them, if the adapter's config names
+    its own: that of `lora_config`, and any of a subset with a `task_type`.
 
     Args:
         base (`EmoPreTrainedModel`): the model; adapted in place, as PEFT does.
@@ -251,6 +253,8 @@ def expand_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(expanded, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     held_experts(config).save(folder / RECORD)
+    if RECORD_KEY in (peft_config.auto_mapping or {}):
+        peft_config.auto_mapping[RECORD_KEY] = held_experts(config).to_dict()
     peft_config.save_pretrained(os.fspath(folder))
 
 

@@ -11,6 +11,7 @@ with private_names("peft"):
 
 from ..subsets import ExpertSubset
 from ..subsets.library import RECORD
+from ..subsets.loading.adapter_record import RECORD_KEY
 from ..subsets.publishing.cards import complete_adapter_card
 
 
@@ -19,7 +20,8 @@ class SubsetLoraConfig(LoraConfig):
     """A `LoraConfig` that writes `expert_subset.json` wherever it is saved.
 
     PEFT, `Trainer` and TRL all save an adapter through its config, so each of them saves the file too. It
-    stands beside `adapter_config.json`, which stays as PEFT alone would write it.
+    stands beside `adapter_config.json`. That names the experts too, under `auto_mapping`, by which PEFT's own
+    loading is refused on other experts; otherwise it stays as PEFT alone would write it.
 
     Args:
         expert_subset (`dict`): the experts of the model, as `ExpertSubset.to_dict` gives them.
@@ -44,6 +46,8 @@ class SubsetLoraConfig(LoraConfig):
         """`dict[str, Any]`: what PEFT writes. The subset is left out: plain PEFT would warn of it."""
         data = super().to_dict()
         data.pop("expert_subset")
+        if self.task_type is None and set(data["auto_mapping"] or ()) == {RECORD_KEY}:
+            data["auto_mapping"] = None
         return data
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
@@ -51,8 +55,14 @@ class SubsetLoraConfig(LoraConfig):
 
         Arguments are as for every PEFT config.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if self.expert_subset is not None:
-            subset = ExpertSubset.from_dict(self.expert_subset)
+        # Once it is on a model, it names the experts that this holds.
+        record = (self.auto_mapping or {}).get(RECORD_KEY, self.expert_subset)
+        mapping = kwargs.pop("auto_mapping_dict", None)
+        # Without a task PEFT takes the model's class from the mapping, and wants nothing or all of it there.
+        if record is not None and (mapping is not None or self.task_type is not None):
+            mapping = {**(mapping or {}), RECORD_KEY: record}
+        super().save_pretrained(save_directory, auto_mapping_dict=mapping, **kwargs)
+        if record is not None:
+            subset = ExpertSubset.from_dict(record)
             subset.save(Path(save_directory) / RECORD)
             complete_adapter_card(save_directory, subset)

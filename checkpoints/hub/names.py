@@ -143,6 +143,13 @@ def folder_or_repo(path: str | os.PathLike) -> Iterator[None]:
         if not is_hub_repo(path) or isinstance(error, CheckpointError):
             raise
         raise OSError(f"{missing}, and as a Hub repository it cannot be read: {error}") from error
+    except RuntimeError as error:  # of `Path.expanduser`
+        if "home directory" not in str(error):
+            raise
+        raise OSError(
+            f"{missing}, and as a Hub repository it cannot be read: nothing says where your home is, in "
+            "which the cache would be. Set HF_HOME to a folder."
+        ) from error
 
 
 def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any]:

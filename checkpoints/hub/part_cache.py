@@ -161,6 +161,27 @@ class CachedPart:
     folder: Path
 
 
+def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder of the Hub's cache: where huggingface_hub keeps whole files, and parts are kept beside them.
+
+    If HF_HOME or XDG_CACHE_HOME is relative, or nothing says where the user's home is, huggingface_hub's path
+    is relative. It is made absolute here: who changes the working folder later still reads what was opened.
+
+    Args:
+        cache_dir (`str` or `os.PathLike`, *optional*): the cache; `HF_HUB_CACHE` by default.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.hub.part_cache import cache_root
+    >>> cache_root("cache").is_absolute()
+    True
+
+    ```
+    """
+    return Path(cache_dir or constants.HF_HUB_CACHE).absolute()
+
+
 def part_folder(repo_folder: Path, etag: str) -> Path:
     """The folder for parts of a file.
 
@@ -252,7 +273,7 @@ def cached_parts(cache_dir: str | os.PathLike | None = None) -> list[CachedPart]
 
     ```
     """
-    root = Path(cache_dir or constants.HF_HUB_CACHE)
+    root = cache_root(cache_dir)
     parts = [part for folder in root.glob("models--*") for part in _parts(folder)]
     return sorted(parts, key=lambda part: (part.repo_id, part.file, part.folder))
 
@@ -276,7 +297,7 @@ def clear_parts(repo_id: str | None = None, cache_dir: str | os.PathLike | None 
 
     ```
     """
-    root = Path(cache_dir or constants.HF_HUB_CACHE)
+    root = cache_root(cache_dir)
     folders = (folder for folder in root.glob("models--*") if repo_id in (None, _repo_id(folder)))
     return sum(map(clear_repo, folders))
 

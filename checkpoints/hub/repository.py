@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import cached_file, logging
 
@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from ..local_files import LocalFiles
 from ..safetensors_header import MAX_HEADER_BYTES
 from ..side_files import optional_file
-from .part_cache import PartialFile, clear_repo, find_part, part_folder, write_about
+from .part_cache import PartialFile, cache_root, clear_repo, find_part, part_folder, write_about
 from .ranges import WORKERS, FileRanges, RangesIgnoredError, RemoteFile, fetch_ranges
 
 logger = logging.get_logger(__name__)
@@ -73,9 +73,8 @@ class HubFiles:
             raise CheckpointError(f"The cache does not say of which commit {config} is: download it again.")
         self.commit: str = commit
         self.hub_kwargs["revision"] = commit
-        self.cache = Path(
-            self.hub_kwargs.get("cache_dir") or constants.HF_HUB_CACHE,
-            repo_folder_name(repo_id=repo_id, repo_type="model"),
+        self.cache = cache_root(self.hub_kwargs.get("cache_dir")) / repo_folder_name(
+            repo_id=repo_id, repo_type="model"
         )
         if force:
             clear_repo(self.cache)

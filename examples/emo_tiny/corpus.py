@@ -17,7 +17,9 @@ give the same files, byte for byte.
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +32,11 @@ from corpus_parts.tokenizer import count_tokens, train_tokenizer
 from tqdm import tqdm
 
 MANDOC = "debian:mandoc"
-CACHE = Path.home() / ".cache" / "transformers-emo" / "corpus"
+# Where there is no home, it is a folder for temporary files.
+_HOME = Path(os.path.expanduser("~"))
+CACHE = (
+    (_HOME / ".cache" if _HOME.is_absolute() else Path(tempfile.gettempdir())) / "transformers-emo" / "corpus"
+)
 
 
 def documents(source: Source, package: Package, mandoc: Path) -> Iterator[Document]:

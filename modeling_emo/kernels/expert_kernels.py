@@ -22,6 +22,7 @@ from .private_torch import private_torch
 
 _is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 # Without AMX, PyTorch's float32 products are as fast as the kernel from so many rows an expert on. For
 # gradients they are always as fast (both measured).
 _MANY_ROWS = 192
@@ -139,6 +140,8 @@ def _kernels_for(x, gate_up, down, index, *, backward: bool = False) -> Kernels 
     """The compiled kernels, if they can compute this and are the fastest way to do so."""
     if x.dtype not in _COMPILED_DTYPES or not (gate_up.is_contiguous() and down.is_contiguous()):
         return None
+    if gate_up.is_neg() or down.is_neg():  # a view whose memory holds other numbers
+        return None
     kernels = find_kernels()
     if kernels is None or kernels.fits_tiles(*down.shape[1:]):
         return kernels
@@ -209,6 +212,37 @@ def _backward(ctx: Any, grad, _):
 _experts.register_autograd(_backward, setup_context=_keep)
 
 
+def _check_weights(self: nn.Module, hidden: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    """Check tensors that somebody may have put in by hand. PyTorch's own products do not refuse all of them.
+
+    They read nothing from the meta device, and take numbers of 8 bits without their scale.
+    """
+    sizes = down.shape
+    if (
+        len(sizes) == 3
+        and sizes[0] == self.num_experts
+        and sizes[1] == hidden.shape[-1]
+        and gate_up.shape == (sizes[0], 2 * sizes[2], sizes[1])
+        and gate_up.dtype in _DTYPES
+        and down.dtype in _DTYPES
+        and gate_up.device == down.device == hidden.device
+    ):
+        return
+    found = ", ".join(
+        f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+        for name, tensor in (
+            ("tokens (T, D)", hidden),
+            ("gate_up (E, 2F, D)", gate_up),
+            ("down (E, D, F)", down),
+        )
+    )
+    raise ValueError(
+        f"Tokens and the weights of {self.num_experts} experts do not fit each other, or are not all on one "
+        f"device and floating point of 16 to 64 bits: {found}. Change those that differ. "
+        "(`quantised_experts` keeps experts in fewer bits.)"
+    )
+
+
 def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native: bool) -> torch.Tensor:
     gate_up: torch.Tensor = self.gate_up_proj  # type: ignore[assignment]
     down: torch.Tensor = self.down_proj  # type: ignore[assignment]
@@ -220,6 +254,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
     )
     if not is_ours:
         return integrations.moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    _check_weights(self, hidden_states, gate_up, down)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index

@@ -7,6 +7,9 @@ ones.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from safetensors import safe_open
@@ -18,6 +21,10 @@ from ..expert_subset import ExpertSubset
 from ..library import RECORD
 from ..reduced_config import held_experts
 from ..validation import SubsetError
+
+RECORD_KEY = "expert_subset"
+"""Under `auto_mapping` of an adapter's config: its experts, as `ExpertSubset.to_dict` gives them."""
+_allow_more: ContextVar[bool] = ContextVar("allow_more", default=False)
 
 
 def read_record(adapter: str | os.PathLike, **hub) -> ExpertSubset | None:
@@ -178,6 +185,76 @@ def check_adapter_config(adapter_config: Any, config: EmoConfig) -> None:
             f"this model holds {here.experts[layer]}: make it anew by `lora_config(model, ...)`, after the "
             "model's experts were chosen."
         )
+
+
+def check_adapters(adapter_configs: Any, config: EmoConfig) -> None:
+    """Check that adapters were trained on the very experts that a model holds, where their configs say it.
+
+    PEFT's own loading (`PeftModel.from_pretrained`, `AutoPeftModelForCausalLM`) shows a model only the
+    configs. Those saved by `lora_config`, or of an adapter of a subset, name their experts in `auto_mapping`,
+    which PEFT keeps as it is. A config that has yet to be trained gets the experts of its model.
+
+    Args:
+        adapter_configs (`Mapping[str, peft.PeftConfig]`): by the adapters' names.
+        config (`EmoConfig`): the model's config.
+
+    Raises:
+        SubsetError: if one was trained on other experts, or on some of them.
+
+    Example:
+
+    ```python
+    >>> from types import SimpleNamespace
+    >>> from transformers_emo import EmoConfig, SubsetError
+    >>> from transformers_emo.subsets.loading.adapter_record import check_adapters
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
+    >>> saved = SimpleNamespace(auto_mapping={"expert_subset": {"experts": [[0, 3]]}})
+    >>> try:
+    ...     check_adapters({"default": saved}, config)
+    ... except SubsetError as error:
+    ...     print(error)  # doctest: +ELLIPSIS
+    The adapter was trained on the experts [0, 3] in layer 0, and this model holds [0, 1, 2, 3]...
+
+    ```
+    """
+    if not isinstance(adapter_configs, Mapping) or _allow_more.get():
+        return
+    here = held_experts(config)
+    for adapter in adapter_configs.values():
+        mapping = getattr(adapter, "auto_mapping", None) or {}
+        record = mapping.get(RECORD_KEY)
+        if record is not None and not getattr(adapter, "_trains_here", False):
+            subset = ExpertSubset.from_dict(record)
+            check_record(subset, config)
+            for layer, (theirs, ours) in enumerate(zip(subset.experts, here.experts, strict=True)):
+                if theirs != ours:
+                    raise SubsetError(
+                        f"The adapter was trained on the experts {theirs} in layer {layer}, and this model "
+                        f"holds {ours}: with more experts it computes something else. Load the model with "
+                        f"`expert_subset=` and the file {RECORD} beside the adapter, or put the adapter on "
+                        "by `transformers_emo.training.load_adapter(model, adapter)`."
+                    )
+        elif not getattr(adapter, "inference_mode", True):
+            mapping = {name: value for name, value in mapping.items() if name != RECORD_KEY}
+            # Without a task PEFT writes another mapping, or wants none.
+            is_part = config.retained_experts is not None and getattr(adapter, "task_type", None) is not None
+            if is_part or hasattr(adapter, "expert_subset"):
+                mapping[RECORD_KEY] = here.to_dict()
+            adapter.auto_mapping = mapping or None
+            adapter._trains_here = True
+
+
+@contextmanager
+def more_experts_allowed() -> Iterator[None]:
+    """Leave `check_adapters` out, where `check_adapter` has looked at the adapter's folder.
+
+    Example: see `EmoPreTrainedModel.load_adapter`.
+    """
+    token = _allow_more.set(True)
+    try:
+        yield
+    finally:
+        _allow_more.reset(token)
 
 
 def _file(adapter: str | os.PathLike, name: str, hub: dict[str, Any]) -> str | None:

@@ -15,7 +15,9 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import HUB_KWARGS, folder_or_repo, is_hub_repo, pinned
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
-from .adapter_record import check_adapter, check_adapter_config
+from ..numbering import present_experts
+from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
+from .finite_check import check_finite
 from .model_source import ModelSource
 from .tokenizer_copy import Origin
 from .weight_loading import LazyStateDict, whole_model
@@ -36,6 +38,8 @@ def from_pretrained(
     *args,
     expert_subset: Any = None,
     exclude_experts: Any = None,
+    ignore_missing_keys: bool = False,
+    check_weights: bool = False,
     **kwargs,
 ):
     """`cls.from_pretrained(path, expert_subset=...)`; see `EmoPreTrainedModel.from_pretrained`.
@@ -47,12 +51,17 @@ def from_pretrained(
         args, kwargs: passed on.
         expert_subset: whatever `ExpertSubset.of` takes, or `None` for the whole model.
         exclude_experts: whatever `remaining_subset` takes, or `None` for none.
+        ignore_missing_keys (`bool`, defaults to `False`): parameters that the files lack may be random.
+        check_weights (`bool`, defaults to `False`): refuse weights that are NaN or infinite.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
     if expert_subset is None and exclude_experts is None:
-        with whole_model(kwargs):
-            return load(path, *args, **kwargs)
+        with whole_model(path, kwargs, ignore_missing=ignore_missing_keys):
+            result = load(path, *args, **kwargs)
+        if check_weights:
+            _check_finite(result[0] if isinstance(result, tuple) else result, path)
+        return result
     _check_arguments(kwargs)
     hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
     with folder_or_repo(path):  # it may name an adapter: the experts are those of its model
@@ -63,16 +72,22 @@ def from_pretrained(
     hub = pinned(base, hub)  # one commit of everything, even if the branch moves meanwhile
     config, kwargs = _config_of(base, hub, kwargs)
     afterwards = {name: kwargs.pop(name, None) for name in _AFTERWARDS}
+    any_size = bool(kwargs.get("ignore_mismatched_sizes"))
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
         source.refuse_quantised()
-        source.check_sizes()  # before the subset: a damaged config would say that it does not fit
+        # Before the subset: a damaged config would say that it does not fit.
+        source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)
         tensors = LazyStateDict(source.parameters(kept.local))
+        tensors.label = os.fspath(base)
+        tensors.ignore_missing = ignore_missing_keys or bool(afterwards["output_loading_info"])
         source.fetch(tensors.values(), progress=True)
         source.warn_if_chosen_elsewhere(kept, tensors)
         small = source.config_of(kept)
         small.dtype = small.dtype or tensors.dtype  # which Transformers takes from the weights else
         model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
+    if check_weights:
+        _check_finite(model, base)
     _name(model, base, source.commit if is_hub_repo(base) else None)
     model._part_of = Origin.of(base, hub)
     _take_generation_config(model, base, hub, afterwards["generation_config"], kwargs)
@@ -85,6 +100,11 @@ def from_pretrained(
             adapter_kwargs=adapter_kwargs | token,
         ).to_dict()
     return (model, info) if afterwards["output_loading_info"] else model
+
+
+def _check_finite(model: Any, path: str | os.PathLike) -> None:
+    named = {id(tensor): (name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    check_finite(os.fspath(path), named.values(), dict(enumerate(present_experts(model.config))))
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
@@ -164,4 +184,5 @@ def load_checked_adapter(
         if kwargs.get("local_files_only"):
             hub["local_files_only"] = True
         check_adapter(adapter, config, {name: hub[name] for name in HUB_KWARGS if name in hub})
-    return load(adapter, *args, **kwargs)
+    with more_experts_allowed():
+        return load(adapter, *args, **kwargs)

@@ -5,7 +5,7 @@
 
 from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rotate
 from ..publishing.cards import complete_card
-from .adapter_record import check_adapter_config
+from .adapter_record import check_adapter_config, check_adapters
 from .default_choice import from_pretrained
 from .from_pretrained import load_checked_adapter
 from .masking import kept_experts
@@ -15,6 +15,7 @@ from .weight_loading import check_before_building, load_weights
 
 __all__ = [
     "check_adapter_config",
+    "check_adapters",
     "check_before_building",
     "complete_card",
     "copy_tokenizer",

@@ -22,7 +22,8 @@ from ...checkpoints.hub.names import HUB_KWARGS, is_hub_repo, pinned
 from ...checkpoints.hub.opening import fetch_ahead, open_part
 from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.side_files import identity_of
+from ...checkpoints.local_files import file_inside
+from ...checkpoints.side_files import GENERATION_CONFIG, identity_of
 from ...configuration import EmoConfig
 from ..exclusion import named_exclusion, remaining_subset
 from ..expert_subset import ExpertSubset
@@ -89,7 +90,7 @@ class ModelSource:
         self.variant = variant
         self._checkpoint: Checkpoint | None = None
         self._opened_for: list[list[int] | None] | None = None
-        self._sizes_checked = False
+        self._sizes_checked = self._any_size = False
 
     @classmethod
     def open(cls, path: str | os.PathLike, **hub_kwargs: Any) -> Self:
@@ -191,17 +192,26 @@ class ModelSource:
                 self._checkpoint = open_part(files, wants, variant=self.variant)
             else:
                 folder = Path(self.path, self.hub_kwargs.get("subfolder") or "")
+                for name in ("config.json", GENERATION_CONFIG):
+                    file_inside(folder, name)
                 self._checkpoint = Checkpoint.from_folder(folder, variant=self.variant)
         assert self._opened_for in (None, kept), "a repository is opened for the experts that are read"
         return self._checkpoint
 
-    def check_sizes(self) -> None:
+    def check_sizes(self, *, ignore_missing: bool = False, ignore_mismatched: bool = False) -> None:
         """Check that the config asks for no more than the weights hold: `CheckpointError` if it does.
 
         Nothing happens for a repository: of its files only those are opened that will be read.
+
+        Args:
+            ignore_missing (`bool`, defaults to `False`): the config may ask for more layers.
+            ignore_mismatched (`bool`, defaults to `False`): it may ask for any sizes.
         """
+        self._any_size = ignore_mismatched
         if not is_hub_repo(self.path):
-            check_sizes(self.checkpoint().tensors, self.config)
+            tensors = self.checkpoint().tensors  # read here in any case: damage comes before a misfit
+            if not ignore_mismatched:
+                check_sizes(tensors, self.config, ignore_missing=ignore_missing)
             self._sizes_checked = True
 
     def parameters(self, kept: list[list[int] | None] | None = None) -> dict[str, LazyTensor]:
@@ -213,7 +223,9 @@ class ModelSource:
         Raises:
             CheckpointError: if the weights and the config differ.
         """
-        return lazy_parameters(self.checkpoint(kept), self.config, kept, sizes_checked=self._sizes_checked)
+        checkpoint = self.checkpoint(kept)
+        checked, any_size = self._sizes_checked, self._any_size
+        return lazy_parameters(checkpoint, self.config, kept, sizes_checked=checked, any_size=any_size)
 
     def fetch(self, tensors: Iterable[LazyTensor], *, progress: bool = False) -> None:
         """Have the bytes of tensors fetched all at once, where they are on the Hub; see `fetch_ahead`."""

@@ -25,6 +25,7 @@ from ..expert_subset import ExpertSubset
 from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts
 from ..validation import SubsetError
+from .finite_check import check_finite
 from .model_source import KeptExperts, ModelSource, check_hub_kwargs
 from .tokenizer_copy import Origin
 
@@ -89,13 +90,14 @@ def swap_experts(
     exclude_experts: Any,
     source: str | os.PathLike | None,
     progress: bool,
+    check_weights: bool,
     hub_kwargs: dict[str, Any],
 ) -> None:
     """`model.swap_experts(...)`; see `ExpertSwitching.swap_experts`.
 
     Args:
         model (`EmoPreTrainedModel`): the model.
-        expert_subset, exclude_experts, source, progress, hub_kwargs: as there.
+        expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs: as there.
 
     Example: see `ExpertSwitching.swap_experts`.
     """
@@ -104,7 +106,7 @@ def swap_experts(
             "The experts are masked by an open `use_experts`, of this caller or another: leave it, then swap."
         )
     config, layers, place = _prepare(
-        model, expert_subset, exclude_experts, source, progress, hub_kwargs, "swap_experts"
+        model, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs, "swap_experts"
     )
     # Nothing of the model changes before this line, and what follows allocates nothing.
     replaced = {
@@ -131,18 +133,19 @@ def share_backbone(
     exclude_experts: Any,
     source: str | os.PathLike | None,
     progress: bool,
+    check_weights: bool,
     hub_kwargs: dict[str, Any],
 ) -> Any:
     """`model.share_backbone(...)`; see `ExpertSwitching.share_backbone`.
 
     Args:
         model (`EmoPreTrainedModel`): the model whose backbone is shared.
-        expert_subset, exclude_experts, source, progress, hub_kwargs: as there.
+        expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs: as there.
 
     Example: see `ExpertSwitching.share_backbone`.
     """
     config, layers, place = _prepare(
-        model, expert_subset, exclude_experts, source, progress, hub_kwargs, "share_backbone"
+        model, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs, "share_backbone"
     )
     own = {
         (layer.index, name): layer.assemble(name, parameter)
@@ -174,6 +177,7 @@ def _prepare(
     exclude_experts: Any,
     source: str | os.PathLike | None,
     progress: bool,
+    check_weights: bool,
     hub_kwargs: dict[str, Any],
     caller: str,
 ) -> tuple[EmoConfig, list[_Layer], tuple[str | os.PathLike, str | None] | None]:
@@ -209,6 +213,9 @@ def _prepare(
         layers = _plan(model, config, kept.subset)
         if any(layer.new_rows for layer in layers):
             _read(model, layers, place, kept.local, progress, is_own)
+            if check_weights:
+                for layer in layers:
+                    _check_read(layer, kept.subset, os.fspath(source))
         place.warn_if_chosen_elsewhere(kept, weights)
     return config, layers, (source, place.commit)
 
@@ -297,6 +304,14 @@ def _read(
                 )
             lazy.cast_to = parameter.dtype
             layer.read[name] = lazy[...].to(parameter.device)
+
+
+def _check_read(layer: _Layer, subset: ExpertSubset, label: str) -> None:
+    """Check that what was read for a layer are numbers."""
+    wanted = subset.experts[layer.index] or []
+    ids = [wanted[row] for row in layer.new_rows]
+    tensors = ((f"model.layers.{layer.index}.mlp.{name}", tensor) for name, tensor in layer.read.items())
+    check_finite(label, tensors, {layer.index: ids})
 
 
 def _check_same_model(model: Any, place: ModelSource) -> None:

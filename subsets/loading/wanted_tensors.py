@@ -39,6 +39,7 @@ def lazy_parameters(
     kept: list[list[int] | None] | None,
     *,
     sizes_checked: bool = False,
+    any_size: bool = False,
 ) -> dict[str, LazyTensor]:
     """The parameters of the network, each made of the bytes of the kept experts.
 
@@ -48,6 +49,8 @@ def lazy_parameters(
         kept (`list[list[int] | None]`, *optional*): for each layer the experts to keep, in the checkpoint's
             own numbering, `None` for a dense layer; all of them by default.
         sizes_checked (`bool`, defaults to `False`): `check_sizes` has been called with these weights.
+        any_size (`bool`, defaults to `False`): take tensors in the sizes that they have, whatever the config
+            says.
 
     Returns:
         `dict[str, LazyTensor]`: under the network's parameter names, with the checkpoint's prefix: expert
@@ -70,12 +73,17 @@ def lazy_parameters(
 
     ```
     """
-    if not sizes_checked:
+    if not (sizes_checked or any_size):
         check_sizes(checkpoint.tensors, config)
     if kept is None:
         kept = [list(range(layer.num_experts)) for layer in config.layer_experts]
     kept_ids = [ids or [] for ids in kept]
     width, hidden = config.intermediate_size, config.hidden_size
+    if any_size:
+        shapes = (
+            span.shape for name, span in checkpoint.tensors.items() if name.endswith(".0.up_proj.weight")
+        )
+        width, hidden = next((shape for shape in shapes if len(shape) == 2), (width, hidden))
     separate: dict[int, set[int]] = {}  # of layers with a tensor for each expert: the experts there are
     block = ""  # what stands before `layers.` in the checkpoint's names
     lazies: dict[str, LazyTensor] = {}

@@ -10,28 +10,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from safetensors import SafetensorError
 
-from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.checkpoint import Checkpoint, weight_files
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.local_files import LocalFiles
-from ...checkpoints.side_files import optional_file
+from ...checkpoints.local_files import LocalFiles, file_inside
+from ...checkpoints.side_files import GENERATION_CONFIG, optional_file
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
 from .wanted_tensors import lazy_parameters
-from .weights_check import check_sizes
+from .weights_check import check_fit, check_sizes, missing_parameters
 
 with private_names("loading"):
     from transformers.core_model_loading import WeightConverter
     from transformers.utils.hub import extract_commit_hash
 
-# With these, weights are of another form than the network's own, or the user has asked for other sizes.
-_OTHER_FORMS = ("state_dict", "gguf_file", "key_mapping", "ignore_mismatched_sizes")
+# With these, weights are of another form than the network's own.
+_OTHER_FORMS = ("state_dict", "gguf_file", "key_mapping")
+_NO_PATH = "The checkpoint"
 _FILE_KWARGS = ("cache_dir", "revision", "subfolder", "variant")
 
 
@@ -39,11 +41,15 @@ class LazyStateDict(dict[str, LazyTensor]):
     """The weights of a network with some of its experts, yet to be read.
 
     Attributes:
+        label (`str`): what their model is called in messages.
+        ignore_missing (`bool`): whether parameters that are not among them may be random numbers.
         load_config (`LoadStateDictConfig`, *optional*): what Transformers loaded them with, once it has.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
 
+    label: str = ""
+    ignore_missing: bool = False
     load_config: Any = None
 
     @property
@@ -57,6 +63,10 @@ class _WholeModel:
     """The whole model in loading: where its weights are, and their headers, once they have been read."""
 
     where: dict[str, Any] | None
+    label: str
+    ignore_missing: bool
+    tells_missing: bool  # to the caller: `output_loading_info`
+    ignore_mismatched: bool
     checkpoint: Checkpoint | None = None
 
 
@@ -65,21 +75,80 @@ _loading: ContextVar[_WholeModel | None] = ContextVar("loading", default=None)
 
 
 @contextmanager
-def whole_model(kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Let `check_before_building` and `load_weights` know that a whole model is being loaded, and from where.
+def whole_model(path: Any, kwargs: Mapping[str, Any], *, ignore_missing: bool = False) -> Iterator[None]:
+    """Have a whole model loaded from files that are checked: by `check_before_building` and `load_weights`.
+
+    The files of a folder are looked at before Transformers opens any. What is wrong with those of a
+    repository is found out when Transformers could not load them, if not before.
 
     Args:
+        path (`str` or `os.PathLike`, *optional*): the folder or Hub repository.
         kwargs (`Mapping[str, Any]`): of `from_pretrained`.
+        ignore_missing (`bool`, defaults to `False`): parameters that the files lack may be random numbers.
+
+    Raises:
+        CheckpointError: if a file is damaged, missing or outside the folder, or the weights do not fit.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    other = any(kwargs.get(name) for name in _OTHER_FORMS) or kwargs.get("use_safetensors") is False
-    where = None if other else {name: kwargs.get(name) for name in _FILE_KWARGS}
-    token = _loading.set(_WholeModel(where))
+    # A state dict may be empty, and `None` is none.
+    other = (
+        any(kwargs.get(name) is not None for name in _OTHER_FORMS) or kwargs.get("use_safetensors") is False
+    )
+    where = None if other or path is None else {name: kwargs.get(name) for name in _FILE_KWARGS}
+    label = _NO_PATH if path is None else os.fspath(path)
+    tells = bool(kwargs.get("output_loading_info"))
+    any_size = bool(kwargs.get("ignore_mismatched_sizes"))
+    loading = _WholeModel(where, label, ignore_missing, tells, any_size)
+    if where is not None and os.path.isdir(path):
+        loading.checkpoint = _local_checkpoint(path, where)
+    token = _loading.set(loading)
     try:
         yield
+    except CheckpointError:
+        raise
+    except _DAMAGE as error:
+        if where is not None:
+            _find_damage(path, where, error)
+        if isinstance(error, SafetensorError | JSONDecodeError):
+            raise CheckpointError(
+                f"A file of {label} cannot be read ({type(error).__name__}: {error}): download it again."
+            ) from error
+        raise
     finally:
         _loading.reset(token)
+        if loading.checkpoint is not None:
+            loading.checkpoint.source.close()
+
+
+# What others' readers raise for damaged files. It may have another reason: then the files are found whole.
+_DAMAGE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+
+
+def _local_checkpoint(path: str | os.PathLike, where: Mapping[str, Any]) -> Checkpoint | None:
+    """The headers of the weights in a folder; `None` if it has none that are safetensors."""
+    folder = Path(path, where["subfolder"] or "")
+    for name in ("config.json", GENERATION_CONFIG):
+        file_inside(folder, name)
+    if not any((folder / name).is_file() for name in weight_files(where["variant"])):
+        return None  # an adapter, or weights of another form
+    return Checkpoint.from_folder(folder, variant=where["variant"])
+
+
+def _find_damage(path: str | os.PathLike, where: Mapping[str, Any], error: Exception) -> None:
+    """Raise `CheckpointError` if files of a repository, which are in the cache by now, are damaged."""
+    if os.path.isdir(path):
+        return
+    hub = {name: value for name, value in where.items() if value is not None} | {"local_files_only": True}
+    variant = hub.pop("variant", None)
+    try:
+        found = next(filter(None, (optional_file(path, name, **hub) for name in weight_files(variant))), None)
+        if found is not None:
+            Checkpoint.from_folder(os.path.dirname(found), variant=variant).source.close()
+    except CheckpointError as damage:
+        raise damage from error
+    except (OSError, ValueError):  # not even in the cache
+        return
 
 
 def check_before_building(config: EmoConfig) -> None:
@@ -92,33 +161,27 @@ def check_before_building(config: EmoConfig) -> None:
         config (`EmoConfig`): the config of the network to be built.
 
     Raises:
-        CheckpointError: as `check_sizes`.
+        CheckpointError: if the files are damaged or outside the folder, and as `check_sizes`.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
     loading = _loading.get()
     if loading is None or loading.where is None:
         return
-    where, loading.where = loading.where, None  # a network inside this one is checked with it
+    where, loading.where = dict(loading.where), None  # a network inside this one is checked with it
     if not config.name_or_path or getattr(config, "quantization_config", None) is not None:
         return
-    variant = where.pop("variant")
-    hub = {name: value for name, value in where.items() if value is not None} | {"local_files_only": True}
-    infix = "" if variant is None else f".{variant}"
-    names = (
-        SAFE_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors"),
-        SAFE_WEIGHTS_INDEX_NAME.replace(".index", f".index{infix}"),
-    )
-    found = next(filter(None, (optional_file(config.name_or_path, name, **hub) for name in names)), None)
-    if found is None:
-        return
-    try:
-        checkpoint = Checkpoint.from_folder(os.path.dirname(found), variant=variant)
-    except CheckpointError:  # Transformers says what is wrong with the files
-        return
-    checkpoint.source.close()
-    check_sizes(checkpoint.tensors, config)
-    loading.checkpoint = checkpoint
+    if loading.checkpoint is None:
+        variant = where.pop("variant")
+        hub = {name: value for name, value in where.items() if value is not None} | {"local_files_only": True}
+        names = weight_files(variant)
+        found = next(filter(None, (optional_file(config.name_or_path, name, **hub) for name in names)), None)
+        if found is None:
+            return
+        loading.checkpoint = Checkpoint.from_folder(os.path.dirname(found), variant=variant)
+        loading.checkpoint.source.close()
+    if not loading.ignore_mismatched:
+        check_sizes(loading.checkpoint.tensors, config, ignore_missing=loading.ignore_missing)
 
 
 def load_weights(load: Callable, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -134,7 +197,7 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         state_dict, checkpoint_files, load_config, args, kwargs: as for that.
 
     Raises:
-        CheckpointError: for a subset, if the checkpoint does not hold its experts.
+        CheckpointError: if the weights lack parameters or do not fit the network.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
@@ -143,13 +206,29 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
     if loading is not None:
         # What is swapped in or named later is of this commit, whatever the repository holds by then.
         model.config._commit_hash = extract_commit_hash(next(iter(checkpoint_files or ()), None), None)
+        place = model.config.name_or_path
+        for file in checkpoint_files or () if os.path.isdir(place) else ():
+            file_inside(place, os.path.relpath(file, place))
     tensors = state_dict
     if isinstance(state_dict, LazyStateDict):
         state_dict.load_config = load_config
+        label, ignore_missing = state_dict.label, state_dict.ignore_missing
     else:
         tensors = _tensors_of_files(model.config, state_dict, checkpoint_files, load_config, loading)
+        label = _NO_PATH if loading is None else loading.label
+        # An empty state dict asks for a network that is new throughout.
+        ignore_missing = (
+            loading is None or loading.ignore_missing or loading.tells_missing or state_dict == {}
+        )
         if tensors is None:
-            return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+            result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+            if loading is not None:  # else it is an adapter
+                _check_fit(model, label, result[0], load_config, ignore_missing)
+            return result
+    if not ignore_missing and load_config.hf_quantizer is None:  # before any is read
+        names = model.state_dict()
+        lacking = (name for name in names if not any(each in tensors for each in _names_of(name, model)))
+        check_fit(label, missing_parameters(model, lacking))
     source = next(tensor.source for tensor in tensors.values())
     try:
         if load_config.hf_quantizer is None:
@@ -164,6 +243,7 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         result = load(model, tensors, None, load_config, *args, **kwargs)
     finally:
         source.close()
+    _check_fit(model, label, result[0], load_config, ignore_missing)
     # The tensors came in under the network's own names; saving must still take the experts apart again.
     model._weight_conversions = [
         transform
@@ -171,6 +251,18 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         if transform.was_used() or _is_expert_converter(transform)
     ]
     return result
+
+
+def _check_fit(model: Any, label: str, info: Any, load_config: Any, ignore_missing: bool) -> None:
+    """`check_fit` with what Transformers found; it would fill what is missing with random numbers."""
+    mismatched = () if load_config.ignore_mismatched_sizes else info.mismatched_keys
+    conversion = getattr(info, "conversion_errors", None) or {}
+    check_fit(
+        label,
+        () if ignore_missing else missing_parameters(model, info.missing_keys),
+        mismatched,
+        [*info.error_msgs, *(f"{name} cannot be made of it." for name in conversion)],
+    )
 
 
 def _tensors_of_files(
@@ -189,7 +281,8 @@ def _tensors_of_files(
         known = None
     try:
         checkpoint = known or Checkpoint.from_files(folder, names)
-        return lazy_parameters(checkpoint, config, None, sizes_checked=known is not None)
+        any_size = loading is not None and loading.ignore_mismatched
+        return lazy_parameters(checkpoint, config, None, sizes_checked=known is not None or any_size)
     except CheckpointError:  # not of this very network: Transformers reports what is missing or different
         return None
 

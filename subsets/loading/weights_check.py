@@ -1,13 +1,15 @@
-"""Whether config and weights belong together, checked before the network is built.
+"""Whether config and weights belong together, and whether all weights are there.
 
-A damaged or hostile `config.json` may ask for a billion tokens or layers. Without the check they would be
-allocated and filled at random first, and the error would come late.
+A damaged or hostile `config.json` may ask for a billion tokens or layers. So sizes are checked before the
+network is built: otherwise all would be allocated and filled at random first, and the error would come late.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -19,14 +21,34 @@ from ...modeling_emo import EmoModel
 from ...modeling_emo.weight_names import IN_LAYER
 
 
-def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
+class MisfitError(CheckpointError, RuntimeError):
+    """Weights do not fit the network; also a `RuntimeError`, which Transformers raises for it.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoForCausalLM
+    >>> try:
+    ...     EmoForCausalLM.from_pretrained("model_cards/toy-emo", vocab_size=500)
+    ... except RuntimeError as error:
+    ...     print(str(error)[:44])
+    model_cards/toy-emo does not fit its config:
+
+    ```
+    """
+
+
+def check_sizes(
+    tensors: Mapping[str, TensorSpan], config: EmoConfig, *, ignore_missing: bool = False
+) -> None:
     """Check that a config asks for no more layers and no larger tensors than the weights hold.
 
-    Smaller and missing tensors are left to Transformers, which names them.
+    Smaller and missing tensors are another matter: see `check_fit`.
 
     Args:
         tensors (`Mapping[str, TensorSpan]`): the weights, from their headers.
         config (`EmoConfig`): the config of the network.
+        ignore_missing (`bool`, defaults to `False`): the config may ask for more layers.
 
     Raises:
         CheckpointError: if it does.
@@ -61,10 +83,10 @@ def check_sizes(tensors: Mapping[str, TensorSpan], config: EmoConfig) -> None:
                 f"config.json asks for a {name} of {expected}, and the weights hold {span.shape}: they "
                 "differ. Download both again, or pass `ignore_mismatched_sizes=True` if it is meant."
             )
-    if layers and len(layers) < config.num_hidden_layers:
+    if layers and len(layers) < config.num_hidden_layers and not ignore_missing:
         raise CheckpointError(
             f"config.json asks for {config.num_hidden_layers} layers, and the weights hold {len(layers)}: "
-            "they differ. Download both again, or pass `ignore_mismatched_sizes=True` if it is meant."
+            "they differ. Download both again, or pass `ignore_missing_keys=True` if new layers are meant."
         )
 
 
@@ -126,3 +148,96 @@ def check_whole(parameters: Mapping[str, LazyTensor], config: EmoConfig, label: 
             raise CheckpointError(
                 f"{name} of {label} has shape {list(there[name])}, expected {list(shape)} by its config."
             )
+
+
+def missing_parameters(model: Any, names: Iterable[str]) -> set[str]:
+    """Parameters of a network that weights lack and that would be random numbers.
+
+    Tied ones are not missing while one of them is there, and neither is a head that the saved model did not
+    have: a classifier on a language model is meant to be new.
+
+    Args:
+        model (`EmoPreTrainedModel`): the network.
+        names (`Iterable[str]`): the names of its parameters and buffers that the weights lack.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig, EmoForCausalLM
+    >>> from transformers_emo.subsets.loading.weights_check import missing_parameters
+    >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
+    >>> missing_parameters(model, ["lm_head.weight", "model.norm.weight"]) == {
+    ...     "lm_head.weight", "model.norm.weight"
+    ... }
+    True
+
+    ```
+    """
+    missing = set(names)
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if not {one, other} <= missing:
+            missing -= {one, other}
+    expected = model._keys_to_ignore_on_load_missing or ()
+    missing = {name for name in missing if not any(re.search(pattern, name) for pattern in expected)}
+    base = model.base_model_prefix
+    heads = {name.split(".")[0] for name in missing} if hasattr(model, base) else set()
+    for head in heads - {base}:
+        of_head = {name for name in model.state_dict() if name.split(".")[0] == head}
+        if of_head <= missing and not _was_saved_with(head, model):
+            missing -= of_head
+    return missing
+
+
+def _was_saved_with(head: str, model: Any) -> bool:
+    """Whether the saved model had such a head, by the class that its config names."""
+    classes = model.config.architectures or []
+    if head == "lm_head":
+        return not classes or "EmoForCausalLM" in classes
+    kinds = type(model).__mro__ if head == "score" else (type(model),)
+    return any(kind.__name__ in classes for kind in kinds)
+
+
+def check_fit(label: str, missing: Iterable[str], mismatched: Iterable[Any] = (), errors: Any = ()) -> None:
+    """Check that weights have filled a network.
+
+    Args:
+        label (`str`): what the model is called in messages.
+        missing (`Iterable[str]`): the names of parameters that were not there.
+        mismatched (`Iterable`): the names of parameters of another shape, with both shapes.
+        errors (`Iterable[str]`): what went wrong besides.
+
+    Raises:
+        CheckpointError: if a parameter is missing.
+        MisfitError: if one has another shape, or could not be made of the weights.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import CheckpointError
+    >>> from transformers_emo.subsets.loading.weights_check import check_fit
+    >>> try:
+    ...     check_fit("my-model", ["model.norm.weight"])
+    ... except CheckpointError as error:
+    ...     print(str(error)[:79])
+    my-model lacks a tensor that the model needs: model.norm.weight. It would be ra
+
+    ```
+    """
+    for name, found, expected in sorted(mismatched, key=str):
+        raise MisfitError(
+            f"{label} does not fit its config: {name} has a size mismatch, {tuple(found)} in the weights and "
+            f"{tuple(expected)} by config.json. Download both again, or pass `ignore_mismatched_sizes=True` "
+            "if it is meant: the tensor is then made anew."
+        )
+    for error in errors:
+        raise MisfitError(
+            f"{label} does not fit its config: {error} Download the weights and config.json again."
+        )
+    names = sorted(missing)
+    if names:
+        lacking, they = ("a tensor", "It") if len(names) == 1 else (f"{len(names)} tensors", "They")
+        raise CheckpointError(
+            f"{label} lacks {lacking} that the model needs: {', '.join(names[:5])}"
+            f"{', ...' if len(names) > 5 else ''}. {they} would be random numbers. Download the model again, "
+            "or pass `ignore_missing_keys=True` if new ones are meant."
+        )

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from conftest import GOLDENS
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers_emo import EmoConfig
+from transformers_emo import EmoConfig, EmoModel
 from transformers_emo.configuration import LayerExperts, LegacyEmoConfig
 
 RELEASED = GOLDENS / "A_hf_forward" / "base" / "checkpoint" / "config.json"
@@ -141,3 +142,85 @@ def test_layer_experts_resolve_every_per_layer_setting(sizes, shared):
 )
 def test_always_used_are_the_shared_and_the_always_active_experts(num_experts, shared, always, used):
     assert LayerExperts(num_experts, shared, always, top_k=min(4, num_experts)).always_used == used
+
+
+NAN, INFINITE = float("nan"), float("inf")
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+IMPOSSIBLE = [
+    *(
+        {name: value}
+        for name in SMALL
+        if name not in ("pad_token_id", "eos_token_id")
+        for value in (-4, "8", 2.5)
+    ),
+    *({name: 0} for name in SMALL if name not in ("pad_token_id", "eos_token_id", "num_experts")),
+    {"num_key_value_heads": 0},
+    {"num_key_value_heads": -2},
+    {"num_key_value_heads": 3},
+    {"hidden_size": 28},
+    {"head_dim": 0},
+    {"head_dim": 7},
+    {"head_dim": "8"},
+    {"max_position_embeddings": 0},
+    {"rms_norm_eps": NAN},
+    {"rms_norm_eps": INFINITE},
+    {"rms_norm_eps": -1.0},
+    {"initializer_range": -0.1},
+    {"initializer_range": NAN},
+    {"attention_dropout": 1.5},
+    {"attention_dropout": NAN},
+    {"router_aux_loss_coef": NAN},
+    {"balance_loss_coef": INFINITE},
+    {"hidden_act": "no-such"},
+    {"rope_scaling": {"rope_type": "no-such", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "linear"}},
+    {"rope_scaling": {"rope_type": "linear", "factor": NAN}},
+    {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+    {"rope_scaling": {"rope_type": ["linear"]}},
+    {"rope_theta": NAN},
+    {"rope_theta": 0.0},
+    {"num_experts_per_layer": [0, 8], "dense_intermediate_size": 0},
+    {"num_experts_per_layer": ["8", 8]},
+    {"num_experts_per_layer": [8, 2.5]},
+    {"retained_experts": [[-1, *range(7)], list(range(8))]},
+    {"retained_experts": [[0, *range(7)], list(range(8))]},
+    {"retained_experts": [list(range(8)), list(range(1, 9))], "root_experts_per_layer": [8, 8]},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=str)
+def test_what_no_network_can_have_is_named_in_one_line(changes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "emo", **SMALL, **changes}))
+    makers = (
+        lambda: EmoModel(EmoConfig(**SMALL | changes)),  # a network, since experts alone have no heads
+        lambda: EmoConfig.from_pretrained(tmp_path),
+        lambda: EmoConfig.from_dict(SMALL | changes),
+    )
+    name = next(iter(changes))
+    words = {
+        "rope_scaling": "rope_scaling|rope_type|factor|rotary",
+        "num_experts_per_layer": "dense_intermediate_size|num_experts_per_layer",
+        "head_dim": "head",
+        "hidden_size": "hidden_size|head",
+        "num_experts": "num_experts|experts",
+    }
+    for make in makers:
+        with pytest.raises((ValueError, StrictDataclassError), match=words.get(name, name)) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+def test_small_but_possible_configs_stay_possible():
+    assert EmoConfig(**SMALL | {"num_attention_heads": 16, "num_key_value_heads": 1}).num_key_value_heads == 1
+    assert EmoConfig(**SMALL | {"rms_norm_eps": 0.0, "attention_dropout": 1, "head_dim": 6}).head_dim == 6
+    assert EmoConfig(**SMALL | {"num_experts": 1, "num_experts_per_tok": 1}).layer_experts[0].num_routed == 0

@@ -46,10 +46,12 @@ def test_a_target_inside_its_source(full, tuned, tmp_path):
 
 
 def test_shards_that_are_links(full, tuned, tmp_path):
-    linked = tmp_path / "snapshot"
-    linked.mkdir()
-    for file in full.iterdir():  # as in the cache of the Hub
-        (linked / file.name).symlink_to(file)
+    linked = tmp_path / "models--user--full" / "snapshots" / "0"  # as in the cache of the Hub
+    linked.mkdir(parents=True)
+    (tmp_path / "models--user--full" / "blobs").mkdir()
+    for file in full.iterdir():
+        blob = shutil.copy(file, tmp_path / "models--user--full" / "blobs")
+        (linked / file.name).symlink_to(blob)
     for number, run in enumerate(both(linked, tuned, tmp_path / "out")):
         both(full, tuned, tmp_path / f"expected{number}")[number]()
         run()
@@ -58,10 +60,15 @@ def test_shards_that_are_links(full, tuned, tmp_path):
         shutil.rmtree(tmp_path / "out")
     shard = min(linked.glob("*.safetensors"))
     shard.unlink()
-    shard.symlink_to(tmp_path / "nowhere")
-    for run in both(linked, tuned, tmp_path / "out"):
-        with pytest.raises(CheckpointError, match=f"Cannot open the weights file .*{shard.name}"):
-            run()
+    for target, message in (
+        (tmp_path / "models--user--full" / "blobs" / "nowhere", "Cannot open the weights file .*"),
+        (tmp_path / "nowhere", ""),
+    ):
+        shard.unlink(missing_ok=True)
+        shard.symlink_to(target)
+        for run in both(linked, tuned, tmp_path / "out"):
+            with pytest.raises(CheckpointError, match=f"{message}{shard.name}"):
+                run()
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 

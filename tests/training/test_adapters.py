@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from hub_server import HubServer
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tolerances import assert_other_numbers, assert_same_numbers
 from transformers import AutoModelForCausalLM
@@ -409,3 +409,79 @@ def test_the_error_for_an_old_peft_names_what_works_instead(load, monkeypatch):
     with pytest.raises(ImportError, match=r"wants PEFT 99\.1\.0, and this is .*get_peft_model"):
         model.add_adapter(config)
     assert get_peft_model(model, config).peft_config
+
+
+class TestLoadedByPeftAlone:
+    """`PeftModel.from_pretrained` and `AutoPeftModelForCausalLM`, which show no folder to the model."""
+
+    @pytest.fixture
+    def save(self, load, tmp_path):
+        def save(subset, make_config, **kwargs):
+            model = load(subset)
+            config = make_config(model, r=2, task_type="CAUSAL_LM", **TARGETS["attention"], **kwargs)
+            adapted = fill(get_peft_model(model, config))
+            adapted.save_pretrained(tmp_path)
+            return adapted
+
+        return save
+
+    CONFIGS = pytest.mark.parametrize(
+        "make_config",
+        [lora_config, lambda model, **kwargs: LoraConfig(**kwargs)],
+        ids=["lora_config", "LoraConfig"],
+    )
+
+    @CONFIGS
+    def test_other_and_more_experts_are_refused(self, load, save, tmp_path, make_config):
+        save(SUBSET, make_config)
+        for subset, held in ((None, r"\[0, 1, 2, 3, "), (OTHER, r"\[1, 2, 3, 10, 11\]")):
+            with pytest.raises(SubsetError, match=rf"trained on the experts .* this model holds {held}"):
+                PeftModel.from_pretrained(load(subset), tmp_path)
+        with pytest.raises(SubsetError, match="trained on the experts"):
+            AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+
+    @CONFIGS
+    def test_its_own_experts_are_taken(self, load, save, tmp_path, make_config):
+        expected = logits(save(SUBSET, make_config))
+        assert_same_numbers(logits(PeftModel.from_pretrained(load(SUBSET), tmp_path)), expected)
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, expert_subset=SUBSET)
+        assert_same_numbers(logits(loaded), expected)
+
+    def test_a_subset_refuses_an_adapter_of_the_full_model(self, load, save, tmp_path):
+        expected = logits(save(None, lora_config))
+        assert_same_numbers(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), expected)
+        with pytest.raises(SubsetError, match="trained on the experts"):
+            AutoPeftModelForCausalLM.from_pretrained(tmp_path, expert_subset=SUBSET)
+
+    def test_a_subset_that_was_saved_is_the_base(self, load, tmp_path):
+        load(SUBSET).save_pretrained(tmp_path / "part")
+        part = EmoForCausalLM.from_pretrained(tmp_path / "part")
+        config = lora_config(part, r=2, task_type="CAUSAL_LM", **TARGETS["attention"])
+        adapted = fill(get_peft_model(part, config))
+        adapted.save_pretrained(tmp_path / "adapter")
+        assert_same_numbers(
+            logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(adapted)
+        )
+
+    @CONFIGS
+    def test_our_own_loading_puts_it_on_more_experts(self, load, save, tmp_path, make_config):
+        expected = logits(save(SUBSET, make_config))
+        full = load_adapter(load(), tmp_path, trained_on=SUBSET)
+        with full.get_base_model().use_experts(SUBSET):
+            assert_same_numbers(logits(full), expected)
+
+    def test_a_config_may_be_used_for_several_models(self, load, tmp_path):
+        config = LoraConfig(r=2, task_type="CAUSAL_LM", **TARGETS["attention"])
+        for number, subset in enumerate((SUBSET, OTHER, None, SUBSET)):
+            get_peft_model(load(subset), config).save_pretrained(tmp_path / str(number))
+        PeftModel.from_pretrained(load(SUBSET), tmp_path / "3")
+        with pytest.raises(SubsetError, match="trained on the experts"):
+            PeftModel.from_pretrained(load(), tmp_path / "3")
+        PeftModel.from_pretrained(load(), tmp_path / "2")
+
+    def test_a_second_adapter_trains_on(self, load, save, tmp_path):
+        save(SUBSET, lora_config)
+        again = PeftModel.from_pretrained(load(SUBSET), tmp_path, is_trainable=True)
+        again.save_pretrained(tmp_path / "again")
+        with pytest.raises(SubsetError, match="trained on the experts"):
+            PeftModel.from_pretrained(load(OTHER), tmp_path / "again", is_trainable=True)

@@ -1,6 +1,8 @@
 """Several processes at one cache: none spoils what another keeps or has been told is there."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -88,3 +90,44 @@ def test_the_cache_is_listed_and_cleared_while_parts_come_and_go(folder, tmp_pat
         for thread in threads:
             thread.join()
     assert errors == []
+
+
+# The user has no home: as in a container whose user is not in /etc/passwd.
+WITHOUT_HOME = """
+import os, pwd, sys
+def unknown(number):
+    raise KeyError(number)
+pwd.getpwuid = unknown
+from transformers_emo import EmoForCausalLM
+from transformers_emo.checkpoints.hub.part_cache import cache_root, cached_parts, clear_parts
+EmoForCausalLM.from_pretrained(sys.argv[1], expert_subset=[[0, 3, 11]] * 3)
+before = cache_root()
+assert before.is_absolute() and cached_parts() == [] and clear_parts() == 0
+try:
+    EmoForCausalLM.from_pretrained("user/model", expert_subset=[[0, 3, 11]] * 3)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"HF_HOME": "relative"}, {"XDG_CACHE_HOME": "relative"}, {"HF_HUB_CACHE": "relative"}],
+    ids=str,
+)
+def test_without_a_home_and_with_relative_caches_nothing_dies(make_checkpoint, tmp_path, environment):
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE")
+    }
+    environment = kept | {"HF_HUB_OFFLINE": "1"} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HOME, make_checkpoint()],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "as a Hub repository it cannot be read" in done.stdout
