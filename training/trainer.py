@@ -259,7 +259,8 @@ def _count_picks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> torc
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=causal.device.type):
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            counts = model(**inputs, use_cache=False, logits_to_keep=1).expert_counts
+            step = {"training_step": causal.training, "use_cache": False, "logits_to_keep": 1}
+            counts = model(**inputs | step).expert_counts
             if counts is None or experts is None:
                 break
             num_tokens = counts[0].sum() // (experts.top_k - experts.num_shared)

@@ -17,6 +17,7 @@ from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
 from .adapter_record import check_adapter, check_adapter_config
 from .model_source import ModelSource
+from .subset_name import name_part
 from .tokenizer_copy import Origin
 from .weight_loading import LazyStateDict, whole_model
 
@@ -73,7 +74,7 @@ def from_pretrained(
         small = source.config_of(kept)
         small.dtype = small.dtype or tensors.dtype  # which Transformers takes from the weights else
         model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
-    _name(model, base, source.commit if is_hub_repo(base) else None)
+    _name(model, base, source.commit if is_hub_repo(base) else None, hub)
     model._part_of = Origin.of(base, hub)
     _take_generation_config(model, base, hub, afterwards["generation_config"], kwargs)
     if adapter is not None:
@@ -113,9 +114,9 @@ def _config_of(
     return config, kwargs | aside
 
 
-def _name(model: Any, base: str | os.PathLike, commit: str | None) -> None:
+def _name(model: Any, base: str | os.PathLike, commit: str | None, hub: dict[str, Any]) -> None:
     """Let the model say where it is from, as Transformers does for a path; swaps and names start there."""
-    model.config.name_or_path = os.fspath(base)
+    name_part(model, base, hub)
     model.config._commit_hash = commit
     for part in (model, model.base_model):
         part.name_or_path = os.fspath(base)
