@@ -95,6 +95,7 @@ def document_losses(
 
     ```
     """
+    check_batch_tokens(batch_tokens)
     first = max(after, 1)
     loss_N = torch.zeros(len(documents), dtype=torch.float64)
     correct_N = torch.zeros(len(documents), dtype=torch.long)
@@ -126,6 +127,27 @@ def document_losses(
     finally:
         model.train(training)
     return DocumentLosses(loss_N, correct_N, tokens_N)
+
+
+def check_batch_tokens(batch_tokens: int) -> None:
+    """Refuse a number of tokens in a batch that holds none.
+
+    Args:
+        batch_tokens (`int`): the number.
+
+    Raises:
+        ValueError: if it is below 1.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.evaluation import check_batch_tokens
+    >>> check_batch_tokens(2048)
+
+    ```
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"`batch_tokens` is {batch_tokens}, expected at least 1 token.")
 
 
 def _batches(documents: Sequence[torch.Tensor], batch_tokens: int) -> Iterator[list[int]]:

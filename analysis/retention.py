@@ -14,14 +14,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoints.hub.names import pinned
+from ..checkpoints.hub.names import is_hub_repo, pinned
 from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import ExpertSubset, select_experts
 from ..subsets.choosing.calibration import CalibrationText
+from ..subsets.loading.model_source import check_hub_kwargs
 from .documents import Domain, draw, encode_documents
-from .evaluation import DocumentLosses, document_losses
+from .evaluation import DocumentLosses, check_batch_tokens, document_losses
 from .measurements import FULL, Journal, Measurement, Retention, experts_at
 
 METHODS = ("layerwise", "global", "easy_ep", "random")
@@ -77,6 +78,7 @@ def measure_retention(
     device: str | None = None,
     visit: Callable[[str, EmoForCausalLM, dict[str, list[torch.Tensor]]], Any] | None = None,
     progress: bool = True,
+    **hub_kwargs: Any,
 ) -> Retention:
     """Measure test loss and next-token accuracy of models at shares of their experts, domain by domain.
 
@@ -107,14 +109,17 @@ def measure_retention(
         visit (`Callable`, *optional*): called with each model's name, the model and the token ids of the test
             documents by domain, after it is measured and before the next one is loaded.
         progress (`bool`, defaults to `True`): show a progress bar.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`; for every model that
+            is read from a repository.
 
     Returns:
         `Retention`: all measurements in `out`, earlier ones included.
 
     Raises:
-        ValueError: before a model is measured, if a method is unknown, a domain has so few documents that all
-            seeds would draw the same, `out` holds measurements of other texts, settings or weights, or the
-            models cut the same text into different tokens, so that losses cannot be compared.
+        ValueError: before a model is measured, if a number is out of range, a method is unknown, a domain has
+            so few documents that all seeds would draw the same, `out` holds measurements of other texts,
+            settings or weights, or the models cut the same text into different tokens, so that losses cannot
+            be compared.
         BlockingIOError: if another run measures into `out`.
 
     Example:
@@ -133,14 +138,20 @@ def measure_retention(
 
     ```
     """
+    check_hub_kwargs("measure_retention", hub_kwargs)
     _check_plan(models, domains, methods, shares, seeds, num_calibration)
-    configs = {name: _config(model) for name, model in models.items()}
+    check_batch_tokens(batch_tokens)
+    hub = {
+        name: {} if isinstance(model, EmoForCausalLM) or not is_hub_repo(model) else pinned(model, hub_kwargs)
+        for name, model in models.items()
+    }
+    configs = {name: _config(model, hub[name]) for name, model in models.items()}
     sizes = {name: _sizes(config, shares) for name, config in configs.items()}
     context = min(config.max_position_embeddings for config in configs.values())
-    window = window or context
+    window = context if window is None else window
     if not 2 <= window <= context:
         raise ValueError(f"`window` is {window} tokens, expected 2 to {context}, the models' context.")
-    encoded = _encode(models, domains, window, tokenizer)
+    encoded = _encode(models, domains, window, tokenizer, hub)
     with locked_folder(out):
         journal = Journal(Path(out) / Journal.NAME)
         journal.require({"window": window, "num_calibration": num_calibration})
@@ -161,7 +172,7 @@ def measure_retention(
         with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
             for name, model in models.items():
                 bar.set_postfix_str(name)
-                network = _load(model, dtype, device)
+                network = _load(model, dtype, device, hub[name])
                 journal.require({f"weights of {name}": _fingerprint(network)})
                 _try_methods(network, methods, max(sizes[name].values()))
                 _measure_model(
@@ -225,10 +236,10 @@ def _check_plan(models, domains, methods, shares, seeds, num_calibration) -> Non
                 )
 
 
-def _config(model: EmoForCausalLM | str | os.PathLike) -> EmoConfig:
+def _config(model: EmoForCausalLM | str | os.PathLike, hub: dict[str, Any]) -> EmoConfig:
     if isinstance(model, EmoForCausalLM):
         return model.config
-    return EmoConfig.from_pretrained(model, **pinned(model, {}))
+    return EmoConfig.from_pretrained(model, **hub)
 
 
 def _layer_size(config: EmoConfig) -> tuple[int, int, int]:
@@ -250,12 +261,14 @@ def _sizes(config: EmoConfig, shares: Sequence[float]) -> dict[float, int]:
     return {share: k for share, k in sorted(by_share.items(), reverse=True) if k is not None}
 
 
-def _encode(models, domains, window, tokenizer) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+def _encode(
+    models, domains, window, tokenizer, hub
+) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """The calibration and test documents of each domain as token ids, which all models have in common."""
     first_name, first = "", None
     for name, model in models.items():
         source = model.name_or_path if isinstance(model, EmoForCausalLM) else model
-        own = tokenizer or AutoTokenizer.from_pretrained(source)
+        own = tokenizer or AutoTokenizer.from_pretrained(source, **hub[name])
         encoded = {
             domain.name: (
                 encode_documents(own, domain.calibration, window),
@@ -292,11 +305,11 @@ def _missing(journal, model, domain, method, seed, sizes) -> dict[float, int]:
     }
 
 
-def _load(model: EmoForCausalLM | str | os.PathLike, dtype, device) -> EmoForCausalLM:
+def _load(model: EmoForCausalLM | str | os.PathLike, dtype, device, hub) -> EmoForCausalLM:
     if isinstance(model, EmoForCausalLM):
         return model
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return EmoForCausalLM.from_pretrained(model, dtype=dtype or "auto").to(device)
+    return EmoForCausalLM.from_pretrained(model, dtype=dtype or "auto", **hub).to(device)
 
 
 def _try_methods(network: EmoForCausalLM, methods: Sequence[str], num_experts: int) -> None:

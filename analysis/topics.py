@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..modeling_emo import EmoForCausalLM
 from ..subsets import present_experts, select_experts
 from ..subsets.choosing.calibration import CalibrationText
+from .evaluation import check_batch_tokens
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def mean_routing(
 
     ```
     """
+    check_batch_tokens(batch_tokens)
     rows = max(1, batch_tokens // max(map(len, documents), default=1))
     layers = [layer for layer in model.config.layer_experts if not layer.is_dense]
     chosen = select_experts(

@@ -37,6 +37,7 @@ _GO_ON = {  # after Ctrl-C
     "export": _CONTINUED,
     "retention": _CONTINUED,
     "push": "What was sent is not sent again: the same command goes on.",
+    "run": "The program was not started: call it again.",
     "train": "The same command with --resume goes on from the last whole checkpoint.",
 }
 

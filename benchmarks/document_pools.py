@@ -99,7 +99,7 @@ def compare_steps(args: argparse.Namespace) -> None:
 
     def without_own_losses(**kwargs) -> None:
         model.zero_grad()
-        hidden = model.model(ids, use_cache=False, **kwargs).last_hidden_state
+        hidden = model.model(ids, use_cache=False, training_step=True, **kwargs).last_hidden_state
         model.loss_function(model.lm_head(hidden), ids, config.vocab_size).backward()
 
     print(f"{args.layers} layers, hidden {args.hidden}, {args.tokens} tokens, {args.documents} documents")

@@ -316,6 +316,8 @@ class EmoConfig(PreTrainedConfig):
         self.validate_values()
         super().__post_init__(**kwargs)
         self.validate_rotary_embedding()
+        if not hasattr(self, "auto_map"):  # TRL asks for it; it stands for code saved beside a model
+            self.auto_map: dict[str, str] = {}
         if self.num_experts_per_layer is not None and 0 in self.num_experts_per_layer:
             self.base_model_tp_plan = {**type(self).base_model_tp_plan, **_DENSE_TP_PLAN}
 
@@ -608,6 +610,8 @@ class EmoConfig(PreTrainedConfig):
         for name, default in _OWN_DEFAULTS.items():
             if output.get(name) == default:
                 output.pop(name, None)
+        if not output.get("auto_map"):
+            output.pop("auto_map", None)
         return output
 
 

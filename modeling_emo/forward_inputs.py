@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .transformers_versions import private_names
 
@@ -20,6 +21,8 @@ from .document_pool import PoolRequest, document_pools, find_segments
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, row_pools
 from .segments import flatten_segments, lengths_from_segments, segments_from_positions
 from .transformers_differences import CACHE
+
+logger = logging.get_logger(__name__)
 
 _FLASH_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -67,6 +70,48 @@ def positions_after(cache: Cache | None, inputs_embeds: torch.Tensor) -> torch.T
     """
     seen = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+def trains_without_labels(
+    config: EmoConfig, document_pool: int | bool | None, sizes: torch.Tensor | None
+) -> bool:
+    """Whether a forward in training mode, that nobody called a step of training, is one.
+
+    Pools belong to the model's own losses. Without them a step must compute what evaluation does: trainers
+    such as DPO's compare the two.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        document_pool (`int` or `bool`, *optional*): what the caller said of pools.
+        sizes (`torch.Tensor`, *optional*): the sizes of pools that the caller gave.
+
+    Returns:
+        `bool`: `True` if the caller asks for pools of the sizes of training, by `document_pool=True`. If the
+        config has pools and the caller said nothing of them, a warning says that there are none, once.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.modeling_emo.forward_inputs import trains_without_labels
+    >>> trains_without_labels(EmoConfig(document_pool_min=8, document_pool_max=128), None, None)
+    False
+
+    ```
+    """
+    if document_pool is None and sizes is None and config.document_pool_min is not None:
+        _say_no_pools()
+    return document_pool is True
+
+
+def _say_no_pools() -> None:
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "A forward in training mode without `labels` draws no document pools, although the config has "
+            "them: they belong to the model's own loss. For a trainer with another loss (DPO, GRPO) that is "
+            "right, and `document_pool=False` or a config without `document_pool_min` and "
+            "`document_pool_max` says so. To train with pools, pass `labels`, or `training_step=True`."
+        )
 
 
 def behind_virtual_tokens(

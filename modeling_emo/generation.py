@@ -163,7 +163,7 @@ class EmoGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         request = _request.get()
         if inputs.get(CACHE) is None:
-            # Without a cache a model in training mode would take this for a training step.
+            # In training mode without a cache this looks like a step of training.
             inputs.setdefault("training_step", False)
         if request is not None:
             # Only this mask shows padding. With a static cache, the one in the inputs is 4-D.

@@ -8,6 +8,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts 
 the shared ones), K experts taken per token, F expert width.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ from .forward_inputs import (
     behind_virtual_tokens,
     pools_that_hold,
     positions_after,
+    trains_without_labels,
     with_default_pool,
 )
 from .generation import EmoGenerationMixin
@@ -682,8 +684,8 @@ class EmoModel(EmoPreTrainedModel):
                 Transformers calls it from 5.24 on. The output has it under both names.
             use_cache (`bool`, *optional*): return `past_key_values`.
             document_pool (`int` or `bool`, *optional*): route every document within a pool of so many routed
-                experts; `True` for the config's size, `False` for no pools. By default pools are on in
-                training, when the config has them.
+                experts; `True` for the config's size, `False` for no pools. By default pools are on in a step
+                of training, when the config has them.
             document_pool_sizes (`torch.Tensor`, *optional*): (L, N) the size of each pool, for each layer and
                 segment, in the order of rows and of segments within them.
             document_ids (`torch.Tensor`, *optional*): (B, S) the document of each token; otherwise `seq_idx`,
@@ -700,7 +702,9 @@ class EmoModel(EmoPreTrainedModel):
                 more then, unless there are pools, which the last layer too chooses from all tokens.
             training_step (`bool`, *optional*): whether this is a step of training: with the config's pools,
                 if nothing else is asked for, and with what their losses need. Tokens in a cache then are a
-                prefix that every document sees (prefix tuning). By default in training mode without a cache.
+                prefix that every document sees (prefix tuning). By default only where the model computes its
+                own loss: in training mode with `labels`. A trainer with a loss of its own (DPO, GRPO) gets
+                the plain network, as in evaluation, and a warning if the config has pools.
             kwargs: `output_router_logits`, `output_hidden_states`, `output_attentions` and what the attention
                 implementation takes.
 
@@ -718,8 +722,9 @@ class EmoModel(EmoPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`: leave the other one out.")
         if training_step is None:
-            # Generating hands over a cache, in training mode too: that is no training step.
-            training_step = self.training and past_key_values is None
+            training_step = False
+            if self.training and past_key_values is None:
+                training_step = trains_without_labels(self.config, document_pool, document_pool_sizes)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:
@@ -903,6 +908,20 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         )
 
 
+def _trains_with_labels(forward: Callable) -> Callable:
+    """The forward of a head: in training mode with labels it is a step of training, as `EmoForCausalLM`'s."""
+    position = list(inspect.signature(forward).parameters).index("labels") - 1
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        if self.training and labels is not None:
+            kwargs.setdefault("training_step", True)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
 class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrainedModel):
     """EMO with a classifier on the last token that is not padding (Transformers' generic head).
 
@@ -926,7 +945,7 @@ class EmoForSequenceClassification(GenericForSequenceClassification, EmoPreTrain
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    forward = both_cache_names(GenericForSequenceClassification.forward)
+    forward = _trains_with_labels(both_cache_names(GenericForSequenceClassification.forward))
 
 
 class EmoForTokenClassification(GenericForTokenClassification, EmoPreTrainedModel):
@@ -954,7 +973,7 @@ class EmoForTokenClassification(GenericForTokenClassification, EmoPreTrainedMode
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
         self.post_init()
 
-    forward = both_cache_names(GenericForTokenClassification.forward)
+    forward = _trains_with_labels(both_cache_names(GenericForTokenClassification.forward))
 
 
 register_weight_names(EmoConfig.model_type)

@@ -197,7 +197,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             result = super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             if with_code:
-                del self.config.auto_map
+                self.config.auto_map = {}
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if package.hooks is not None and is_main_process:
             package.hooks.copy_tokenizer(self, save_directory)

@@ -366,6 +366,19 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             f"{_TRAINER}.create_accelerator_and_postprocess", "shards on CPUs", mentions="is_fsdp_enabled"
         ),
         PrivateName("transformers.trainer_utils:PREFIX_CHECKPOINT_DIR", "finds checkpoints"),
+        PrivateName(
+            f"{_TRAINER}._save_checkpoint",
+            "synchronises checkpoints",
+            "model trial",
+            mentions="save_to_json rotate_checkpoints save_total_limit",
+        ),
+        PrivateName(f"{_TRAINER}._get_output_dir", "the same", "trial"),
+        PrivateName(
+            "transformers.trainer_utils:rotate_checkpoints",
+            "the same",
+            "output_dir save_total_limit best_model_checkpoint use_mtime",
+        ),
+        PrivateName("transformers:TrainerState.save_to_json", "the same", "json_path"),
     ],
     "sharding on CPUs": [
         PrivateName(

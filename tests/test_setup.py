@@ -29,8 +29,10 @@ def checkout(tmp_path_factory):
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "*.o")
     for room in settings["tool"]["setuptools"]["package-dir"].values():
         shutil.copytree(ROOT / room, folder / room, ignore=left_out)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_setup.py").touch()
     return folder
 
 
@@ -170,3 +172,5 @@ def test_a_source_distribution_can_be_compiled(checkout, tmp_path):
         for file in (ROOT / "modeling_emo/kernels/native").glob("*.[ch]*")
     }
     assert {"setup.py", "pyproject.toml", "modeling_emo/kernels/instruction_sets.py"} | sources <= names
+    # Tests need files that no distribution carries.
+    assert not [name for name in names if name.startswith("tests")]

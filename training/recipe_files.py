@@ -127,6 +127,8 @@ class DataSection:
                 f"`window` is {self.window}, expected at least 2 tokens: nothing stands before the first one "
                 "of a window, so it trains nothing. Give a larger window (EMO was trained with 4096)."
             )
+        if self.num_proc is not None and self.num_proc < 1:
+            raise ValueError(f"`num_proc` is {self.num_proc}, expected at least 1 process, or null for one.")
         named = [name for name in ("text", "ids", "prompt", "messages") if getattr(self, name)]
         if len(named) > 1 or bool(self.prompt) != bool(self.answer):
             columns = named + (["answer"] if self.answer else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from numbers import Integral, Real
 from types import NoneType
@@ -41,6 +42,39 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# The least and the largest of what `TrainingArguments` takes without a look, and would train nonsense with.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_accumulation_steps",
+            "save_total_limit",
+            "dataloader_prefetch_factor",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            "learning_rate",
+            "weight_decay",
+            "adam_epsilon",
+            "max_grad_norm",
+            "warmup_steps",
+            "dataloader_num_workers",
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "num_train_epochs"), (5e-324, math.inf)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("warmup_ratio", "label_smoothing_factor"), (0, 1)),
+}
+# In words, where the two numbers would be strange to read.
+_IN_WORDS = {(5e-324, math.inf): "a number above 0", (0, math.nextafter(1, 0)): "a number from 0 and below 1"}
+
+
 def training_arguments(
     recipe: RecipeName,
     output_dir: str | os.PathLike,
@@ -76,8 +110,9 @@ def training_arguments(
         `TrainingArguments`
 
     Raises:
-        ValueError: if there is no such recipe, something else stands where a number is expected, the windows
-            cannot be divided among the devices, or the recipe's warm-up is as long as the whole training.
+        ValueError: if there is no such recipe, something else stands where a number is expected, a number is
+            out of range, the windows cannot be divided among the devices, or the recipe's warm-up is as long
+            as the whole training.
         ImportError: without `accelerate`.
 
     Example:
@@ -128,13 +163,26 @@ def training_arguments(
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:
-    """Refuse text where a number is expected: `TrainingArguments` takes it, and the optimiser fails later."""
+    """Refuse text where a number is expected, and numbers out of range: `TrainingArguments` takes both."""
     hints = get_type_hints(TrainingArguments)
     for name, value in settings.items():
         kinds = set(get_args(hints.get(name)) or [hints.get(name)])
         if kinds <= {bool, int, float, NoneType} and not any(_is_a(value, kind) for kind in kinds):
             expected = " or ".join(sorted("none" if kind is NoneType else kind.__name__ for kind in kinds))
             raise ValueError(f"`{name}` is {value!r}, expected {expected}: change its value.")
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if is_number and not math.isfinite(value):
+            raise ValueError(f"`{name}` is {value!r}, expected a finite number: change its value.")
+        least, most = _RANGES.get(name, (-math.inf, math.inf))
+        if is_number and not least <= value <= most:
+            at_most = "" if most == math.inf else f" and at most {most}"
+            expected = _IN_WORDS.get((least, most), f"at least {least}{at_most}")
+            raise ValueError(f"`{name}` is {value!r}, expected {expected}: change its value.")
+    if settings.get("max_steps", -1) < 1 and settings.get("max_steps", -1) != -1:
+        raise ValueError(
+            f"`max_steps` is {settings['max_steps']!r}, expected at least 1, or -1 for as many as "
+            "`num_train_epochs` gives: change its value."
+        )
 
 
 def _is_a(value: Any, kind: type) -> bool:

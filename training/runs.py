@@ -1,9 +1,12 @@
 """Runs the training that a recipe describes, for `emo train` and for callers in Python."""
 
 import json
+import multiprocessing
 import os
+import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +85,30 @@ def _train(recipe: Recipe, resume: bool) -> EmoTrainer:
             "another `output_dir`."
         )
     trainer = build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _quiet_workers():
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return trainer
+
+
+@contextmanager
+def _quiet_workers() -> Iterator[None]:
+    """Let a worker that reads data say nothing where the run ends while it hands over a batch.
+
+    Its thread tells of the broken connection through `sys.excepthook`, beside what ended the run.
+    """
+    before = sys.excepthook
+
+    def hook(kind, error, trace) -> None:
+        broken = isinstance(error, OSError | EOFError | multiprocessing.AuthenticationError)
+        if multiprocessing.parent_process() is None or not broken:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = before
 
 
 def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTrainer) -> EmoTrainer:
@@ -119,7 +143,9 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
         tokenizer = EmoTokenizer.from_pretrained(recipe.model.path, **recipe.model.hub)
     else:
         with folder_or_repo(recipe.model.tokenizer):
-            tokenizer = EmoTokenizer.from_pretrained(recipe.model.tokenizer)
+            # The revision is the model's.
+            hub = {name: value for name, value in recipe.model.hub.items() if name in ("token", "cache_dir")}
+            tokenizer = EmoTokenizer.from_pretrained(recipe.model.tokenizer, **hub)
     _check_vocabulary(recipe, tokenizer, config)
     if recipe.model.from_scratch:  # the tokenizer of another model, saved as the one of this model
         tokenizer.model_max_length = config.max_position_embeddings

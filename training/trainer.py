@@ -5,6 +5,7 @@ Shape suffixes: R routed experts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from transformers import Trainer
 
+from ..checkpoints.writing.durable_files import sync_folder, sync_tree
 from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
-from ..modeling_emo.transformers_versions import check_names, private_names
+from ..modeling_emo.transformers_versions import private_names
 from ..subsets.loading.adapter_record import check_adapter_config
 from .fine_tuning import KeepFrozenRows
 
-check_names("trainer")
+with private_names("trainer"):
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 _LOSSES = {
     "ce_loss": "ce_loss",
@@ -83,6 +86,8 @@ class EmoTrainer(Trainer):
       `experts_used` (routed experts that any token took since the last report, mean over the layers).
     - A finished run that is resumed trains no further (`Trainer` with `max_steps` takes one more step).
     - Rows that `train_only` froze stay as they are, whatever the optimiser (`KeepFrozenRows`).
+    - A checkpoint is on the disk before its `trainer_state.json`, which makes it a whole one, and before an
+      older checkpoint is deleted: a power cut leaves one to resume from.
     - `TrainingArguments(fsdp=True)` shards parameters, gradients and the optimiser (FSDP2) on CPUs too, where
       accelerate alone falls back to DDP without a word.
 
@@ -196,6 +201,32 @@ class EmoTrainer(Trainer):
         self._report(outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def _save_checkpoint(self, model, trial):
+        state: Any = self.state
+
+        def save_synchronised(json_path: str) -> None:
+            sync_tree(os.path.dirname(json_path))
+            type(state).save_to_json(state, json_path)
+
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        state.save_to_json = save_synchronised
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            del state.save_to_json
+            self.args.save_total_limit = limit
+        run = self._get_output_dir(trial=trial)
+        sync_tree(os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+        sync_folder(run)
+        self.accelerator.wait_for_everyone()  # each process has synchronised what it wrote
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and in training add what the routers did; see `Trainer.log`."""
         if "loss" in logs and self._steps:
@@ -259,7 +290,8 @@ def _count_picks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> torc
     with torch.no_grad(), torch.random.fork_rng(devices, device_type=causal.device.type):
         for batch in batches:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
-            counts = model(**inputs, use_cache=False, logits_to_keep=1).expert_counts
+            step = {"training_step": causal.training, "use_cache": False, "logits_to_keep": 1}
+            counts = model(**inputs | step).expert_counts
             if counts is None or experts is None:
                 break
             num_tokens = counts[0].sum() // (experts.top_k - experts.num_shared)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from .shared import OUTPUT, AsJson, stdout_for_json, tell
+from .shared import OUTPUT, AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
 
 _TEXTS, _CHOICE, _RUNNING = "Texts", "What is measured", "How it runs"
 
@@ -101,7 +101,8 @@ def retention(
         typer.Option(metavar="N", help="Draw calibration documents N times.", rich_help_panel=_TEXTS),
     ] = 1,
     calibration: Annotated[
-        int, typer.Option(metavar="N", help="Calibration documents a domain.", rich_help_panel=_TEXTS)
+        int,
+        typer.Option(metavar="N", min=1, help="Calibration documents a domain.", rich_help_panel=_TEXTS),
     ] = 8,
     test: Annotated[
         int | None,
@@ -116,13 +117,14 @@ def retention(
         int | None,
         typer.Option(
             metavar="N",
+            min=2,
             help="Cut documents to N tokens.",
             show_default="the models' context",
             rich_help_panel=_TEXTS,
         ),
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens in a batch.", rich_help_panel=_RUNNING)
+        int, typer.Option(metavar="N", min=1, help="Tokens in a batch.", rich_help_panel=_RUNNING)
     ] = 2048,
     dtype: Annotated[
         str | None,
@@ -146,6 +148,9 @@ def retention(
             "--no-plots", help="Draw no pictures. Then matplotlib is not needed.", rich_help_panel=OUTPUT
         ),
     ] = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
     json: AsJson = False,
 ) -> None:
     """Measure how quality falls as experts are removed.
@@ -196,6 +201,7 @@ def retention(
             dtype=dtype,
             device=device,
             visit=None if no_topics or len(found) < 2 else compare_topics,
+            **given(revision=revision, token=token, cache_dir=cache_dir),
         )
         summary = write_report(
             measured, out, baseline=baseline, shares=measured_shares, topics=topics, plots=not no_plots

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import HUB, AsJson, Token, excluded_experts, given, stdout_for_json, tell
+from .shared import HUB, AsJson, CacheDir, Token, excluded_experts, given, stdout_for_json, tell
 
 # What has no part in a choice at random, and what has a part in no other.
 _OF_TEXT = (
@@ -194,6 +194,7 @@ def select(
         ),
     ] = None,
     token: Token = None,
+    cache_dir: CacheDir = None,
     json: AsJson = False,
 ) -> None:
     """Choose the experts of a domain from text.
@@ -263,9 +264,10 @@ def select(
                 device=device,
                 batch_size=batch_size,
                 hidden_memory=_hidden_memory(hidden_memory),
-                tokenizer=_tokenizer(tokenizer, token),
+                tokenizer=_tokenizer(tokenizer, token, cache_dir),
                 revision=revision,
                 token=token,
+                cache_dir=cache_dir,
             ),
         )
         for path, subset in zip(paths, subsets, strict=True):
@@ -329,10 +331,10 @@ def _hidden_memory(size: str | None) -> int | None:
     return None if size is None else size_in_bytes(size, name="--hidden-memory")
 
 
-def _tokenizer(path: str | None, token: str | None) -> Any:
+def _tokenizer(path: str | None, token: str | None, cache_dir: str | None) -> Any:
     from transformers_emo.subsets.choosing.calibration import tokenizer_of
 
-    return None if path is None else tokenizer_of(path, **given(token=token))
+    return None if path is None else tokenizer_of(path, **given(token=token, cache_dir=cache_dir))
 
 
 def _dataset(name: str, config: str | None, split: str | None, token: str | None) -> Any:

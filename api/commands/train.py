@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import Setting, read_setting
+from .shared import CacheDir, Revision, Setting, Token, given, read_setting
 
 
 def train(
@@ -19,11 +19,17 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """Train from a recipe in a YAML file.
 
     Pretrain, anneal or fine-tune: all of a model, a subset of its experts, or an adapter. On several devices,
     write `torchrun --nproc-per-node=N -m transformers_emo train` for `emo train`.
+
+    The options of the Hub stand for `model.options` of the file. The revision is that of the model. The token
+    is used for data from the Hub too.
 
     Example:
 
@@ -39,4 +45,10 @@ def train(
         train as run,  # imported here: the other commands start without a training stack
     )
 
-    run(Recipe.read(recipe, dict(set or [])), resume=resume)
+    hub = given(revision=revision, token=token, cache_dir=cache_dir)
+    changes = {f"model.options.{name}": value for name, value in hub.items()}
+    read = Recipe.read(recipe, dict(set or []) | changes)
+    if token is not None:
+        for section in filter(None, (read.data, read.evaluation)):
+            section.load.setdefault("token", token)
+    run(read, resume=resume)

@@ -5,11 +5,12 @@ A `CalibrationText` says where the text is from and how it is read. `calibration
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ class CalibrationText:
     and takes one in place of `texts`.
 
     Args:
-        texts (`Sequence` or `str`, *optional*): texts, or chats (lists of messages with `role` and
-            `content`), several or one.
-        answers (`Sequence[str]` or `str`, *optional*): an answer to each text. It is encoded by itself and
+        texts (`Iterable` or `str`, *optional*): texts, or chats (lists of messages with `role` and
+            `content`), several or one. A generator is read at once, an open text file line by line. Rows of a
+            dataset are taken as `dataset`.
+        answers (`Iterable[str]` or `str`, *optional*): an answer to each text. It is encoded by itself and
             follows its text.
         dataset (iterable of `dict`, `str` or `os.PathLike`, *optional*): rows that hold the texts, such as a
-            `datasets.Dataset`, also a streamed one; or a JSONL file. Instead of `texts`.
+            `datasets.Dataset`, also a streamed one; or a JSONL file, by its path or open. Instead of `texts`.
+            What can be read only once is kept, for the next choice.
         column (`str`, defaults to `"text"`): the dataset's column of texts or chats.
         answer_column (`str`, *optional*): the dataset's column of answers.
         max_texts (`int`, *optional*): take only the first so many texts.
@@ -73,9 +76,9 @@ class CalibrationText:
     ```
     """
 
-    texts: Sequence | str | None = None
+    texts: Iterable | str | None = None
     _: KW_ONLY
-    answers: Sequence[str] | str | None = None
+    answers: Iterable[str] | str | None = None
     dataset: Iterable[dict] | str | os.PathLike | None = None
     column: str = "text"
     answer_column: str | None = None
@@ -92,9 +95,10 @@ class CalibrationText:
     def __post_init__(self):
         self._check_settings()
         self._check_sources()
+        self._take_rows()
         if self.texts is not None:
-            texts = _several(self.texts)[: self.max_texts]
-            answers = None if self.answers is None else _several(self.answers)[: self.max_texts]
+            texts = _several("texts", self.texts, self.max_texts)
+            answers = None if self.answers is None else _several("answers", self.answers, self.max_texts)
             self._check_texts(texts, answers)
             object.__setattr__(self, "texts", texts)
             object.__setattr__(self, "answers", answers)
@@ -222,8 +226,8 @@ class CalibrationText:
             parts = doubling(ready) if in_parts else [ready]
         else:
             examples = encode(
-                self.texts or [],
-                self.answers,
+                list(self.texts or []),
+                None if self.answers is None else list(self.answers),
                 self.tokenizer or find_tokenizer(),
                 self.tokens,
                 self.max_length or config.max_position_embeddings,
@@ -234,14 +238,21 @@ class CalibrationText:
             ]
         batches = [batch for part in parts for batch in part]
         if not any(batch.weight.any() for batch in batches):
-            raise ValueError("There is no calibration token: give at least one text that is not empty.")
+            raise ValueError(
+                "There is no calibration token: give at least one text that is not empty. (A generator or a "
+                "stream can be read only once: make a list of it, or a new one.)"
+            )
         check_ids(batches, config.vocab_size)
         return parts
 
     def _read_dataset(self, progress: bool) -> CalibrationText:
         """The same with the texts of the dataset."""
         columns = [self.column] if self.answer_column is None else [self.column, self.answer_column]
-        texts, *answers = read_column(self.dataset or [], columns, self.max_texts, progress=progress)
+        dataset = () if self.dataset is None else self.dataset
+        texts, *answers = read_column(dataset, columns, self.max_texts, progress=progress)
+        if isinstance(dataset, Iterator):  # now used up
+            rows = zip(texts, *answers, strict=True)
+            object.__setattr__(self, "dataset", [dict(zip(columns, row, strict=True)) for row in rows])
         return replace(
             self, texts=texts, answers=answers[0] if answers else None, dataset=None, answer_column=None
         )
@@ -275,6 +286,35 @@ class CalibrationText:
                 "Give either calibration `texts`, a `dataset` or ready `input_ids`: "
                 f"there are {' and '.join(f'`{name}`' for name in given)}."
             )
+
+    def _take_rows(self) -> None:
+        """Take rows of a dataset that were given as texts for the dataset that they are."""
+        if self.texts is None or isinstance(self.texts, str | Mapping):
+            return
+        try:
+            rows = iter(self.texts)
+        except TypeError as error:
+            given: Any = self.texts
+            is_path = isinstance(given, os.PathLike)
+            hint = f": give a file as `dataset={os.fspath(given)!r}`" if is_path else ""
+            raise ValueError(
+                f"`texts` is a {type(self.texts).__name__}, expected texts, or chats (lists of messages)"
+                f"{hint}."
+            ) from error
+        if isinstance(self.texts, io.TextIOBase):
+            rows = (line.rstrip("\r\n") for line in rows)
+        first = list(islice(rows, 1))
+        is_row = bool(first) and isinstance(first[0], Mapping) and "role" not in first[0]
+        if isinstance(self.texts, Iterator):
+            object.__setattr__(self, "texts", chain(first, rows))
+        if is_row:
+            if self.answers is not None:
+                raise ValueError(
+                    f"`texts` holds rows with the columns {sorted(map(str, first[0]))}: name the column of "
+                    "the answers by `answer_column`, in place of `answers`."
+                )
+            object.__setattr__(self, "dataset", self.texts)
+            object.__setattr__(self, "texts", None)
 
     def _check_texts(self, texts: list, answers: list | None) -> None:
         wrong = next((text for text in texts if not isinstance(text, str) and not _is_chat(text)), None)
@@ -313,10 +353,22 @@ class CalibrationText:
             )
 
 
-def _several(texts: Sequence | str) -> list:
-    """Texts or chats, of several or of one."""
-    is_chat = not isinstance(texts, str) and len(texts) > 0 and all(isinstance(t, dict) for t in texts)
-    return [texts] if isinstance(texts, str) or is_chat else list(texts)
+def _several(name: str, texts: Iterable | str, limit: int | None) -> list:
+    """Texts or chats, of several or of one, and at most so many."""
+    if isinstance(texts, Mapping):
+        raise ValueError(
+            f"`{name}` is a {type(texts).__name__} with {sorted(map(str, texts))}, expected texts, or chats "
+            "(lists of messages): name the part of it that holds them."
+        )
+    if isinstance(texts, str):
+        return [texts]
+    first = next(iter(texts), None) if isinstance(texts, Sequence) else None
+    if isinstance(first, dict) and all(isinstance(message, dict) for message in texts):
+        return [texts]  # the messages of one chat
+    several = list(islice(texts, limit))
+    if several and all(isinstance(message, dict) for message in several):
+        several = [several + list(texts)] if isinstance(texts, Iterator) else [list(texts)]
+    return several
 
 
 def _is_chat(value: Any) -> bool:
@@ -353,7 +405,7 @@ def read_column(
 
     Args:
         dataset (iterable of `dict`, `str` or `os.PathLike`): the rows, such as a `datasets.Dataset`, also a
-            streamed one; or a file with a JSON object in each line.
+            streamed one; or a file with a JSON object in each line, by its path or open.
         columns (`Sequence[str]`): the columns to read.
         limit (`int`, *optional*): read at most so many rows.
         progress (`bool`, defaults to `False`): show a progress bar, if reading takes longer than two seconds.
@@ -374,7 +426,11 @@ def read_column(
 
     ```
     """
-    rows: Iterable = _json_lines(Path(dataset)) if isinstance(dataset, str | os.PathLike) else dataset
+    rows: Any = dataset
+    if isinstance(dataset, io.IOBase):
+        rows = _json_objects(dataset, getattr(dataset, "name", "the file"))
+    elif isinstance(dataset, str | os.PathLike):
+        rows = _json_lines(Path(dataset))
     values: list[list[Any]] = [[] for _ in columns]
     # A streamed dataset may be slow, and too long to read to its end.
     rows = tqdm(islice(rows, limit), desc="Reading texts", unit="text", delay=2, disable=not progress)
@@ -392,15 +448,19 @@ def read_column(
 
 def _json_lines(path: Path) -> Iterator[Any]:
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"Line {number} of {path} is no JSON: {error}. Put one JSON object in each line."
-                ) from error
+        yield from _json_objects(file, path)
+
+
+def _json_objects(lines: Iterable[str | bytes], place: Any) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"Line {number} of {place} is no JSON: {error}. Put one JSON object in each line."
+            ) from error
 
 
 def tokenizer_of(source: str | os.PathLike | None, **hub_kwargs: Any) -> PreTrainedTokenizerBase:

@@ -202,6 +202,8 @@ def random_scores(config: EmoConfig, seed: int) -> list[torch.Tensor | None]:
 
     ```
     """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"`seed` is {seed}, expected a number of at most 64 bits: give a smaller one.")
     generator = torch.Generator().manual_seed(seed)
     return [
         None if layer.is_dense else torch.rand(layer.num_experts, generator=generator, dtype=torch.float64)

@@ -46,11 +46,11 @@ def select_experts(
 
 def select_experts(
     model: EmoPreTrainedModel | str | os.PathLike,
-    texts: Sequence | str | CalibrationText | None = None,
+    texts: Iterable | str | CalibrationText | None = None,
     num_experts: int | Sequence[int] = 16,
     *,
     method: str = "layerwise",
-    answers: Sequence[str] | str | None = None,
+    answers: Iterable[str] | str | None = None,
     dataset: Iterable[dict] | str | os.PathLike | None = None,
     column: str = "text",
     answer_column: str | None = None,
@@ -99,18 +99,19 @@ def select_experts(
     Args:
         model (`EmoPreTrainedModel`, `str` or `os.PathLike`): an EMO model, or its folder or repository.
             Inside `use_experts` it is the model with those experts.
-        texts (`Sequence`, `str` or `CalibrationText`, *optional*): calibration texts, or chats (lists of
-            messages) for the tokenizer's chat template. One few-shot prompt of the domain with its answer is
-            often enough. A `transformers_emo.subsets.choosing.calibration.CalibrationText` holds the texts
-            and everything about them, from `answers` to `batch_size`.
+        texts (`Iterable`, `str` or `CalibrationText`, *optional*): calibration texts, or chats (lists of
+            messages) for the tokenizer's chat template; a list, a generator, a stream of `datasets` or an
+            open text file. One few-shot prompt of the domain with its answer is often enough. A
+            `transformers_emo.subsets.choosing.calibration.CalibrationText` holds the texts and everything
+            about them, from `answers` to `batch_size`.
         num_experts (`int` or `Sequence[int]`, defaults to 16): experts to keep in each layer. Several numbers
             give several subsets in one pass: each layer is read once, and the layers up to the first choice
             run once.
         method (`str`, defaults to `"layerwise"`): one of those above.
-        answers (`Sequence[str]`, *optional*): an answer to each text. It is encoded by itself and follows its
+        answers (`Iterable[str]`, *optional*): an answer to each text. It is encoded by itself and follows its
             text.
         dataset (iterable of `dict`, `str` or `os.PathLike`, *optional*): rows that hold the texts, such as a
-            `datasets.Dataset`, also a streamed one; or a JSONL file. Instead of `texts`.
+            `datasets.Dataset`, also a streamed one; or a JSONL file, by its path or open. Instead of `texts`.
         column (`str`, defaults to `"text"`): the dataset's column of texts or chats.
         answer_column (`str`, *optional*): the dataset's column of answers.
         max_texts (`int`, *optional*): take only the first so many texts.

@@ -13,6 +13,7 @@ from ...modeling_emo.prompt_pool import pool_sizes
 from ..numbering import present_experts, root_experts, size_range
 from . import from_pretrained as loading
 from .run_choice import RunChoice
+from .subset_name import SubsetName
 
 
 def from_pretrained(
@@ -38,19 +39,26 @@ def from_pretrained(
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
+    callers_own = expert_subset is not None or exclude_experts is not None
+    is_part = False
+    if isinstance(path, SubsetName) and not callers_own:
+        is_part = True
+        expert_subset, kwargs = path.expert_subset, path.origin.hub_kwargs | kwargs
+        callers_own = not path.by_run
     choice = RunChoice.read()
     if choice is None:
         return loading.from_pretrained(
             load, cls, path, *args, expert_subset=expert_subset, exclude_experts=exclude_experts, **kwargs
         )
-    callers_own = expert_subset is not None or exclude_experts is not None
-    if not callers_own:
+    if not callers_own and not is_part:
         expert_subset, exclude_experts = choice.expert_subset, choice.exclude_experts
     try:
         result = loading.from_pretrained(
             load, cls, path, *args, expert_subset=expert_subset, exclude_experts=exclude_experts, **kwargs
         )
         model = result[0] if isinstance(result, tuple) else result  # output_loading_info=True
+        if isinstance(model.config.name_or_path, SubsetName):
+            model.config.name_or_path.by_run = not callers_own
         if choice.document_pool is not None:
             pool_sizes(model.config, choice.document_pool)
             model.base_model.default_document_pool = choice.document_pool

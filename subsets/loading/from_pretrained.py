@@ -19,6 +19,7 @@ from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
 from .finite_check import check_finite
 from .model_source import ModelSource
+from .subset_name import name_part
 from .tokenizer_copy import Origin
 from .weight_loading import LazyStateDict, whole_model
 
@@ -88,7 +89,7 @@ def from_pretrained(
         model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
     if check_weights:
         _check_finite(model, base)
-    _name(model, base, source.commit if is_hub_repo(base) else None)
+    _name(model, base, source.commit if is_hub_repo(base) else None, hub)
     model._part_of = Origin.of(base, hub)
     _take_generation_config(model, base, hub, afterwards["generation_config"], kwargs)
     if adapter is not None:
@@ -133,9 +134,9 @@ def _config_of(
     return config, kwargs | aside
 
 
-def _name(model: Any, base: str | os.PathLike, commit: str | None) -> None:
+def _name(model: Any, base: str | os.PathLike, commit: str | None, hub: dict[str, Any]) -> None:
     """Let the model say where it is from, as Transformers does for a path; swaps and names start there."""
-    model.config.name_or_path = os.fspath(base)
+    name_part(model, base, hub)
     model.config._commit_hash = commit
     for part in (model, model.base_model):
         part.name_or_path = os.fspath(base)

@@ -27,6 +27,7 @@ from ..numbering import present_experts, root_experts
 from ..validation import SubsetError
 from .finite_check import check_finite
 from .model_source import KeptExperts, ModelSource, check_hub_kwargs
+from .subset_name import SubsetName, name_part
 from .tokenizer_copy import Origin
 
 # The settings of experts, and those that two models must share so that the experts of one fit the other.
@@ -367,6 +368,12 @@ def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], place: tupl
         block = model.base_model.layers[layer.index].mlp
         block.gate.layer = layer.experts
         block.experts.num_experts = layer.experts.num_experts
+    old, hub = model.config.name_or_path, {}
     if place is not None:  # where the next swap reads from
-        model.config.name_or_path = model.name_or_path = os.fspath(place[0])
-        model.config._commit_hash = place[1]
+        model.name_or_path, model.config._commit_hash = os.fspath(place[0]), place[1]
+    if isinstance(old, SubsetName) and old == model.name_or_path:
+        hub = old.origin.hub_kwargs
+    if getattr(model.config, "_commit_hash", None) is not None:
+        hub = hub | {"revision": model.config._commit_hash}
+    if place is not None or old:
+        name_part(model, old if place is None else place[0], hub)

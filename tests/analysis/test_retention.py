@@ -187,3 +187,37 @@ def test_shares_need_layers_of_one_size(make_model):
     mixed = make_model(num_experts_per_layer=[8, 12, 12]).config
     with pytest.raises(ValueError, match=r"layers have \[8, 12\] experts"):
         num_experts_at(mixed, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch_tokens": 0}, "`batch_tokens` is 0, expected at least 1"),
+        ({"batch_tokens": -5}, "`batch_tokens` is -5, expected at least 1"),
+        ({"window": 0}, "`window` is 0 tokens, expected 2"),
+        ({"window": -1}, "`window` is -1 tokens, expected 2"),
+        ({"shares": [0.5, 0.0]}, "`share` is 0.0, expected a number above 0"),
+        ({"shares": [float("nan")]}, "`share` is nan, expected a number above 0"),
+        ({"num_calibration": 0}, "expected at least 1 document"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_measured(domains, tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        measure_retention({"toy": TOY}, domains, tmp_path / "out", **setting)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_repositories_are_read_with_what_the_caller_says_of_the_hub(domains, tmp_path, monkeypatch):
+    asked = []
+
+    def pinned(model, hub_kwargs):
+        asked.append((model, hub_kwargs))
+        raise PermissionError
+
+    monkeypatch.setattr(retention, "pinned", pinned)
+    hub = {"revision": "v2", "token": "hf_secret", "cache_dir": str(tmp_path)}
+    with pytest.raises(PermissionError):
+        measure_retention({"toy": TOY, "theirs": "me/emo"}, domains, tmp_path, **hub)
+    assert asked == [("me/emo", hub)]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
+        measure_retention({"toy": TOY}, domains, tmp_path, revison="v2")

@@ -109,8 +109,15 @@ def test_a_file_is_not_taken_for_a_folder(tmp_path, capsys):
 # with a value, and what the command then works with.
 OLD_WORDS = {
     "train": (
-        "r.yaml --set a=1 --set b=x --resume",
-        {"recipe": "r.yaml", "set": [("a", 1), ("b", "x")], "resume": True},
+        "r.yaml --set a=1 --set b=x --resume --revision r --token k --cache-dir c",
+        {
+            "recipe": "r.yaml",
+            "set": [("a", 1), ("b", "x")],
+            "resume": True,
+            "revision": "r",
+            "token": "k",
+            "cache_dir": "c",
+        },
     ),
     "run": (
         "--expert-subset s --exclude 3:1 --exclude 4:2 --document-pool 8 tool --flag -- -m",
@@ -131,7 +138,7 @@ OLD_WORDS = {
         "me/emo out-{}.json --text a --text b --answer c --answer d --max-length 9 --tokens answer "
         "--weight-by text --settle 0.9 --experts 4 8 --method global --budget mass --exclude 0:1 "
         "--exclude 1:2 --dtype float32 --device cpu --batch-size 2 --hidden-memory 1GB "
-        "--tokenizer t --revision r --token k --max-texts 3",
+        "--tokenizer t --revision r --token k --cache-dir c --max-texts 3",
         {
             "model": "me/emo",
             "out": "out-{}.json",
@@ -152,6 +159,7 @@ OLD_WORDS = {
             "tokenizer": "t",
             "revision": "r",
             "token": "k",
+            "cache_dir": "c",
             "max_texts": 3,
         },
     ),
@@ -242,7 +250,7 @@ OLD_WORDS = {
     "retention": (
         "a b=c --texts t --out o --baseline b --domains x y --methods global reap --shares 0.5 0.25 "
         "--seeds 2 --calibration 4 --test 5 --window 6 --batch-tokens 7 --dtype d --device e "
-        "--no-topics --no-plots",
+        "--no-topics --no-plots --revision r --token k --cache-dir c",
         {
             "models": ["a", "b=c"],
             "texts": "t",
@@ -260,6 +268,9 @@ OLD_WORDS = {
             "device": "e",
             "no_topics": True,
             "no_plots": True,
+            "revision": "r",
+            "token": "k",
+            "cache_dir": "c",
         },
     ),
     "retention by default": (

@@ -43,8 +43,10 @@ class TestAttentionWithinDocuments:
         with torch.no_grad():
             plain, within = model(packed).logits, model(packed, attention_within_documents=True).logits
             assert_other_numbers(plain, within)
-            assert torch.equal(model.train()(packed).logits, within)
-            assert torch.equal(model(packed, attention_within_documents=False).logits, plain)
+            step = {"labels": packed}
+            assert torch.equal(model.train()(packed, **step).logits, within)
+            assert torch.equal(model(packed, attention_within_documents=False, **step).logits, plain)
+            assert torch.equal(model(packed).logits, plain)  # without labels it is no step of training
 
     def test_segments_of_routing_given_by_hand_make_the_same_attention(self, make_model):
         model = make_model()

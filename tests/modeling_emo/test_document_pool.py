@@ -184,7 +184,7 @@ class TestPools:
 
 
 class TestModel:
-    def test_pools_are_on_in_training_and_off_elsewhere(self, make_model):
+    def test_pools_are_on_in_steps_of_training_and_off_elsewhere(self, make_model):
         model = make_model(**POOLS)
         with torch.no_grad():
             plain = model(INPUT_IDS).logits
@@ -194,11 +194,13 @@ class TestModel:
             assert torch.equal(model(INPUT_IDS, document_pool=11).logits, plain)  # no restriction
             model.train()
             torch.manual_seed(0)
-            trained = model(INPUT_IDS).logits
+            step = {"labels": INPUT_IDS}
+            trained = model(INPUT_IDS, **step).logits
             torch.manual_seed(0)
-            assert torch.equal(model(INPUT_IDS).logits, trained)  # reproducible from a seed
-            assert_other_numbers(model(INPUT_IDS).logits, trained)  # and drawn anew
-            assert torch.equal(model(INPUT_IDS, document_pool=False).logits, plain)
+            assert torch.equal(model(INPUT_IDS, **step).logits, trained)  # reproducible from a seed
+            assert_other_numbers(model(INPUT_IDS, **step).logits, trained)  # and drawn anew
+            assert torch.equal(model(INPUT_IDS, document_pool=False, **step).logits, plain)
+            assert torch.equal(model(INPUT_IDS).logits, plain)  # without labels it is no step of training
 
     def test_tokens_of_a_document_use_no_expert_outside_its_pool(self, make_model):
         model = make_model()

@@ -1,5 +1,7 @@
 """`training_arguments`: the paper's settings, and batches divided among processes."""
 
+import re
+
 import pytest
 import torch
 from transformers_emo.training import training_arguments
@@ -84,3 +86,42 @@ def test_windows_per_step_are_accumulated(tmp_path, windows, size, steps):
 def test_settings_that_do_not_fit_are_refused(tmp_path, recipe, changes, message):
     with pytest.raises(ValueError, match=message):
         training_arguments(recipe, tmp_path, use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"max_steps": 0}, "`max_steps` is 0, expected at least 1, or -1"),
+        ({"max_steps": -5}, "`max_steps` is -5, expected at least 1, or -1"),
+        ({"num_train_epochs": 0}, "`num_train_epochs` is 0, expected a number above 0"),
+        ({"num_train_epochs": -1.5}, "expected a number above 0"),
+        ({"learning_rate": -1e-3}, "`learning_rate` is -0.001, expected at least 0"),
+        ({"learning_rate": float("nan")}, "expected a finite number"),
+        ({"num_train_epochs": float("inf")}, "expected a finite number"),
+        ({"per_device_train_batch_size": 0}, "expected at least 1"),
+        ({"per_device_eval_batch_size": -1}, "expected at least 1"),
+        ({"gradient_accumulation_steps": 0}, "expected at least 1"),
+        ({"warmup_steps": -1}, "expected at least 0"),
+        ({"weight_decay": -0.1}, "expected at least 0"),
+        ({"adam_beta2": 1.0}, "expected a number from 0 and below 1"),
+        ({"adam_beta1": -0.1}, "expected a number from 0 and below 1"),
+        ({"adam_epsilon": -1e-8}, "expected at least 0"),
+        ({"max_grad_norm": -1.0}, "expected at least 0"),
+        ({"logging_steps": 0}, "expected a number above 0"),
+        ({"save_steps": -1}, "expected a number above 0"),
+        ({"save_total_limit": 0}, "expected at least 1"),
+        ({"dataloader_num_workers": -1}, "expected at least 0"),
+        ({"seed": -1}, "expected at least 0 and at most 4294967295"),
+        ({"windows_per_step": 0}, "at least 1"),
+    ],
+)
+def test_numbers_that_train_nonsense_are_refused_by_name(tmp_path, setting, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)) as caught:
+        training_arguments("fine-tune", tmp_path, use_cpu=True, **setting)
+    assert next(iter(setting)) in str(caught.value)
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_taken(tmp_path):
+    edge = {"max_steps": -1, "learning_rate": 0.0, "weight_decay": 0, "max_grad_norm": 0.0, "warmup_steps": 0}
+    arguments = training_arguments("fine-tune", tmp_path, use_cpu=True, adam_beta1=0.0, seed=0, **edge)
+    assert arguments.learning_rate == 0 and arguments.max_steps == -1

@@ -59,7 +59,7 @@ class TestAccumulateBalance:
         # 24 tokens a micro-batch; the probabilities are those of the second alone.
         naive = []
         routed, picked = 11, 3
-        statistics = model.model(second).router_statistics
+        statistics = model.model(second, training_step=True).router_statistics
         for layer, before, own in zip(
             statistics, alone[0].expert_counts, alone[1].expert_counts, strict=True
         ):

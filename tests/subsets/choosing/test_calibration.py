@@ -1,5 +1,10 @@
 """Calibration text to batches: which tokens are read, and which count."""
 
+import json
+from itertools import count
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
 from conftest import TOY
@@ -155,3 +160,88 @@ def test_the_tokenizer_of_the_model_is_looked_for_only_if_it_is_needed(tokenizer
     ):
         [[batch]] = calibration.batches(model.config, not_needed)
         assert tokenizer.decode(batch.input_ids[0]) == "1+1"
+
+
+class TestWhatCanBeReadOnlyOnce:
+    """Generators, streams and files give what lists give, and are not empty the second time."""
+
+    TEXTS = ("import os", "Theorem plus", "1+1=2")
+
+    def choose(self, *args, **kwargs):
+        return select_experts(TOY, *args, num_experts=8, progress=False, **kwargs)
+
+    @pytest.fixture(scope="class")
+    def expected(self):
+        return self.choose(list(self.TEXTS))
+
+    def rows(self):
+        return ({"text": text, "number": 1} for text in self.TEXTS)
+
+    def stream(self):
+        return datasets.Dataset.from_list(list(self.rows())).to_iterable_dataset()
+
+    def files(self, tmp_path):
+        (tmp_path / "lines.txt").write_text("\r\n".join(self.TEXTS) + "\r\n", newline="")
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows()))
+        return tmp_path / "lines.txt", tmp_path / "rows.jsonl"
+
+    def test_texts_may_be_a_generator_a_stream_or_a_file(self, expected, tmp_path):
+        lines, rows = self.files(tmp_path)
+        with open(lines) as file, open(rows) as of_rows, open(rows, "rb") as binary:
+            for kwargs in (
+                {"texts": iter(self.TEXTS)},
+                {"texts": (text for text in self.TEXTS)},
+                {"texts": map(str, self.TEXTS)},
+                {"texts": self.stream()},
+                {"texts": datasets.Dataset.from_list(list(self.rows()))},
+                {"texts": list(self.rows())},
+                {"texts": self.rows()},
+                {"texts": file},
+                {"dataset": self.rows()},
+                {"dataset": of_rows},
+                {"dataset": binary},
+            ):
+                subset = self.choose(**kwargs)
+                assert subset.experts == expected.experts and subset.num_texts == 3, kwargs
+
+    def test_a_calibration_text_can_be_used_again(self, expected):
+        for text in (
+            CalibrationText(iter(self.TEXTS)),
+            CalibrationText(self.rows()),
+            CalibrationText(dataset=self.rows()),
+            CalibrationText(dataset=iter(self.stream())),
+        ):
+            for _ in range(2):
+                assert self.choose(text).experts == expected.experts
+
+    def test_what_was_used_up_is_no_text(self):
+        texts = iter(self.TEXTS)
+        self.choose(texts)
+        with pytest.raises(ValueError, match="can be read only once"):
+            self.choose(texts)
+
+    def test_no_more_is_taken_than_asked_for(self):
+        texts = iter(self.TEXTS)
+        assert CalibrationText(texts, answers=("a" for _ in count()), max_texts=2).answers == ["a", "a"]
+        assert next(texts) == "1+1=2"
+        assert self.choose(f"text {i}" for i in range(3)).num_texts == 3
+        assert CalibrationText((str(i) for i in count()), max_texts=2).texts == ["0", "1"]
+
+    def test_chats_of_a_generator(self):
+        assert CalibrationText(iter(CHAT)).texts == [CHAT]
+        assert CalibrationText(iter(CHAT), max_texts=1).texts == [CHAT]
+        assert CalibrationText(iter([CHAT, CHAT])).texts == [CHAT, CHAT]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"texts": {"text": ["a", "b"]}}, "is a dict with \\['text'\\]"),
+            ({"texts": Path("file.txt")}, "give a file as `dataset='file.txt'`"),
+            ({"texts": 5}, "`texts` is a int, expected texts"),
+            ({"texts": [{"text": "a", "answer": "b"}], "answers": ["b"]}, "`answer_column`"),
+            ({"texts": iter([b"a"])}, "a bytes"),
+        ],
+    )
+    def test_what_holds_no_texts_is_refused(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            CalibrationText(**settings)
