@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from .transformers_versions import private_names
 
@@ -116,26 +117,46 @@ class EmoRotaryEmbedding(FlexOlmoRotaryEmbedding):
     """FlexOlmo's rotary embedding unchanged: cosines and sines stay float32."""
 
 
-class EmoLinear(nn.Linear):
-    """`nn.Linear`; when a CPU decodes, the package's kernel runs: it reads weights faster than PyTorch's."""
+def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., inputs) and (outputs, inputs) to (..., outputs).
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "EmoLinear":
-        """The same layer, with the same parameters."""
-        new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        return new
+    When a CPU decodes, the package's kernel runs: it reads weights faster than PyTorch's.
+    """
+    hooks = _compiled()
+    output = None if hooks is None else hooks.few_rows_linear(input, weight, bias)
+    return F.linear(input, weight, bias) if output is None else output
 
-    @staticmethod
-    def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., inputs) and (outputs, inputs) to (..., outputs)."""
-        hooks = _compiled()
-        output = None if hooks is None else hooks.few_rows_linear(input, weight, bias)
-        return F.linear(input, weight, bias) if output is None else output
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) to (..., outputs)."""
-        return self.product(input, self.weight, self.bias)
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+def _project(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """What a layer gives: as by `_product`, if calling it would do no more than that.
+
+    The layers stay plain `nn.Linear`, because quantisers and adapters look for that very class. What they, or
+    hooks, put in its place is called.
+    """
+    hooks = _compiled()
+    if hooks is None or type(linear) is not nn.Linear or _does_more(linear):
+        return linear(input)
+    output = hooks.few_rows_linear(input, linear.weight, linear.bias)
+    return linear(input) if output is None else output
+
+
+def _does_more(linear: nn.Linear) -> bool:
+    """Whether calling a linear layer runs anything but its own product."""
+    own = vars(linear)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own  # accelerate replaces it to move weights
+        or own.get("_compiled_call_impl") is not None
+        or nn.Linear.forward is not _LINEAR_FORWARD
+        or torch_modules._global_forward_hooks
+        or torch_modules._global_forward_pre_hooks
+    )
 
 
 class EmoAttention(FlexOlmoAttention):
@@ -144,8 +165,6 @@ class EmoAttention(FlexOlmoAttention):
     def __init__(self, config: EmoConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.q_norm, self.k_norm
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, EmoLinear.of(getattr(self, name)))
 
     @takes_cache
     def forward(
@@ -160,7 +179,7 @@ class EmoAttention(FlexOlmoAttention):
         batch, length, _ = hidden_states.shape
 
         def heads(projection: nn.Module) -> torch.Tensor:
-            return projection(hidden_states).view(batch, length, -1, self.head_dim)
+            return _project(projection, hidden_states).view(batch, length, -1, self.head_dim)
 
         query, key = _rotate_both(heads(self.q_proj), heads(self.k_proj), *position_embeddings)
         value = heads(self.v_proj).transpose(1, 2)
@@ -173,7 +192,7 @@ class EmoAttention(FlexOlmoAttention):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+        return _project(self.o_proj, output.reshape(batch, length, -1).contiguous()), weights
 
 
 def _rotate_both(
@@ -193,16 +212,17 @@ class EmoMLP(nn.Module):
     def __init__(self, config: EmoConfig):
         super().__init__()
         width = config.dense_intermediate_size
-        self.gate_proj = EmoLinear(config.hidden_size, width, bias=config.dense_mlp_bias)
-        self.up_proj = EmoLinear(config.hidden_size, width, bias=config.dense_mlp_bias)
-        self.down_proj = EmoLinear(width, config.hidden_size, bias=config.dense_mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.dense_mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
         self, hidden_states: torch.Tensor, expert_mask: None = None, pools: Pools | None = None
     ) -> tuple[torch.Tensor, None]:
         """(B, S, D) to (B, S, D). The other arguments are those of an expert block, and not used."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)), None
+        gate, up = _project(self.gate_proj, hidden_states), _project(self.up_proj, hidden_states)
+        return _project(self.down_proj, self.act_fn(gate) * up), None
 
 
 class EmoTopKRouter(nn.Module):
@@ -239,7 +259,7 @@ class EmoTopKRouter(nn.Module):
             `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
             K), int64; with pools in training what the losses need, else `None`.
         """
-        logits_TE = EmoLinear.product(hidden_states, self.weight)
+        logits_TE = _product(hidden_states, self.weight)
         masked_TE = logits_TE
         if expert_mask is not None:
             masked_TE = logits_TE.masked_fill(~expert_mask.to(logits_TE.device), float("-inf"))
@@ -425,7 +445,7 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
 
 def _has_hooks(model: "EmoModel") -> bool:
     """Whether somebody looks at the last layer, or at what comes out of the decoder."""
-    if getattr(torch.nn.modules.module, "_global_forward_hooks", None):
+    if torch_modules._global_forward_hooks:
         return True
     watched = (model, model.norm, *model.layers[-1].modules())
     hooks = (hook for m in watched for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
@@ -754,7 +774,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         super().__init__(config)
         self.model = EmoModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = EmoLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # What the balance loss counts beside the forward at hand, while an optimiser step is accumulated.
         self.balance_counts: BalanceCounts | None = None
         self.post_init()
@@ -812,7 +832,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
             last_tokens=0 if is_seen else max(last_tokens, 0),
             **kwargs,
         )
-        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = _project(self.lm_head, kept_positions(outputs.last_hidden_state, logits_to_keep))
 
         # With pools, one pass over the logits gives cross entropy and z loss, unless the loss is another.
         altered = {"shift_labels", "ignore_index"} & set(kwargs)
