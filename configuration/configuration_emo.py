@@ -274,6 +274,43 @@ class EmoConfig(PreTrainedConfig):
         if self.num_experts_per_layer is not None and 0 in self.num_experts_per_layer:
             self.base_model_tp_plan = {**type(self).base_model_tp_plan, **_DENSE_TP_PLAN}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rope_parameters" and self._rope_is_known() and (value is None or isinstance(value, dict)):
+            # Also what is set as `rope_scaling`. Neither has to say `rope_theta`: it stays what it was.
+            value = dict(value or {})
+            value.setdefault("rope_type", value.get("type", "default"))
+            if value.get("rope_theta") is None:
+                value["rope_theta"] = self.rope_theta
+        super().__setattr__(name, value)
+
+    def _rope_is_known(self) -> bool:
+        """Whether the config is made: until then a missing `rope_theta` may come from its file."""
+        return (self.__dict__.get("rope_parameters") or {}).get("rope_theta") is not None
+
+    @property
+    def rope_theta(self) -> float:
+        """`float`: the base of the rotary embedding, which `rope_parameters` holds; may be set.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoConfig
+        >>> config = EmoConfig(rope_theta=10000.0)
+        >>> config.rope_parameters = {"rope_type": "linear", "factor": 2.0}
+        >>> config.rope_theta
+        10000.0
+
+        ```
+        """
+        if not self._rope_is_known():
+            return self.default_theta
+        return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        _check_theta(value)
+        self.rope_parameters = dict(self.rope_parameters or {}) | {"rope_theta": value}
+
     @property
     def layer_experts(self) -> list[LayerExperts]:
         """`list[LayerExperts]`: the experts of each layer, all per-layer settings resolved."""
@@ -457,9 +494,7 @@ class EmoConfig(PreTrainedConfig):
             config_dict.pop("auto_map", None)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        theta = config.to_dict()["rope_theta"]
-        if not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
-            raise ValueError(f"`rope_theta` of the config is {theta!r:.60}: write a number above 0.")
+        _check_theta(config.to_dict()["rope_theta"])
         return result
 
     @classmethod
@@ -514,6 +549,11 @@ class LegacyEmoConfig(EmoConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Build an `EmoConfig` from the contents of a legacy `config.json`; see `EmoConfig.from_dict`."""
         return EmoConfig.from_dict(config_dict, **kwargs)
+
+
+def _check_theta(value: Any) -> None:
+    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`rope_theta` of the config is {value!r:.60}: write a number above 0.")
 
 
 def _modernise(config_dict: dict[str, Any]) -> dict[str, Any]:
