@@ -43,6 +43,15 @@ _MISFITS = (
     RecursionError,
 )
 
+# Lists with one entry for each layer.
+_BY_LAYER = (
+    "num_experts_per_layer",
+    "num_shared_experts_per_layer",
+    "always_active_experts_per_layer",
+    "retained_experts",
+    "root_experts_per_layer",
+)
+
 # Settings that are not in released files, and their defaults.
 _OWN_DEFAULTS = {
     "retained_experts": None,
@@ -281,7 +290,29 @@ class EmoConfig(PreTrainedConfig):
             value.setdefault("rope_type", value.get("type", "default"))
             if value.get("rope_theta") is None:
                 value["rope_theta"] = self.rope_theta
+        elif name == "num_hidden_layers" and isinstance(value, int) and value > 0:
+            self._fit_lists(value)
+        elif name in _BY_LAYER and "_further_layers" in self.__dict__:
+            self._further_layers.pop(name, None)
         super().__setattr__(name, value)
+
+    def _fit_lists(self, num_layers: int) -> None:
+        """Cut what is listed by layer to the first layers; what is cut off comes back with its layers.
+
+        Generation with `assistant_early_exit` takes the last layers out for a while.
+        """
+        further = self.__dict__.pop("_further_layers", {})
+        for name in _BY_LAYER:
+            value = self.__dict__.get(name)
+            if value is not None:
+                whole = [*value, *further.get(name, ())]
+                setattr(self, name, whole[:num_layers])
+                if whole[num_layers:]:
+                    further = further | {name: whole[num_layers:]}
+                else:
+                    further.pop(name, None)
+        if further:
+            self.__dict__["_further_layers"] = further
 
     def _rope_is_known(self) -> bool:
         """Whether the config is made: until then a missing `rope_theta` may come from its file."""
@@ -315,6 +346,7 @@ class EmoConfig(PreTrainedConfig):
     def layer_experts(self) -> list[LayerExperts]:
         """`list[LayerExperts]`: the experts of each layer, all per-layer settings resolved."""
         num_layers = self.num_hidden_layers
+        self._check_lists()
         experts = self.num_experts_per_layer or [self.num_experts] * num_layers
         shared = self.num_shared_experts_per_layer or [min(self.num_shared_experts, e) for e in experts]
         always = self.always_active_experts_per_layer or [self.always_active_experts or []] * num_layers
@@ -323,21 +355,18 @@ class EmoConfig(PreTrainedConfig):
             for e, s, a in zip(experts, shared, always, strict=True)
         ]
 
-    def validate_experts(self):
-        """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
-        for name in (
-            "num_experts_per_layer",
-            "num_shared_experts_per_layer",
-            "always_active_experts_per_layer",
-            "retained_experts",
-            "root_experts_per_layer",
-        ):
+    def _check_lists(self) -> None:
+        for name in _BY_LAYER:
             value = getattr(self, name)
             if value is not None and len(value) != self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` has {len(value)} entries, expected one for each of the "
                     f"{self.num_hidden_layers} layers: give so many."
                 )
+
+    def validate_experts(self):
+        """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
+        self._check_lists()
         if self.num_experts_per_layer is None and self.num_shared_experts > self.num_experts:
             raise ValueError(
                 f"`num_shared_experts` is {self.num_shared_experts}, more than the {self.num_experts} "
@@ -517,6 +546,7 @@ class EmoConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """`dict[str, Any]`: the config under the released keys, as `config.json` holds it."""
         output = super().to_dict()
+        output.pop("_further_layers", None)
         rope = dict(output.pop("rope_parameters", None) or {})
         output["rope_theta"] = rope.pop("rope_theta", self.default_theta)
         output["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope

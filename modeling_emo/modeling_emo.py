@@ -48,7 +48,7 @@ with private_names("network"):  # the versions are looked at before anything can
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
 from .document_pool import DocumentPools, PoolRequest, mean_pool_size
-from .expert_switching import Masks, PackageHooks, masks_here, move_masks, package
+from .expert_switching import Masks, PackageHooks, check_layers, masks_here, move_masks, package
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
@@ -351,7 +351,15 @@ class EmoExperts(nn.Module):
 
         Returns:
             `torch.Tensor`: (T, D) in the dtype of `hidden_states`.
+
+        Raises:
+            RuntimeError: if `torch.jit.trace` records it.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "`torch.jit.trace` would keep the experts that this input takes, and compute others wrongly: "
+                "set `experts_implementation` to 'grouped_mm' or 'batched_mm'."
+            )
         output_TD = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
@@ -396,6 +404,7 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: EmoConfig, layer_idx: int):
         super().__init__()
         self.hidden_size = config.hidden_size
+        self.number = layer_idx  # the entry of the config's lists that is about this layer
         layer = config.layer_experts[layer_idx]
         self.self_attn = EmoAttention(config, layer_idx)
         self.mlp = EmoMLP(config) if layer.is_dense else EmoSparseMoeBlock(config, layer)
@@ -447,7 +456,8 @@ def _has_hooks(model: "EmoModel") -> bool:
     """Whether somebody looks at the last layer, or at what comes out of the decoder."""
     if torch_modules._global_forward_hooks:
         return True
-    watched = (model, model.norm, *model.layers[-1].modules())
+    last = model.layers[: model.config.num_hidden_layers][-1]
+    watched = (model, model.norm, *last.modules())
     hooks = (hook for m in watched for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     # Transformers' own stay where hidden states were once asked for, and look only when they are again.
     return any(getattr(hook, "__module__", "") != OutputRecorder.__module__ for hook in hooks)
@@ -705,8 +715,11 @@ class EmoModel(EmoPreTrainedModel):
         )
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            is_last = index == self.config.num_hidden_layers - 1
+        layers = self.layers[: self.config.num_hidden_layers]
+        if pools is not None:
+            check_layers(self)
+        for index, layer in enumerate(layers):
+            is_last = index == len(layers) - 1
             output = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -814,6 +827,8 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = _wants_router_logits(self.config, self.training and labels is not None)
+        if output_router_logits:
+            check_layers(self.model)
         # A prompt's other tokens need not go through the last layer's experts, unless somebody looks at them.
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         is_seen = output_router_logits or recorded not in (None, False) or torch.is_grad_enabled()
