@@ -321,6 +321,14 @@ def _stack_experts(module: nn.Module, state_dict: dict[str, torch.Tensor], prefi
         state_dict[f"{prefix}down_proj"] = down
 
 
+def _one(stack: torch.Tensor, expert: int) -> torch.Tensor:
+    """The weights of one expert. Of quantised ones PyTorch makes no views in inference mode."""
+    if type(stack) in (torch.Tensor, nn.Parameter) or not torch.is_inference_mode_enabled():
+        return stack[expert]
+    with torch.inference_mode(False), torch.no_grad():
+        return stack[expert]
+
+
 _EXPERT_PARTS = ("gate", "up", "down")
 
 
@@ -365,8 +373,8 @@ class EmoExperts(nn.Module):
             if expert >= self.num_experts:
                 continue
             token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            gate, up = F.linear(hidden_states[token], _one(self.gate_up_proj, expert)).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, _one(self.down_proj, expert))
             expert_output = expert_output * top_k_weights[token, slot, None]
             output_TD.index_add_(0, token, expert_output.to(output_TD.dtype))
         return output_TD
@@ -529,6 +537,8 @@ class EmoPreTrainedModel(PartialModel):
             return self._cpu_experts
         ours = requested_experts in (None, "emo", "emo_sorted")
         if ours and quantised and _quantises_experts(self.config.quantization_config):
+            if package.hooks is not None:
+                package.hooks.complete_quantised_experts()
             return "eager"  # the others want operations that quantised stacks of experts do not have
         return super().get_correct_experts_implementation(requested_experts)
 
