@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from transformers_emo_autoload import when_complete
+
 Action = Callable[[ModuleType], None]
 
 
@@ -59,8 +61,8 @@ class AfterImport(MetaPathFinder):
         try:
             modules = [module for name in self._actions if (module := self._imported(name)) is not None]
             while self._is_installing:
-                for module in modules:
-                    self._actions[module.__name__](module)
+                for module in modules:  # this thread may be importing one of them
+                    when_complete(module, self._actions[module.__name__])
                 with self._lock:
                     modules, self._late = self._late, []
                     self._is_installing = bool(modules)

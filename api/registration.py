@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import sys
 from collections import UserDict
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
+import transformers_emo_autoload
 from transformers_emo.imports.lazy_imports import import_name
 from transformers_emo.modeling_emo.transformers_versions import check_names
 
 from .import_hook import AfterImport
+from .transformers_names import name_classes
 
 if TYPE_CHECKING:
     from transformers_emo.modeling_emo.expert_switching import PackageHooks
@@ -48,6 +51,7 @@ def _register_configs(configuration_auto: ModuleType) -> None:
 
     for config in (EmoConfig, LegacyEmoConfig):
         configuration_auto.AutoConfig.register(config.model_type, config, exist_ok=True)
+    name_classes()
 
 
 def _register_models(modeling_auto: ModuleType) -> None:
@@ -103,6 +107,17 @@ def _register_experts(moe: ModuleType) -> None:
     moe.ALL_EXPERTS_FUNCTIONS.register("emo_sorted", sorted_experts_forward)
 
 
+def _register_targets(constants: ModuleType) -> None:
+    """Where PEFT puts an adapter if nobody says where: as in Llama, whose attention has the same names.
+
+    PEFT's LoRA does not ask here where experts are stacked; `lora_config` has its own default.
+    """
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for name, targets in vars(constants).items():
+        if name.endswith("_TARGET_MODULES_MAPPING") and attention.issuperset(targets.get("llama", "?")):
+            targets.setdefault("emo", list(targets["llama"]))
+
+
 def _complete_network(network: ModuleType) -> None:
     from transformers_emo.modeling_emo.expert_switching import package
 
@@ -120,12 +135,27 @@ class _HooksOnFirstUse:
         return value
 
 
+def _or_told(action: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    """Where PyTorch brought EMO into a program that need not know it, that program's imports do not fail."""
+
+    def run(module: ModuleType) -> None:
+        try:
+            action(module)
+        except Exception as error:
+            if not transformers_emo_autoload.has_imported_emo:
+                raise
+            transformers_emo_autoload.tell(error)
+
+    return run
+
+
 _HOOK = AfterImport(
     {
-        "transformers.models.auto.configuration_auto": _register_configs,
-        "transformers.models.auto.modeling_auto": _register_models,
-        "transformers.models.auto.tokenization_auto": _register_tokenizer,
-        "transformers.integrations.moe": _register_experts,
+        "transformers.models.auto.configuration_auto": _or_told(_register_configs),
+        "transformers.models.auto.modeling_auto": _or_told(_register_models),
+        "transformers.models.auto.tokenization_auto": _or_told(_register_tokenizer),
+        "transformers.integrations.moe": _or_told(_register_experts),
+        "peft.utils.constants": _or_told(_register_targets),
         _NETWORK: _complete_network,
     }
 )

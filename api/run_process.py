@@ -6,25 +6,11 @@ import atexit
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from transformers_emo.imports.lazy_imports import import_name
 from transformers_emo.subsets.loading.run_choice import RunChoice
 
 from .import_hook import AfterImport
-
-_PACKAGE = __package__
-# Tools look for a model's classes in `transformers` by the names in its config (`transformers serve`, TRL).
-_NAMES = (
-    "EmoConfig",
-    "EmoForCausalLM",
-    "EmoForSequenceClassification",
-    "EmoForTokenClassification",
-    "EmoModel",
-    "EmoPreTrainedModel",
-    "EmoTokenizer",
-)
+from .transformers_names import name_classes
 
 
 def join() -> None:
@@ -82,25 +68,4 @@ def tell_if_unused(choice: RunChoice) -> None:
         )
 
 
-def _name_classes(module: ModuleType) -> None:
-    # Transformers makes its lazy module more than once, of one class: the class is told, not the module.
-    lazy_module: Any = type(sys.modules[module.__name__])
-    others = getattr(lazy_module, "__getattr__", None)
-    if others is None:
-        raise ImportError(
-            f"`emo run` gives EMO's classes to the lazy module of Transformers, and Transformers "
-            f"{getattr(module, '__version__', '')} has none: see the README for the versions tested."
-        )
-    if getattr(others, "names_emo", False):
-        return
-
-    def with_emo(self: ModuleType, name: str) -> Any:
-        if name in _NAMES and self.__name__ == "transformers":
-            return import_name(_PACKAGE, name)
-        return others(self, name)
-
-    with_emo.names_emo = True  # type: ignore[attr-defined]
-    lazy_module.__getattr__ = with_emo
-
-
-_HOOK = AfterImport({"transformers": _name_classes})
+_HOOK = AfterImport({"transformers": name_classes})

@@ -45,6 +45,15 @@ _MISFITS = (
     RecursionError,
 )
 
+# Lists with one entry for each layer.
+_BY_LAYER = (
+    "num_experts_per_layer",
+    "num_shared_experts_per_layer",
+    "always_active_experts_per_layer",
+    "retained_experts",
+    "root_experts_per_layer",
+)
+
 # Settings that are not in released files, and their defaults.
 _OWN_DEFAULTS = {
     "retained_experts": None,
@@ -321,10 +330,70 @@ class EmoConfig(PreTrainedConfig):
         if self.num_experts_per_layer is not None and 0 in self.num_experts_per_layer:
             self.base_model_tp_plan = {**type(self).base_model_tp_plan, **_DENSE_TP_PLAN}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rope_parameters" and self._rope_is_known() and (value is None or isinstance(value, dict)):
+            # Also what is set as `rope_scaling`. Neither has to say `rope_theta`: it stays what it was.
+            value = dict(value or {})
+            value.setdefault("rope_type", value.get("type", "default"))
+            if value.get("rope_theta") is None:
+                value["rope_theta"] = self.rope_theta
+        elif name == "num_hidden_layers" and isinstance(value, int) and value > 0:
+            self._fit_lists(value)
+        elif name in _BY_LAYER and "_further_layers" in self.__dict__:
+            self._further_layers.pop(name, None)
+        super().__setattr__(name, value)
+
+    def _fit_lists(self, num_layers: int) -> None:
+        """Cut what is listed by layer to the first layers; what is cut off comes back with its layers.
+
+        Generation with `assistant_early_exit` takes the last layers out for a while.
+        """
+        further = self.__dict__.pop("_further_layers", {})
+        for name in _BY_LAYER:
+            value = self.__dict__.get(name)
+            if value is not None:
+                whole = [*value, *further.get(name, ())]
+                setattr(self, name, whole[:num_layers])
+                if whole[num_layers:]:
+                    further = further | {name: whole[num_layers:]}
+                else:
+                    further.pop(name, None)
+        if further:
+            self.__dict__["_further_layers"] = further
+
+    def _rope_is_known(self) -> bool:
+        """Whether the config is made: until then a missing `rope_theta` may come from its file."""
+        return (self.__dict__.get("rope_parameters") or {}).get("rope_theta") is not None
+
+    @property
+    def rope_theta(self) -> float:
+        """`float`: the base of the rotary embedding, which `rope_parameters` holds; may be set.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoConfig
+        >>> config = EmoConfig(rope_theta=10000.0)
+        >>> config.rope_parameters = {"rope_type": "linear", "factor": 2.0}
+        >>> config.rope_theta
+        10000.0
+
+        ```
+        """
+        if not self._rope_is_known():
+            return self.default_theta
+        return self.rope_parameters["rope_theta"]
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        _check_theta(value)
+        self.rope_parameters = dict(self.rope_parameters or {}) | {"rope_theta": value}
+
     @property
     def layer_experts(self) -> list[LayerExperts]:
         """`list[LayerExperts]`: the experts of each layer, all per-layer settings resolved."""
         num_layers = self.num_hidden_layers
+        self._check_lists()
         experts = self.num_experts_per_layer or [self.num_experts] * num_layers
         shared = self.num_shared_experts_per_layer or [min(self.num_shared_experts, e) for e in experts]
         always = self.always_active_experts_per_layer or [self.always_active_experts or []] * num_layers
@@ -379,10 +448,10 @@ class EmoConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` of the rotary embedding is {value}, expected a finite number: give one."
                 )
-        for name in ("rope_theta", "factor"):
-            value = rope.get(name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"`{name}` of the config is {value!r:.60}: write a number above 0.")
+        _check_theta(self.rope_theta)
+        factor = rope.get("factor")
+        if factor is not None and not (isinstance(factor, int | float) and factor > 0):
+            raise ValueError(f"`factor` of the rotary embedding is {factor!r:.60}: write a number above 0.")
 
     def check_heads(self) -> None:
         """Check the width of an attention head, when a network is built or a file is read.
@@ -401,21 +470,18 @@ class EmoConfig(PreTrainedConfig):
                 f"by `num_attention_heads` ({self.num_attention_heads}), or `head_dim`. Correct one of them."
             )
 
-    def validate_experts(self):
-        """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
-        for name in (
-            "num_experts_per_layer",
-            "num_shared_experts_per_layer",
-            "always_active_experts_per_layer",
-            "retained_experts",
-            "root_experts_per_layer",
-        ):
+    def _check_lists(self) -> None:
+        for name in _BY_LAYER:
             value = getattr(self, name)
             if value is not None and len(value) != self.num_hidden_layers:
                 raise ValueError(
                     f"`{name}` has {len(value)} entries, expected one for each of the "
                     f"{self.num_hidden_layers} layers: give so many."
                 )
+
+    def validate_experts(self):
+        """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
+        self._check_lists()
         if self.num_experts_per_layer is None and self.num_shared_experts > self.num_experts:
             raise ValueError(
                 f"`num_shared_experts` is {self.num_shared_experts}, more than the {self.num_experts} "
@@ -601,6 +667,7 @@ class EmoConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """`dict[str, Any]`: the config under the released keys, as `config.json` holds it."""
         output = super().to_dict()
+        output.pop("_further_layers", None)
         rope = dict(output.pop("rope_parameters", None) or {})
         output["rope_theta"] = rope.pop("rope_theta", self.default_theta)
         output["rope_scaling"] = None if rope in ({}, {"rope_type": "default"}) else rope
@@ -635,6 +702,11 @@ class LegacyEmoConfig(EmoConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Build an `EmoConfig` from the contents of a legacy `config.json`; see `EmoConfig.from_dict`."""
         return EmoConfig.from_dict(config_dict, **kwargs)
+
+
+def _check_theta(value: Any) -> None:
+    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`rope_theta` of the config is {value!r:.60}: write a number above 0.")
 
 
 def _modernise(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,10 @@ class PackageHooks(Protocol):
         """Complete a model card."""
         ...
 
+    def complete_quantised_experts(self) -> None:
+        """Let quantised experts have adapters."""
+        ...
+
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
         """Compute the norm by compiled code, or `None` to leave it to PyTorch; so do the next two."""
         ...
@@ -244,6 +248,47 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
+
+
+def check_layers(base: Any) -> None:
+    """See that the config is about the layers that the model has: tools take layers out.
+
+    Args:
+        base (`EmoModel`): the decoder.
+
+    Raises:
+        ValueError: if there are fewer layers than the config says, or its lists are about others.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoModel
+    >>> from transformers_emo.modeling_emo.expert_switching import check_layers
+    >>> model = EmoModel.from_pretrained("model_cards/toy-emo")
+    >>> model.layers = model.layers[:2]
+    >>> try:
+    ...     check_layers(model)
+    ... except ValueError as error:
+    ...     print(str(error)[:57])
+    The model has 2 layers, and its config is about 4 layers:
+
+    ```
+    """
+    config, layers = base.config, base.layers
+    if len(layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"The model has {len(layers)} layers, and its config is about {config.num_hidden_layers} layers: "
+            f"set `model.config.num_hidden_layers = {len(layers)}`."
+        )
+    used = layers[: config.num_hidden_layers]
+    numbers = [getattr(layer, "number", index) for index, layer in enumerate(used)]
+    lists = config.retained_experts, config.num_experts_per_layer, config.always_active_experts_per_layer
+    if numbers != list(range(len(used))) and any(value is not None for value in lists):
+        raise ValueError(
+            f"The model has the layers {numbers} of the one it was made from, and its config lists the "
+            f"experts of the layers 0 to {len(used) - 1}: give `retained_experts` and the lists that end in "
+            "`_per_layer` the entries of the layers that are there, and number these anew (`layer.number`)."
+        )
 
 
 def masks_here(base: nn.Module) -> Masks | None:
@@ -393,6 +438,7 @@ class ExpertSwitching:
         """
         model: Any = self
         base = model.base_model
+        check_layers(base)
         kept = package.needed().kept_experts(
             expert_subset, model.config, exclude_experts, dict(model.named_parameters())
         )
@@ -462,6 +508,7 @@ class ExpertSwitching:
 
         ```
         """
+        check_layers(self.base_model)
         package.needed().swap_experts(
             self, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs
         )
@@ -505,6 +552,7 @@ class ExpertSwitching:
 
         ```
         """
+        check_layers(self.base_model)
         return package.needed().share_backbone(
             self, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs
         )

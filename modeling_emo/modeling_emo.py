@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 from .transformers_versions import private_names
 
@@ -49,7 +50,7 @@ with private_names("network"):  # the versions are looked at before anything can
 
 from ..configuration.configuration_emo import EmoConfig, LayerExperts
 from .document_pool import DocumentPools, PoolRequest, mean_pool_size
-from .expert_switching import Masks, PackageHooks, masks_here, move_masks, package
+from .expert_switching import Masks, PackageHooks, check_layers, masks_here, move_masks, package
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
@@ -119,26 +120,46 @@ class EmoRotaryEmbedding(FlexOlmoRotaryEmbedding):
     """FlexOlmo's rotary embedding unchanged: cosines and sines stay float32."""
 
 
-class EmoLinear(nn.Linear):
-    """`nn.Linear`; when a CPU decodes, the package's kernel runs: it reads weights faster than PyTorch's."""
+def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(..., inputs) and (outputs, inputs) to (..., outputs).
 
-    @classmethod
-    def of(cls, linear: nn.Linear) -> "EmoLinear":
-        """The same layer, with the same parameters."""
-        new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        return new
+    When a CPU decodes, the package's kernel runs: it reads weights faster than PyTorch's.
+    """
+    hooks = _compiled()
+    output = None if hooks is None else hooks.few_rows_linear(input, weight, bias)
+    return F.linear(input, weight, bias) if output is None else output
 
-    @staticmethod
-    def product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., inputs) and (outputs, inputs) to (..., outputs)."""
-        hooks = _compiled()
-        output = None if hooks is None else hooks.few_rows_linear(input, weight, bias)
-        return F.linear(input, weight, bias) if output is None else output
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) to (..., outputs)."""
-        return self.product(input, self.weight, self.bias)
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+def _project(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """What a layer gives: as by `_product`, if calling it would do no more than that.
+
+    The layers stay plain `nn.Linear`, because quantisers and adapters look for that very class. What they, or
+    hooks, put in its place is called.
+    """
+    hooks = _compiled()
+    if hooks is None or type(linear) is not nn.Linear or _does_more(linear):
+        return linear(input)
+    output = hooks.few_rows_linear(input, linear.weight, linear.bias)
+    return linear(input) if output is None else output
+
+
+def _does_more(linear: nn.Linear) -> bool:
+    """Whether calling a linear layer runs anything but its own product."""
+    own = vars(linear)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own  # accelerate replaces it to move weights
+        or own.get("_compiled_call_impl") is not None
+        or nn.Linear.forward is not _LINEAR_FORWARD
+        or torch_modules._global_forward_hooks
+        or torch_modules._global_forward_pre_hooks
+    )
 
 
 class EmoAttention(FlexOlmoAttention):
@@ -147,8 +168,6 @@ class EmoAttention(FlexOlmoAttention):
     def __init__(self, config: EmoConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         del self.q_norm, self.k_norm
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, EmoLinear.of(getattr(self, name)))
 
     @takes_cache
     def forward(
@@ -163,7 +182,7 @@ class EmoAttention(FlexOlmoAttention):
         batch, length, _ = hidden_states.shape
 
         def heads(projection: nn.Module) -> torch.Tensor:
-            return projection(hidden_states).view(batch, length, -1, self.head_dim)
+            return _project(projection, hidden_states).view(batch, length, -1, self.head_dim)
 
         query, key = _rotate_both(heads(self.q_proj), heads(self.k_proj), *position_embeddings)
         value = heads(self.v_proj).transpose(1, 2)
@@ -176,7 +195,7 @@ class EmoAttention(FlexOlmoAttention):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(batch, length, -1).contiguous()), weights
+        return _project(self.o_proj, output.reshape(batch, length, -1).contiguous()), weights
 
 
 def _rotate_both(
@@ -196,16 +215,17 @@ class EmoMLP(nn.Module):
     def __init__(self, config: EmoConfig):
         super().__init__()
         width = config.dense_intermediate_size
-        self.gate_proj = EmoLinear(config.hidden_size, width, bias=config.dense_mlp_bias)
-        self.up_proj = EmoLinear(config.hidden_size, width, bias=config.dense_mlp_bias)
-        self.down_proj = EmoLinear(width, config.hidden_size, bias=config.dense_mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.dense_mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.dense_mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
         self, hidden_states: torch.Tensor, expert_mask: None = None, pools: Pools | None = None
     ) -> tuple[torch.Tensor, None]:
         """(B, S, D) to (B, S, D). The other arguments are those of an expert block, and not used."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)), None
+        gate, up = _project(self.gate_proj, hidden_states), _project(self.up_proj, hidden_states)
+        return _project(self.down_proj, self.act_fn(gate) * up), None
 
 
 class EmoTopKRouter(nn.Module):
@@ -242,7 +262,7 @@ class EmoTopKRouter(nn.Module):
             `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
             K), int64; with pools in training what the losses need, else `None`.
         """
-        logits_TE = EmoLinear.product(hidden_states, self.weight)
+        logits_TE = _product(hidden_states, self.weight)
         masked_TE = logits_TE
         if expert_mask is not None:
             masked_TE = logits_TE.masked_fill(~expert_mask.to(logits_TE.device), float("-inf"))
@@ -364,6 +384,14 @@ def _stack_experts(
     state_dict |= {f"{prefix}{name}": parameter.data for name, parameter in stacked.items()}
 
 
+def _one(stack: torch.Tensor, expert: int) -> torch.Tensor:
+    """The weights of one expert. Of quantised ones PyTorch makes no views in inference mode."""
+    if type(stack) in (torch.Tensor, nn.Parameter) or not torch.is_inference_mode_enabled():
+        return stack[expert]
+    with torch.inference_mode(False), torch.no_grad():
+        return stack[expert]
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether it is a tensor with memory here: not distributed, quantised or on the meta device."""
     return type(tensor.data) is torch.Tensor and not tensor.is_meta
@@ -399,14 +427,22 @@ class EmoExperts(nn.Module):
 
         Returns:
             `torch.Tensor`: (T, D) in the dtype of `hidden_states`.
+
+        Raises:
+            RuntimeError: if `torch.jit.trace` records it.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "`torch.jit.trace` would keep the experts that this input takes, and compute others wrongly: "
+                "set `experts_implementation` to 'grouped_mm' or 'batched_mm'."
+            )
         output_TD = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
                 continue
             token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            gate, up = F.linear(hidden_states[token], _one(self.gate_up_proj, expert)).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, _one(self.down_proj, expert))
             expert_output = expert_output * top_k_weights[token, slot, None]
             output_TD.index_add_(0, token, expert_output.to(output_TD.dtype))
         return output_TD
@@ -444,6 +480,7 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: EmoConfig, layer_idx: int):
         super().__init__()
         self.hidden_size = config.hidden_size
+        self.number = layer_idx  # the entry of the config's lists that is about this layer
         layer = config.layer_experts[layer_idx]
         self.self_attn = EmoAttention(config, layer_idx)
         self.mlp = EmoMLP(config) if layer.is_dense else EmoSparseMoeBlock(config, layer)
@@ -493,9 +530,10 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
 
 def _has_hooks(model: "EmoModel") -> bool:
     """Whether somebody looks at the last layer, or at what comes out of the decoder."""
-    if getattr(torch.nn.modules.module, "_global_forward_hooks", None):
+    if torch_modules._global_forward_hooks:
         return True
-    watched = (model, model.norm, *model.layers[-1].modules())
+    last = model.layers[: model.config.num_hidden_layers][-1]
+    watched = (model, model.norm, *last.modules())
     hooks = (hook for m in watched for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
     # Transformers' own stay where hidden states were once asked for, and look only when they are again.
     return any(getattr(hook, "__module__", "") != OutputRecorder.__module__ for hook in hooks)
@@ -567,6 +605,8 @@ class EmoPreTrainedModel(PartialModel):
             return self._cpu_experts
         ours = requested_experts in (None, "emo", "emo_sorted")
         if ours and quantised and _quantises_experts(self.config.quantization_config):
+            if package.hooks is not None:
+                package.hooks.complete_quantised_experts()
             return "eager"  # the others want operations that quantised stacks of experts do not have
         return super().get_correct_experts_implementation(requested_experts)
 
@@ -752,8 +792,11 @@ class EmoModel(EmoPreTrainedModel):
         )
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            is_last = index == self.config.num_hidden_layers - 1
+        layers = self.layers[: self.config.num_hidden_layers]
+        if pools is not None:
+            check_layers(self)
+        for index, layer in enumerate(layers):
+            is_last = index == len(layers) - 1
             output = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -821,7 +864,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         super().__init__(config)
         self.model = EmoModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = EmoLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # What the balance loss counts beside the forward at hand, while an optimiser step is accumulated.
         self.balance_counts: BalanceCounts | None = None
         self.post_init()
@@ -861,6 +904,8 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = _wants_router_logits(self.config, self.training and labels is not None)
+        if output_router_logits:
+            check_layers(self.model)
         # A prompt's other tokens need not go through the last layer's experts, unless somebody looks at them.
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         is_seen = output_router_logits or recorded not in (None, False) or torch.is_grad_enabled()
@@ -879,7 +924,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
             last_tokens=0 if is_seen else max(last_tokens, 0),
             **kwargs,
         )
-        logits = self.lm_head(kept_positions(outputs.last_hidden_state, logits_to_keep))
+        logits = _project(self.lm_head, kept_positions(outputs.last_hidden_state, logits_to_keep))
 
         # With pools, one pass over the logits gives cross entropy and z loss, unless the loss is another.
         altered = {"shift_labels", "ignore_index"} & set(kwargs)

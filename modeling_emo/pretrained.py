@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.modeling_utils import PreTrainedModel
 
-from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, package
+from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, check_layers, package
 from .transformers_differences import check_peft
 
 # The classes that a saved config.json points to, in the files written by `save_code`.
@@ -188,6 +188,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
         ```
         """
+        check_layers(self.base_model)
         include_code = include_code or _with_code.get()
         with_code = include_code and not self.is_remote_code()  # which Transformers saves again by itself
         if with_code:

@@ -50,7 +50,8 @@ def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
 
     Args:
         model (`EmoPreTrainedModel`): the model to be adapted, full or a subset.
-        kwargs: of `peft.LoraConfig`. What can be adapted: attention (`target_modules=["q_proj", "v_proj"]`);
+        kwargs: of `peft.LoraConfig`. What can be adapted: attention (`target_modules=["q_proj", "v_proj"]`,
+            the default here; PEFT's own `LoraConfig` has none for mixtures of experts and refuses);
             the experts (`target_modules=["gate_proj", "up_proj", "down_proj"]`, or the stacked parameters by
             name, `target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`); the router
             (`target_parameters=["mlp.gate.weight"]`). Stacked parameters take no `lora_dropout`. In every
@@ -80,6 +81,8 @@ def lora_config(model: EmoPreTrainedModel, **kwargs) -> LoraConfig:
     ```
     """
     _require_peft()
+    if kwargs.get("target_modules") is None and kwargs.get("target_parameters") is None:
+        kwargs["target_modules"] = ["q_proj", "v_proj"]
     from .peft_config import SubsetLoraConfig  # this module needs PEFT, which is optional
 
     return SubsetLoraConfig(**kwargs, expert_subset=held_experts(model.config).to_dict())

@@ -18,6 +18,7 @@ from transformers import integrations  # not its `moe`, which is still being imp
 
 from .gradient_memory import empty_gradient
 from .native_library import Kernels, find_kernels
+from .observers import is_observed, is_transformed
 from .private_torch import private_torch
 
 _is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
@@ -205,8 +206,35 @@ def _keep(ctx: Any, inputs, output) -> None:
 
 def _backward(ctx: Any, grad, _):
     wants = list(ctx.needs_input_grad[:4])
+    if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
+        return *_differentiable_backward(grad, *ctx.saved_tensors[:5], wants), None, None, None
     gradients = torch.ops.transformers_emo.experts_backward(grad, *ctx.saved_tensors, wants, ctx.native)
     return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), None, None, None
+
+
+def _plain_forward(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK):
+    """The output, by operations that PyTorch differentiates in every way and transforms.
+
+    Every expert runs on all tokens, since under some transforms nobody can see which tokens take it.
+    """
+    output_TD = torch.zeros_like(x_TD)
+    for expert, (gate_up, down) in enumerate(zip(gate_up_E2FD, down_EDF, strict=True)):
+        gate_TF, up_TF = F.linear(x_TD, gate_up).chunk(2, dim=-1)
+        expert_TD = F.linear(F.silu(gate_TF) * up_TF, down)
+        takes_TK = index_TK == expert
+        weight_T1 = weights_TK.masked_fill(~takes_TK, 0).sum(dim=-1, keepdim=True).to(x_TD.dtype)
+        # Where nobody takes it a large output stays out, which times 0 may be NaN.
+        output_TD = output_TD + expert_TD.masked_fill(~takes_TK.any(dim=-1, keepdim=True), 0) * weight_T1
+    return output_TD
+
+
+def _differentiable_backward(grad, x, gate_up, down, weights, index, wants):
+    # Views, so that a gradient is that of one input and leaves out the way by which the others depend on it.
+    inputs = [tensor.view_as(tensor) for tensor in (x, gate_up, down, weights)]
+    output = _plain_forward(*inputs, index)
+    wanted = [tensor for tensor, want in zip(inputs, wants, strict=True) if want]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return [next(found) if want else None for want in wants]
 
 
 _experts.register_autograd(_backward, setup_context=_keep)
@@ -250,6 +278,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
         hidden_states.device.type == "cpu"
         and self.config.hidden_act == "silu"  # type: ignore[union-attr]
         and not torch.compiler.is_exporting()  # other programs do not know this operator
+        and not torch.jit.is_tracing()  # nor do they here
         and not _is_wrapper(gate_up)  # quantised or distributed
     )
     if not is_ours:
@@ -258,8 +287,11 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index
+    if is_transformed():
+        return _plain_forward(*inputs).to(hidden_states.dtype)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
-    if not (save or torch.compiler.is_compiling()) and type(hidden_states) is torch.Tensor:
+    is_plain = type(hidden_states) is torch.Tensor
+    if is_plain and not (save or torch.compiler.is_compiling() or is_observed()):
         # The dispatcher of operators takes as long as the experts of a small model.
         return _compute(*inputs, native, save=False)[0].to(hidden_states.dtype)
     output_TD, _ = torch.ops.transformers_emo.experts(*inputs, native, save)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .native_library import Kernels, find_kernels
+from .observers import is_observed
 
 # The kernel is faster than PyTorch for at most so many rows and at least so many weights (measured on AVX-512
 # and AMX).
@@ -38,7 +39,8 @@ def few_rows_linear(
     Returns:
         `torch.Tensor` or `None`: (..., N). `None` where PyTorch should compute: for many rows, few weights,
         dtypes other than bfloat16 and float32 or two different ones, other devices, subclasses of tensors
-        (quantised, distributed or fake ones), under autocast and without compiled kernels.
+        (quantised, distributed or fake ones), under autocast, where PyTorch looks at operations (forward-mode
+        derivatives, `torch.func`, tracing, modes) and without compiled kernels.
 
     Example:
 
@@ -50,12 +52,15 @@ def few_rows_linear(
 
     ```
     """
+    if is_observed():
+        return None
     rows = input.numel() // max(input.shape[-1], 1)
     if (
         not 0 < rows <= _FEW_ROWS_OF_TILES
         or weight.numel() < _MANY_WEIGHTS
         or weight.shape[1:] != input.shape[-1:]
         or (bias is not None and not _fits_bias(bias, weight))
+        or weight.layout != torch.strided
         or not weight.is_contiguous()
         or (kernels := _kernels_for(input, weight)) is None
         or not _is_faster(kernels, rows, weight)
@@ -86,7 +91,7 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch
 
     ```
     """
-    kernels = _kernels_for(input, weight)
+    kernels = None if is_observed() else _kernels_for(input, weight)
     if kernels is None or weight.shape != input.shape[-1:] or not weight.is_contiguous():
         return None
     rows_MD = input.reshape(-1, input.shape[-1]).contiguous()
@@ -113,6 +118,8 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     ```
     """
+    if is_observed():
+        return None
     batch, length, heads, width = states.shape
     if (
         any(angles.dtype != torch.float32 or not angles.is_cpu for angles in (cos, sin))

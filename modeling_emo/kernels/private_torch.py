@@ -21,6 +21,17 @@ USES = {
     "torch.utils.weak.WeakTensorKeyDictionary": (
         "remembers which parameters have their rows frozen, by identity and only while they live"
     ),
+    "torch._C._functorch.peek_interpreter_stack": (
+        "tells transforms of torch.func, whose tensors compiled code cannot read"
+    ),
+    "torch.autograd.forward_ad._current_level": (
+        "tells derivatives in forward mode, which compiled code would lose"
+    ),
+    "torch._C._is_tracing": "tells torch.jit.trace, which compiled code would be left out of",
+    "torch._C._len_torch_dispatch_stack": "tells modes that look at every operation",
+    "torch._C._len_torch_function_stack": "tells modes that look at every function",
+    "torch.overrides._get_current_function_mode_stack": "tells which modes these are",
+    "torch.utils._device.DeviceContext": "tells a default device from other modes",
     "torch.Tensor._make_wrapper_subclass": (
         "makes the tensor that holds experts in 4 bits, as torchao makes its own"
     ),

@@ -22,7 +22,7 @@ from .private_torch import private_torch
 with private_names("torchao"):
     from torchao.core.config import AOBaseConfig
     from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
-    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    from torchao.quantization import FqnToConfig, Int8Tensor, Int8WeightOnlyConfig
     from torchao.quantization.granularity import PerGroup, PerRow
     from torchao.quantization.transform_module import register_quantize_module_handler
     from torchao.utils import TorchAOBaseTensor
@@ -39,7 +39,8 @@ def quantised_experts(bits: int = 8, *, group_size: int | None = None) -> TorchA
     Only weights are quantised, during loading, for a whole model or a subset (`expert_subset=`). The experts
     then run one after the other (`experts_implementation="eager"`, the default here), since no other
     implementation reads quantised weights. A model in 8 bits can be saved and loaded again, one in 4 bits
-    cannot.
+    cannot. Experts in 8 bits can train a LoRA: each forward adds it to the weights of a layer in full
+    precision. A model with experts in 4 bits cannot be trained.
 
     Args:
         bits (`int`, defaults to 8): 8, for torchao's `Int8WeightOnlyConfig`; or 4, on a CPU, for the packing
@@ -172,6 +173,24 @@ def _(func: Any, types: Any, args: Any, kwargs: Any) -> Int4OpaqueTensor:
         )
     return Int4OpaqueTensor(
         stacked.qdata[expert], stacked.scale_and_zero[expert], stacked.block_size, stacked.shape[1:]
+    )
+
+
+# How PEFT adds an adapter to a parameter: one, by its factors; or the sum of several.
+_ADDITIONS = [torch.ops.aten.baddbmm.default, torch.ops.aten.add.Tensor]
+
+
+@Int8Tensor.implements(_ADDITIONS)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    whole = [arg.dequantize() if isinstance(arg, Int8Tensor) else arg for arg in args]
+    return func(*whole, **kwargs or {})
+
+
+@Int4Experts.implements(_ADDITIONS)
+def _(func: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    raise ValueError(
+        "Experts in 4 bits cannot have an adapter, since nothing can be added to them: load the model with "
+        "`quantised_experts(8)`."
     )
 
 

@@ -1,6 +1,8 @@
 """`EmoConfig`: released files in, released files out, contradictions refused."""
 
+import copy
 import json
+import pickle
 
 import pytest
 from conftest import GOLDENS
@@ -33,6 +35,65 @@ def test_rope_keys_survive_a_round_trip(tmp_path, rope_scaling):
     again = EmoConfig.from_pretrained(tmp_path)
     assert again.rope_parameters == config.rope_parameters
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 12345.0
+
+
+SCALINGS = [None, {}, {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2.0}]
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("before", [None, {"rope_type": "linear", "factor": 3.0}])
+@pytest.mark.parametrize("how", ["set", "update", "load"])
+def test_a_scaling_that_is_set_leaves_theta(tmp_path, name, scaling, before, how):
+    released = {"model_type": "emo", "rope_theta": 12345.0, "rope_scaling": before}
+    given = None if scaling is None else dict(scaling)
+    if how == "load":
+        config = EmoConfig.from_dict(released, **{name: scaling})
+    else:
+        config = EmoConfig.from_dict(released)
+        if how == "set":
+            setattr(config, name, scaling)
+        else:
+            config.update({name: scaling})
+    assert scaling == given  # nothing is written into what was given
+    expected = {"rope_type": "default", **(scaling or {}), "rope_theta": 12345.0}
+    if scaling and "type" in scaling:
+        expected["rope_type"] = scaling["type"]
+    assert config.rope_parameters == expected and config.rope_theta == 12345.0
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rope_theta"] == 12345.0 and "rope_parameters" not in saved
+    for again in (
+        EmoConfig.from_pretrained(tmp_path),
+        EmoConfig.from_dict(config.to_dict()),
+        EmoConfig(**config.to_dict()),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert again.rope_parameters == expected
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+def test_theta_can_be_set_in_every_way():
+    released = {"model_type": "emo", "rope_theta": 12345.0}
+    config = EmoConfig.from_dict(released)
+    config.rope_theta = 5.0
+    assert config.to_dict()["rope_theta"] == config.rope_parameters["rope_theta"] == 5.0
+    config.update({"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    assert config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+    config.update({"rope_scaling": None, "rope_theta": 8.0})
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 8.0}
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 9.0}
+    assert config.rope_theta == 9.0
+    assert EmoConfig.from_dict(released, rope_theta=11.0).rope_theta == 11.0
+    assert EmoConfig().rope_theta == 500000.0
+
+
+@pytest.mark.parametrize("theta", [None, 0, -1.0, float("nan"), "10000"])
+def test_a_theta_that_is_none_is_refused(theta):
+    with pytest.raises(ValueError, match="`rope_theta` of the config is .*: write a number above 0"):
+        EmoConfig().rope_theta = theta
 
 
 def test_file_without_shared_experts_has_none():

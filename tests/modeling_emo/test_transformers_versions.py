@@ -245,7 +245,12 @@ def test_every_private_attribute_of_others_is_listed():
 # Attributes that EMO itself sets on objects of other packages, and public methods of named tuples.
 OURS_IN_OTHERS = {"_frozen_row_hooks", "_commit_hash", "_part_of", "_asdict", "_replace"}
 # Where PyTorch keeps the hooks of a module: nothing else tells whether somebody looks.
-OURS_IN_OTHERS |= {"_forward_hooks", "_forward_pre_hooks"}
+OURS_IN_OTHERS |= {
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+}
 
 
 def _parts(entry):

@@ -1,18 +1,23 @@
 """Compiled layers of inference: who computes, and that nobody notices."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_same_numbers, network_terms
 from torch import nn
+from torch.autograd import forward_ad
 from transformers_emo import EmoConfig
 from transformers_emo.modeling_emo.expert_switching import package
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels
 from transformers_emo.modeling_emo.modeling_emo import (
-    EmoLinear,
+    EmoMLP,
     EmoRMSNorm,
     EmoRotaryEmbedding,
     EmoTopKRouter,
+    _product,
+    _project,
     _rotate_both,
 )
 
@@ -34,9 +39,9 @@ def stored(dtype: torch.dtype, terms: int, times: int = 1) -> int:
     return terms if dtype == torch.float32 else times
 
 
-def make_linear(dtype=torch.float32, **kwargs) -> EmoLinear:
+def make_linear(dtype=torch.float32, **kwargs) -> nn.Linear:
     torch.manual_seed(0)
-    return EmoLinear(600, 500, **kwargs).to(dtype)
+    return nn.Linear(600, 500, **kwargs).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +51,7 @@ def test_few_rows_are_as_near_as_the_dtype(calls, dtype, shape, bias):
     linear = make_linear(dtype, bias=bias)
     x = torch.randn(shape).to(dtype)
     with torch.no_grad():
-        found, expected = linear(x), F.linear(x, linear.weight, linear.bias)
+        found, expected = _project(linear, x), F.linear(x, linear.weight, linear.bias)
     assert len(calls) == 1
     assert_same_numbers(found, expected, terms=stored(dtype, 600))
 
@@ -56,9 +61,9 @@ def test_few_rows_are_as_near_as_the_dtype(calls, dtype, shape, bias):
 )
 def test_more_rows_are_for_tiles(calls, rows, by_kernel):
     torch.manual_seed(0)
-    linear, x = EmoLinear(640, 500).bfloat16(), torch.randn(rows, 640).bfloat16()
+    linear, x = nn.Linear(640, 500).bfloat16(), torch.randn(rows, 640).bfloat16()
     with torch.no_grad():
-        found, expected = linear(x), F.linear(x, linear.weight, linear.bias)
+        found, expected = _project(linear, x), F.linear(x, linear.weight, linear.bias)
     assert len(calls) == by_kernel
     assert_same_numbers(found, expected, terms=stored(torch.bfloat16, 640))
 
@@ -67,26 +72,28 @@ def test_more_rows_are_for_tiles(calls, rows, by_kernel):
 def test_rows_need_not_be_contiguous(calls, inference):
     linear, x = make_linear(), torch.randn(600, 3).T
     with inference():
-        assert_same_numbers(linear(x), F.linear(x, linear.weight, linear.bias), terms=600)
+        assert_same_numbers(_project(linear, x), F.linear(x, linear.weight, linear.bias), terms=600)
     assert calls == [3]
 
 
 def test_what_is_not_for_the_kernel_goes_to_pytorch(calls):
     linear, x = make_linear(), torch.randn(2, 600)
-    assert linear(x).grad_fn is not None  # gradients are wanted
+    assert _project(linear, x).grad_fn is not None  # gradients are wanted
     with torch.no_grad():
-        linear(torch.randn(200, 600))  # many rows
-        make_linear(torch.bfloat16)(torch.randn(8, 600).bfloat16())  # too many where tiles do not fit
-        linear(x[:0])
-        EmoLinear(8, 8)(torch.randn(1, 8))  # few weights
-        make_linear(torch.float64)(x.double())
-        make_linear(torch.float16)(x.half())
+        _project(linear, torch.randn(200, 600))  # many rows
+        _project(
+            make_linear(torch.bfloat16), torch.randn(8, 600).bfloat16()
+        )  # too many where tiles do not fit
+        _project(linear, x[:0])
+        _project(nn.Linear(8, 8), torch.randn(1, 8))  # few weights
+        _project(make_linear(torch.float64), x.double())
+        _project(make_linear(torch.float16), x.half())
         turned = make_linear()
         turned.weight = nn.Parameter(torch.randn(600, 500).T)
-        turned(x)
+        _project(turned, x)
         with torch.autocast("cpu", torch.bfloat16):
-            assert linear(x).dtype == torch.bfloat16
-        linear.to("meta")(x.to("meta"))
+            assert _project(linear, x).dtype == torch.bfloat16
+        _project(linear.to("meta"), x.to("meta"))
     assert calls == []
 
 
@@ -96,11 +103,11 @@ def test_pytorch_refuses_shapes_that_do_not_fit(calls):
     with torch.no_grad():
         for shape in [(1, 6000), (1, 60), (6000,)]:
             with pytest.raises(RuntimeError, match="shapes|size"):
-                EmoLinear.product(torch.randn(shape), weight)
+                _product(torch.randn(shape), weight)
         with pytest.raises(RuntimeError):
-            EmoLinear.product(torch.randn(1, 600), weight, torch.randn(3))
+            _product(torch.randn(1, 600), weight, torch.randn(3))
         bias = torch.randn(1000)[::2]
-        found = EmoLinear.product(torch.zeros(1, 600), weight, bias)
+        found = _product(torch.zeros(1, 600), weight, bias)
     assert torch.equal(found[0], bias)
     assert calls == []
 
@@ -110,7 +117,7 @@ def test_quantised_weights_go_to_pytorch(calls):
     linear = make_linear(torch.bfloat16, bias=False)
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
     with torch.no_grad():
-        assert linear(torch.randn(1, 600).bfloat16()).shape == (1, 500)
+        assert _project(linear, torch.randn(1, 600).bfloat16()).shape == (1, 500)
     assert calls == []
 
 
@@ -136,6 +143,169 @@ def test_a_router_of_many_experts_uses_it(calls):
         found = router(x)[0]
     assert calls == [2]
     assert_same_numbers(found, F.linear(x, router.weight).detach(), terms=512)
+
+
+class TestPlainLayers:
+    """The linear layers are those of PyTorch: tools ask for their class, and what they put there runs."""
+
+    def test_their_class_is_that_which_tools_ask_for(self, make_model):
+        model = make_model(num_experts_per_layer=[12, 0, 12], dense_intermediate_size=40)
+        named = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+        assert len(named) == 3 * 4 + 3 + 1 and "lm_head" in named
+
+    def test_dynamic_quantisation_finds_all_of_them(self, make_model):
+        model, ids = make_model(), torch.randint(2, 96, (1, 6))
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        kind = torch.ao.nn.quantized.dynamic.Linear
+        found = [module for module in quantised.modules() if type(module) is kind]
+        assert len(found) == 3 * 4 + 1
+        with torch.no_grad():
+            before, after = model(ids).logits, quantised(ids).logits
+        assert not torch.equal(after, before)
+        assert F.cosine_similarity(after, before, dim=-1).min() > 0.9
+
+    @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize(
+        "how", ["hook", "pre-hook", "global", "forward", "parametrised", "class", "kernel"]
+    )
+    def test_what_is_put_on_a_layer_runs(self, calls, monkeypatch, how, inference):
+        linear, x = make_linear(), torch.randn(1, 600)
+        with torch.no_grad():
+            expected = F.linear(x, linear.weight, linear.bias)
+        handle = None
+        if how == "hook":
+            linear.register_forward_hook(lambda module, args, output: 2 * output)
+        elif how == "pre-hook":
+            linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+            expected = expected - linear.bias.detach() / 2
+        elif how == "global":
+            handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: 2 * output)
+        elif how == "forward":
+            plain = linear.forward
+            linear.forward = lambda input: 2 * plain(input)
+        elif how == "parametrised":
+
+            class Double(nn.Module):
+                def forward(self, weight):
+                    return 2 * weight
+
+            for name in ("weight", "bias"):
+                nn.utils.parametrize.register_parametrization(linear, name, Double())
+        elif how == "class":
+            plain = nn.Linear.forward
+            monkeypatch.setattr(nn.Linear, "forward", lambda self, input: 2 * plain(self, input))
+        else:
+            expected = expected / 2
+        try:
+            with inference():
+                found = _project(linear, x)
+        finally:
+            if handle is not None:
+                handle.remove()
+        assert_same_numbers(found, 2 * expected, terms=600)
+        assert len(calls) == (how == "kernel")
+
+    def test_adapters_compute_while_decoding(self, calls, make_model):
+        peft = pytest.importorskip("peft")
+        model = make_model(vocab_size=600, hidden_size=512, intermediate_size=16, num_hidden_layers=1)
+        ids = torch.randint(2, 600, (1, 1))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        with torch.no_grad():
+            found = adapted(ids).logits
+            expected = adapted.merge_and_unload()(ids).logits
+        assert calls  # what has no adapter is computed by the kernel
+        assert_same_numbers(found, expected, terms=network_terms(model.config, 1))
+
+    def test_a_pickled_model_decodes_the_same(self, make_model):
+        model, ids = make_model(), torch.randint(2, 96, (1, 3))
+        again = pickle.loads(pickle.dumps(model))
+        assert type(again.lm_head) is nn.Linear
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)
+
+    def test_dense_layers_use_it(self, calls):
+        config = EmoConfig(hidden_size=512, dense_intermediate_size=600, dense_mlp_bias=True)
+        mlp, x = EmoMLP(config), torch.randn(1, 1, 512)
+        with torch.no_grad():
+            found = mlp(x)[0]
+        assert calls == [1] * 3
+        assert_same_numbers(found, mlp(x)[0].detach(), terms=512 + 600)
+
+
+class TestWhatLooksAtOperations:
+    """It cannot see a kernel: PyTorch computes."""
+
+    def test_a_trace_has_the_product(self, calls):
+        linear, x = make_linear().requires_grad_(False), torch.randn(1, 600)
+        with torch.no_grad():
+            traced = torch.jit.trace(lambda input: _project(linear, input), torch.zeros(1, 600))
+            assert_same_numbers(traced(x), F.linear(x, linear.weight, linear.bias), terms=600)
+
+    def test_a_recorded_graph_has_the_product(self, calls):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        linear, x = make_linear(), torch.randn(1, 600)
+        with torch.no_grad():
+            graph = make_fx(lambda input: _project(linear, input))(torch.zeros(1, 600))
+            assert_same_numbers(graph(x), F.linear(x, linear.weight, linear.bias), terms=600)
+
+    def test_operations_are_counted(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        linear = make_linear()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            _project(linear, torch.randn(1, 600))
+        assert counter.get_total_flops() == 2 * 600 * 500
+
+    def test_a_mode_replaces_functions(self, calls):
+        from torch.overrides import TorchFunctionMode
+
+        class Double(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                output = function(*args, **kwargs or {})
+                return 2 * output if function is F.linear else output
+
+        linear, x = make_linear(), torch.randn(1, 600)
+        with torch.no_grad():
+            expected = _project(linear, x)
+            with Double():
+                found = _project(linear, x)
+            assert_same_numbers(found, 2 * expected, terms=600)
+
+    def test_a_default_device_changes_nothing(self, calls):
+        with torch.no_grad(), torch.device("cpu"):
+            _project(make_linear(), torch.randn(1, 600))
+        assert calls == [1]
+
+    @pytest.mark.parametrize("tangents", ["input", "weight"])
+    def test_derivatives_in_forward_mode_are_kept(self, calls, tangents):
+        linear, x = make_linear(), torch.randn(1, 600)
+        tangent = torch.randn(1, 600) if tangents == "input" else torch.randn(500, 600)
+        with torch.no_grad(), forward_ad.dual_level():
+            if tangents == "input":
+                x = forward_ad.make_dual(x, tangent)
+            weight = linear.weight
+            if tangents == "weight":
+                weight = forward_ad.make_dual(weight.detach(), tangent)
+            found = forward_ad.unpack_dual(_product(x, weight)).tangent
+        expected = F.linear(tangent, linear.weight) if tangents == "input" else F.linear(x, tangent)
+        assert_same_numbers(found, expected.detach(), terms=600)
+
+    def test_transforms_are_kept(self, calls):
+        norm, linear = EmoRMSNorm(600), make_linear()
+        x, tangent = torch.randn(3, 1, 600), torch.randn(3, 1, 600)
+
+        def run(input):
+            return _project(linear, norm(input))
+
+        with torch.no_grad():
+            assert_same_numbers(torch.func.vmap(run)(x), run(x), terms=1200)
+            found = torch.func.jvp(run, (x,), (tangent,))[1]
+        (expected,) = torch.autograd.functional.jvp(run, x, tangent)[1:]
+        assert_same_numbers(found, expected.detach(), terms=1200)
 
 
 def test_adapters_on_it_train(make_model):

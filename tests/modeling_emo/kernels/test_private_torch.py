@@ -33,7 +33,7 @@ def private_names(source: str) -> set[str]:
 
 @pytest.mark.parametrize("name", USES)
 def test_the_name_is_there(name):
-    assert callable(private_torch(name))
+    assert private_torch(name) is not None
 
 
 def test_private_names_are_found():

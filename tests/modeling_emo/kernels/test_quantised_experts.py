@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import fresh_processes
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -96,3 +97,92 @@ def test_impossible_requests():
             Int4Experts.from_hp(torch.zeros(shape), group_size=32)
     with pytest.raises(ValueError, match="dimension 1, expected 0"):
         Int4Experts.from_hp(torch.zeros(2, 16, 32), group_size=32).select(1, 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inference_mode_computes_the_same(ids, bits):
+    model = load(quantization_config=quantised_experts(bits))
+    with torch.inference_mode():
+        found = model(ids).logits.float()
+        text = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, logits(model, ids))
+    assert torch.equal(text, model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+class TestAdapters:
+    TARGETS = ("gate_proj", "up_proj", "down_proj")
+
+    def adapted(self, model, names=("default",), targets=TARGETS):
+        peft = pytest.importorskip("peft")
+        from transformers_emo.training import lora_config
+
+        torch.manual_seed(0)
+        config = lora_config(model, r=2, target_modules=list(targets))
+        adapted = peft.get_peft_model(model, config)
+        for name in names[1:]:
+            adapted.add_adapter(name, config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.base_model.set_adapter(list(names))
+        return adapted
+
+    def reference(self, model):
+        """The same weights, not quantised any more."""
+        plain = load()
+        for layer, other in zip(plain.model.layers, model.model.layers, strict=True):
+            for name in ("gate_up_proj", "down_proj"):
+                stack = getattr(other.mlp.experts, name)
+                getattr(layer.mlp.experts, name).data = stack.dequantize()
+        return plain
+
+    @pytest.mark.parametrize("names", [("default",), ("default", "other")])
+    def test_experts_in_8_bits_train_an_adapter(self, ids, names):
+        model = load(quantization_config=quantised_experts(8))
+        expected = self.adapted(self.reference(model), names)
+        found = self.adapted(model, names)
+        losses = []
+        for each in (expected, found):
+            loss = each(ids, labels=ids).loss
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        gradients = [
+            {name: p.grad for name, p in each.named_parameters() if "lora_" in name}
+            for each in (expected, found)
+        ]
+        for name, gradient in gradients[0].items():
+            other = gradients[1][name]
+            assert gradient.any()
+            assert cosine_similarity(gradient.flatten(), other.flatten(), dim=0) > 0.999
+        with torch.inference_mode():
+            assert torch.allclose(found(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
+
+    def test_a_model_that_was_saved_takes_one_too(self, ids, tmp_path):
+        load(quantization_config=quantised_experts(8)).save_pretrained(tmp_path)
+        code = (
+            "import sys, torch; from peft import LoraConfig, get_peft_model\n"
+            "from transformers_emo import EmoForCausalLM\n"
+            "model = EmoForCausalLM.from_pretrained(sys.argv[1])\n"
+            "targets = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']\n"
+            "model = get_peft_model(model, LoraConfig(r=2, target_parameters=targets))\n"
+            "print(model(torch.tensor([[5, 6]])).logits.isfinite().all().item())"
+        )
+        done = fresh_processes.run(code, str(tmp_path))
+        assert done.returncode == 0 and "True" in done.stdout, done.stderr
+
+    def test_experts_in_4_bits_refuse_one(self, ids):
+        adapted = self.adapted(load(dtype=torch.bfloat16, quantization_config=quantised_experts(4)))
+        with pytest.raises(ValueError, match="4 bits cannot have an adapter.*quantised_experts\\(8\\)"):
+            adapted(ids)
+
+    def test_beside_experts_in_4_bits_one_computes(self, ids):
+        model = load(dtype=torch.bfloat16, quantization_config=quantised_experts(4))
+        before = logits(model, ids)
+        assert not torch.equal(logits(self.adapted(model, targets=["q_proj"]), ids), before)
+
+
+def test_programs_may_import_it_from_its_former_place():
+    from transformers_emo.modeling_emo import quantised_experts as former
+
+    assert former.quantised_experts is quantised_experts
