@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints.hub.names import pinned
+from ..checkpoints.source_files import LOADED_FILES, SourceFiles, unchanged
 from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
@@ -116,6 +117,7 @@ def measure_retention(
             seeds would draw the same, `out` holds measurements of other texts, settings or weights, or the
             models cut the same text into different tokens, so that losses cannot be compared.
         BlockingIOError: if another run measures into `out`.
+        SourceChangedError: if the folder of a model changes before the model is loaded.
 
     Example:
 
@@ -134,6 +136,11 @@ def measure_retention(
     ```
     """
     _check_plan(models, domains, methods, shares, seeds, num_calibration)
+    files = {
+        name: SourceFiles.of(model, patterns=LOADED_FILES)
+        for name, model in models.items()
+        if not isinstance(model, EmoForCausalLM)
+    }
     configs = {name: _config(model) for name, model in models.items()}
     sizes = {name: _sizes(config, shares) for name, config in configs.items()}
     context = min(config.max_position_embeddings for config in configs.values())
@@ -161,7 +168,8 @@ def measure_retention(
         with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
             for name, model in models.items():
                 bar.set_postfix_str(name)
-                network = _load(model, dtype, device)
+                with unchanged(*([files[name]] if name in files else [])):
+                    network = _load(model, dtype, device)
                 journal.require({f"weights of {name}": _fingerprint(network)})
                 _try_methods(network, methods, max(sizes[name].values()))
                 _measure_model(
