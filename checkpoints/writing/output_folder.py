@@ -163,8 +163,8 @@ def _with_what_is_left(error: OSError, out: Path, kept: Path | None) -> OSError:
 
 def _with_a_name_that_may_be_lost(error: OSError, out: Path) -> OSError:
     told = OSError(
-        f"{out} is whole, but bringing its name to the disk failed: {error}. A power cut could still take it: "
-        "remove it and call again, or call `sync`."
+        f"{out} is whole, but bringing its name to the disk failed: {error}. A power cut could still take "
+        "it: remove it and call again, or call `sync`."
     )
     told.errno = error.errno
     return told

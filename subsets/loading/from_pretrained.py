@@ -13,7 +13,6 @@ from typing import Any
 
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import HUB_KWARGS, folder_or_repo, is_hub_repo, pinned
-from ...checkpoints.patience import bounded_waits
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
 from .adapter_record import check_adapter, check_adapter_config
@@ -51,14 +50,9 @@ def from_pretrained(
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    with bounded_waits(path):
-        if expert_subset is None and exclude_experts is None:
-            with whole_model(kwargs):
-                return load(path, *args, **kwargs)
-        return _load_part(load, path, *args, keep=expert_subset, exclude=exclude_experts, **kwargs)
-
-
-def _load_part(load: Callable, path: str | os.PathLike, *args, keep: Any, exclude: Any, **kwargs):
+    if expert_subset is None and exclude_experts is None:
+        with whole_model(kwargs):
+            return load(path, *args, **kwargs)
     _check_arguments(kwargs)
     hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
     with folder_or_repo(path):  # it may name an adapter: the experts are those of its model
@@ -72,7 +66,7 @@ def _load_part(load: Callable, path: str | os.PathLike, *args, keep: Any, exclud
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
         source.refuse_quantised()
         source.check_sizes()  # before the subset: a damaged config would say that it does not fit
-        kept = source.keep(keep, exclude)
+        kept = source.keep(expert_subset, exclude_experts)
         tensors = LazyStateDict(source.parameters(kept.local))
         source.fetch(tensors.values(), progress=True)
         source.warn_if_chosen_elsewhere(kept, tensors)
