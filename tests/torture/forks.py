@@ -43,7 +43,7 @@ class Ended:
         if "Traceback (most recent call last)" in self.told:
             return f"a traceback: {lines[-1][:150]}"
         if not lines or not lines[-1].startswith("emo "):
-            return "no line that says what is wrong"
+            return f"no line that says what is wrong (status {self.status}): {self.last}"
         return None
 
     @property
