@@ -258,3 +258,12 @@ def test_a_pipe_in_place_of_a_file_does_not_block(copy, tmp_path):
     with pytest.raises((OSError, ValueError)):
         write(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_in_place_of_a_note_of_the_training_library_does_not_block(tmp_path):
+    step = tmp_path / "step"
+    convert_to_olmo_core(TOY, step, progress=False)
+    (step / ".metadata.json").unlink()
+    os.mkfifo(step / ".metadata.json")
+    convert_olmo_core(step, tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "model.safetensors").is_file()

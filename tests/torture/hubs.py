@@ -131,6 +131,10 @@ def _flipped(piece: bytes) -> bytes:
     return bytes(byte ^ 0x55 for byte in piece)
 
 
+def _last_changed(piece: bytes) -> bytes:
+    return piece[:-1] + _flipped(piece[-1:])
+
+
 def lies(thief: Thief) -> list[Lie]:
     """All of them."""
     return [
@@ -162,6 +166,7 @@ def lies(thief: Thief) -> list[Lie]:
             lambda _, headers: (302, {"Location": thief.url, "Content-Length": "0"}),
         ),
         Lie("other bytes of the right length", body=_flipped, undetectable=True),
+        Lie("another byte at the end of each 64 KiB", body=_last_changed, undetectable=True),
     ]
 
 
@@ -226,7 +231,7 @@ def _with_an_honest_hub(place: Place, job: Job, words: list[str], refused: Ended
     if again.status == 0 and _weights(tree(place.out)) == _weights(job.right):
         return "one line; right as soon as the Hub is honest", True
     # huggingface_hub keeps a file that has the length the Hub said, damaged or not.
-    named = [path for path in (place.work / "cache").rglob("*") if path.name in again.told]
+    named = [path for path in (place.inputs / "model").iterdir() if path.name in again.told]
     shutil.rmtree(place.work / "cache")
     third = place.worker.run(place.work, words=words)
     if named and third.status == 0 and _weights(tree(place.out)) == _weights(job.right):
