@@ -5,6 +5,7 @@ Their background is white, so that they can be read on light and on dark pages.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoints.writing.durable_files import write_whole
 from ..imports.optional_packages import require
 from ..subsets import SubsetOverlap
 from .measurements import Retention
@@ -216,11 +218,9 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> None:
 
     Example: see `new_figure`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
-    figure.savefig(partial, dpi=_DOTS_PER_INCH)
-    partial.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=_DOTS_PER_INCH, format=Path(path).suffix[1:] or None)
+    write_whole(path, picture.getvalue())
 
 
 def _draw_curves(axes: Axes, retention: Retention, *, bands: bool) -> None:

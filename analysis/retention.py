@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoints.hub.names import is_hub_repo, pinned
+from ..checkpoints.source_files import LOADED_FILES, SourceFiles, unchanged
 from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
 from ..modeling_emo import EmoForCausalLM
@@ -121,6 +122,7 @@ def measure_retention(
             settings or weights, or the models cut the same text into different tokens, so that losses cannot
             be compared.
         BlockingIOError: if another run measures into `out`.
+        SourceChangedError: if the folder of a model changes before the model is loaded.
 
     Example:
 
@@ -144,6 +146,11 @@ def measure_retention(
     hub = {
         name: {} if isinstance(model, EmoForCausalLM) or not is_hub_repo(model) else pinned(model, hub_kwargs)
         for name, model in models.items()
+    }
+    files = {
+        name: SourceFiles.of(model, patterns=LOADED_FILES)
+        for name, model in models.items()
+        if not isinstance(model, EmoForCausalLM)
     }
     configs = {name: _config(model, hub[name]) for name, model in models.items()}
     sizes = {name: _sizes(config, shares) for name, config in configs.items()}
@@ -172,7 +179,8 @@ def measure_retention(
         with tqdm(total=total, unit="doc", desc="Retention", disable=not progress) as bar:
             for name, model in models.items():
                 bar.set_postfix_str(name)
-                network = _load(model, dtype, device, hub[name])
+                with unchanged(*([files[name]] if name in files else [])):
+                    network = _load(model, dtype, device, hub[name])
                 journal.require({f"weights of {name}": _fingerprint(network)})
                 _try_methods(network, methods, max(sizes[name].values()))
                 _measure_model(

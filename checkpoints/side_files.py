@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from .checkpoint import Checkpoint
 from .local_files import LocalFiles, file_inside
+from .patience import bounded_waits
 from .small_files import MAX_JSON_BYTES, open_regular, read_small
 from .source_files import SourceFiles
 
@@ -121,7 +122,8 @@ def side_files(
         found = (path for pattern in patterns for path in folder.glob(pattern))
         return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
     revision, token = hub_kwargs.get("revision"), hub_kwargs.get("token")
-    names = HfApi(token=token).list_repo_files(os.fspath(model), revision=revision)
+    with bounded_waits():
+        names = HfApi(token=token).list_repo_files(os.fspath(model), revision=revision)
     start = f"{subfolder.strip('/')}/" if subfolder else ""
     return matching((name.removeprefix(start) for name in names if name.startswith(start)), patterns)
 
@@ -175,7 +177,8 @@ def optional_file(model: str | os.PathLike, name: str, **hub_kwargs: Any) -> str
     if os.path.isdir(model):
         file_inside(Path(model, hub_kwargs.get("subfolder") or ""), name)
     try:
-        return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
+        with bounded_waits(model):
+            return cached_file(model, name, **hub_kwargs | {"_raise_exceptions_for_missing_entries": False})
     except OSError:
         # Offline, a file that is not in the cache counts as not there. Another tool may have filled the cache
         # without asking for it.

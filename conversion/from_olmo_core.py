@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers import GenerationConfig
 from ..checkpoints import CheckpointError
 from ..checkpoints.hub.names import existing_folder
 from ..checkpoints.side_files import TOKENIZER_FILES, copy_side_files, side_files
+from ..checkpoints.small_files import read_json
 from ..checkpoints.source_files import SourceFiles
 from ..checkpoints.writing.output_folder import check_new, new_folder
 from ..checkpoints.writing.safetensors_writing import size_in_bytes, write_json
@@ -206,8 +206,8 @@ def _provenance(
 ) -> dict[str, Any]:
     described = step_folder / ".metadata.json"
     try:
-        version = json.loads(described.read_text(encoding="utf-8"))["version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        version = read_json(described)["version"]
+    except (OSError, ValueError, KeyError, TypeError):
         version = None  # only a note of the training library
     sources = ("config.json", "model_and_optim/.metadata")
     return {

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils.hub import extract_commit_hash
 
 from ..checkpoints.hub.names import folder_or_repo, is_hub_repo
+from ..checkpoints.patience import bounded_waits
 
 ALL_FILES = ("**/*",)  # for `SourceFiles`: conversions copy whatever lies beside the weights
 
@@ -47,7 +48,7 @@ def source_folder(model: str | os.PathLike, *, without: Iterable[str] = (), **hu
     if is_hub_repo(model):
         inside = f"{subfolder}/*" if subfolder else None
         ignored = [f"*{ending}" for ending in sorted(without)]
-        with folder_or_repo(model):
+        with folder_or_repo(model), bounded_waits():
             model = snapshot_download(
                 os.fspath(model), allow_patterns=inside, ignore_patterns=ignored, **hub_kwargs
             )

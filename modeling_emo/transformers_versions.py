@@ -327,6 +327,7 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "retry_on_exceptions",
         ),
         PrivateName("huggingface_hub.utils:httpx.HTTPError", "errors of requests"),
+        PrivateName("huggingface_hub.utils:httpx.SyncByteStream", "bodies of answers"),
         PrivateName("huggingface_hub.utils:httpx.TransportError", "errors of requests"),
         PrivateName("huggingface_hub.utils:tqdm", "the progress bar of the Hub"),
         PrivateName("huggingface_hub.utils:validate_repo_id", "tells names of repositories", "repo_id"),

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
+from ..checkpoints.writing.durable_files import write_whole
 from ..configuration import EmoConfig
 from .expert_subset import AUTHORS_METHODS, ExpertSubset
 from .reduced_config import local_experts
@@ -83,8 +83,4 @@ def save_pruning_metadata(subset: ExpertSubset, config: EmoConfig, path: str | o
 
     ```
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(pruning_metadata(subset, config), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(pruning_metadata(subset, config), indent=2) + "\n")

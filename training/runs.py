@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from ..checkpoints.hub.names import HUB_KWARGS, folder_or_repo, pinned
+from ..checkpoints.source_files import LOADED_FILES, SourceFiles, unchanged
 from ..checkpoints.writing.durable_files import sync_tree
 from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
@@ -52,6 +53,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> EmoTrainer:
             there is nothing to train on.
         ImportError: without `datasets` or `accelerate`, or `peft` for an adapter.
         BlockingIOError: if another run trains into `output_dir`.
+        SourceChangedError: if the model's folder changes while it is loaded.
 
     Example:
 
@@ -84,7 +86,11 @@ def _train(recipe: Recipe, resume: bool) -> EmoTrainer:
             f"{recipe.output_dir} holds the checkpoints of another run: resume it (`--resume`), or choose "
             "another `output_dir`."
         )
-    trainer = build_trainer(recipe)
+    files = SourceFiles.of(
+        recipe.model.path, patterns=LOADED_FILES, subfolder=recipe.model.hub.get("subfolder")
+    )
+    with unchanged(files):
+        trainer = build_trainer(recipe)
     with _quiet_workers():
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

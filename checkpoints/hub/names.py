@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from ...modeling_emo.transformers_versions import private_names
 from ..errors import CheckpointError
+from ..patience import bounded_waits
 
 with private_names("hub"):
     from huggingface_hub.utils import validate_repo_id
@@ -176,6 +177,6 @@ def pinned(path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> dict[str, Any
     """
     if not is_hub_repo(path):
         return hub_kwargs
-    with folder_or_repo(path):
+    with folder_or_repo(path), bounded_waits():
         commit = extract_commit_hash(cached_file(path, "config.json", **hub_kwargs), None)
     return hub_kwargs if commit is None else hub_kwargs | {"revision": commit}

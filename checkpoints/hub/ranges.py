@@ -26,6 +26,7 @@ with private_names("hub"):
 
 from ..byte_ranges import Range, split_ranges, total_length
 from ..errors import CheckpointError
+from ..patience import BUSY, LIBRARY, LONGEST_WAIT, asked_wait
 from .part_cache import PartialFile
 
 WORKERS = 8  # requests at a time, as many as huggingface_hub downloads files
@@ -34,8 +35,6 @@ _RECORD = 4 << 20  # bytes after which progress is recorded within a request
 _RETRIES = 5  # in a row, without a byte
 _WINDOW = 60.0  # seconds in which a request must bring at least
 _LEAST = 64 << 10  # so many bytes, or it counts as one without a byte
-_BUSY = (429, 500, 502, 503, 504)  # what a server answers that may answer better later
-_LONGEST_WAIT = 60.0  # seconds that a server may ask to wait
 _EXPIRED = (401, 403, 404, 410)  # what storage answers when a signed address has expired
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -103,14 +102,14 @@ class RemoteFile:
         """
         response = None if isinstance(error, httpx.TransportError) else getattr(error, "response", None)
         asked = None
-        if response is not None and response.status_code in _BUSY and failures <= _RETRIES:
-            asked = _asked_wait(response.headers)
+        if response is not None and response.status_code in BUSY and failures <= _RETRIES:
+            asked = asked_wait(response.headers)
         elif failures > _RETRIES or not isinstance(error, httpx.TransportError):
             raise error
-        if asked is not None and asked > _LONGEST_WAIT:
+        if asked is not None and asked > LONGEST_WAIT:
             raise CheckpointError(
                 f"The server of {self.repo_id} asks to wait {asked:.0f} seconds for {self.file}, "
-                f"more than {_LONGEST_WAIT:.0f}, the limit. What was fetched is kept: call again later."
+                f"more than {LONGEST_WAIT:.0f}, the limit. What was fetched is kept: call again later."
             ) from error
         return min(0.5 * 2**failures, 8) if asked is None else asked
 
@@ -131,7 +130,7 @@ class RemoteFile:
                     f"of it was used. `emo cache clear {self.repo_id}` deletes the old parts."
                 )
             location = urljoin(self.url, metadata.location)
-            headers = build_hf_headers(token=self.token, library_name="transformers-emo")
+            headers = build_hf_headers(token=self.token, library_name=LIBRARY)
             if not _takes_token(location, self.url):
                 headers.pop("authorization", None)
             headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
@@ -288,13 +287,6 @@ def _fetch_piece(file: FileRanges, start: int, end: int, bar: tqdm, stop: thread
                 raise CheckpointError(_failure(file, position, end, reason)) from reason
         if position < end and failures:
             stop.wait(min(0.5 * 2**failures, 8))
-
-
-def _asked_wait(headers: Any) -> float | None:
-    """The seconds that a server asks to wait; `None` if it says nothing of it."""
-    found = re.fullmatch(r"\s*(\d{1,18})\s*", headers.get("Retry-After", ""))
-    found = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,18})", headers.get("ratelimit", "")) or found
-    return None if found is None else float(found[1])
 
 
 class _SlowServerError(Exception):

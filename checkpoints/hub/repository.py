@@ -23,6 +23,7 @@ with private_names("hub"):
 from ..byte_ranges import Range, bridge_gaps, merge_ranges, total_length
 from ..errors import CheckpointError
 from ..local_files import LocalFiles
+from ..patience import bounded_waits
 from ..safetensors_header import MAX_HEADER_BYTES
 from ..side_files import optional_file
 from .part_cache import PartialFile, cache_root, clear_repo, find_part, part_folder, write_about
@@ -67,7 +68,8 @@ class HubFiles:
         self.subfolder = self.hub_kwargs.get("subfolder") or ""
         self.offline = bool(self.hub_kwargs.get("local_files_only")) or is_offline_mode()
         # From here on it is one commit, even if the repository changes.
-        config = cached_file(repo_id, "config.json", **self.hub_kwargs, force_download=force)
+        with bounded_waits():
+            config = cached_file(repo_id, "config.json", **self.hub_kwargs, force_download=force)
         commit = extract_commit_hash(config, None)
         if commit is None:
             raise CheckpointError(f"The cache does not say of which commit {config} is: download it again.")
@@ -163,7 +165,8 @@ class HubFiles:
                 f"{len(missing)} files of {self.repo_id} are not in the cache, such as {missing[0]}, and "
                 "nothing can be downloaded offline: load this subset once while online."
             )
-        cached_files(self.repo_id, missing, **self.hub_kwargs, force_download=self._force)
+        with bounded_waits():
+            cached_files(self.repo_id, missing, **self.hub_kwargs, force_download=self._force)
         self._whole.update(missing)
 
     def fetch_headers(self, files: Iterable[str]) -> None:

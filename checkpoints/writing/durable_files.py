@@ -134,7 +134,12 @@ def write_whole(path: str | os.PathLike, data: str | bytes) -> None:
     make_folders(path.parent)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # what an earlier process of this number left
+        # Not through a link that others may have put there.
+        descriptor = os.open(
+            partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666
+        )
+        with open(descriptor, "wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import shown
+from .durable_files import make_folders
 
 try:
     import fcntl
@@ -98,7 +99,7 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[None]:
     """
     folder = Path(os.path.realpath(folder))
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     lock = lock_folder(folder, os.fspath(folder))
     if lock is not None:
         _leave_note(lock)

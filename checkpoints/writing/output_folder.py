@@ -88,6 +88,8 @@ def new_folder(
             sync_tree(partial)
             rename_durably(partial, out)
         except BaseException as caught:
+            if isinstance(caught, OSError) and not partial.exists() and out.is_dir():  # it has its name
+                raise _with_a_name_that_may_be_lost(caught, out) from caught
             error = _with_its_cause(caught, sources)
             hopeless = (*hopeless, SourceChangedError)
             kept = plan is not None and not isinstance(error, hopeless) and _holds_work(partial)
@@ -155,6 +157,15 @@ def _with_what_is_left(error: OSError, out: Path, kept: Path | None) -> OSError:
             "continue, or remove the folder."
         )
     told = (type(error) if isinstance(error, CheckpointError) else OSError)(f"{what} {left}")
+    told.errno = error.errno
+    return told
+
+
+def _with_a_name_that_may_be_lost(error: OSError, out: Path) -> OSError:
+    told = OSError(
+        f"{out} is whole, but bringing its name to the disk failed: {error}. A power cut could still take "
+        "it: remove it and call again, or call `sync`."
+    )
     told.errno = error.errno
     return told
 

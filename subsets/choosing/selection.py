@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ...checkpoints.source_files import LOADED_FILES, SourceFiles, unchanged
 from ...checkpoints.writing.safetensors_writing import floating_dtype
 from ...modeling_emo import EmoPreTrainedModel
 from ..expert_subset import ExpertSubset
@@ -155,7 +156,8 @@ def select_experts(
         SubsetError: if a layer has fewer experts than asked for, or no routed expert would be kept.
         ValueError: if an argument is unknown, inputs do not fit each other, no token counts, or the scores
             are not finite.
-        CheckpointError: if a folder or repository does not hold the whole model in safetensors files.
+        CheckpointError: if a folder or repository does not hold the whole model in safetensors files, or
+            the folder changes meanwhile.
 
     Example:
 
@@ -193,23 +195,28 @@ def select_experts(
     if method != "random" and not calibration.is_given:
         raise ValueError("Give either calibration `texts`, a `dataset` or ready `input_ids`: there are none.")
     run_in = None if dtype is None else floating_dtype(dtype)
-    opened = open_model(model, run_in, device, hub_kwargs)
-    config, revision = opened.config, opened.source.commit
-    sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
-    excluded = opened.excluded(exclude_experts, reads_weights=method != "random")
-    choice = Choice(config, method, budget, sizes, opened.place, revision, excluded)
-    check_num_experts(config, sizes, choice.excluded)
-    if method == "random":
-        subsets = choice.of_scores(random_scores(config, seed))
-        fingerprint = opened.fingerprint()
-    else:
-        parts = calibration.batches(
-            config, opened.find_tokenizer, in_parts=stop_when_settled is not None, progress=progress
-        )
-        token_ids = torch.cat([batch.input_ids.flatten() for part in parts for batch in part])
-        with opened.layers(token_ids, run_in, device) as layers:
-            subsets = _choose(layers, parts, choice, stop_when_settled, hidden_memory, progress)
-            fingerprint = layers.fingerprint()
+    files = []
+    if isinstance(model, str | os.PathLike):
+        subfolder = hub_kwargs.get("subfolder")
+        files = [SourceFiles.of(model, patterns=LOADED_FILES, subfolder=subfolder)]
+    with unchanged(*files):
+        opened = open_model(model, run_in, device, hub_kwargs)
+        config, revision = opened.config, opened.source.commit
+        sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
+        excluded = opened.excluded(exclude_experts, reads_weights=method != "random")
+        choice = Choice(config, method, budget, sizes, opened.place, revision, excluded)
+        check_num_experts(config, sizes, choice.excluded)
+        if method == "random":
+            subsets = choice.of_scores(random_scores(config, seed))
+            fingerprint = opened.fingerprint()
+        else:
+            parts = calibration.batches(
+                config, opened.find_tokenizer, in_parts=stop_when_settled is not None, progress=progress
+            )
+            token_ids = torch.cat([batch.input_ids.flatten() for part in parts for batch in part])
+            with opened.layers(token_ids, run_in, device) as layers:
+                subsets = _choose(layers, parts, choice, stop_when_settled, hidden_memory, progress)
+                fingerprint = layers.fingerprint()
     subsets = [replace(subset, fingerprint=fingerprint) for subset in subsets]
     return subsets if isinstance(num_experts, Sequence) else subsets[0]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.patience import bounded_waits
 from ...configuration import EmoConfig
 from ...modeling_emo.prompt_pool import pool_sizes
 from ..numbering import present_experts, root_experts, size_range
@@ -34,11 +35,27 @@ def from_pretrained(
         load, cls, path, args, expert_subset, exclude_experts, kwargs: as in `loading.from_pretrained`.
 
     Raises:
+        CheckpointError: if the server of a repository asks for a long wait or sends next to nothing.
         SubsetError: if the subset or the exclusion does not fit the model.
         ValueError: if the document pool does not.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
+    with bounded_waits(path):
+        return _from_pretrained(
+            load, cls, path, *args, expert_subset=expert_subset, exclude_experts=exclude_experts, **kwargs
+        )
+
+
+def _from_pretrained(
+    load: Callable,
+    cls: type,
+    path: str | os.PathLike,
+    *args,
+    expert_subset: Any,
+    exclude_experts: Any,
+    **kwargs,
+):
     callers_own = expert_subset is not None or exclude_experts is not None
     is_part = False
     if isinstance(path, SubsetName) and not callers_own:

@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo, HfApi
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.hub.names import existing_folder
 from ...checkpoints.hub.upload import make_place
+from ...checkpoints.source_files import LOADED_FILES, SourceFiles, unchanged
 from ...configuration import LEGACY_MODEL_TYPE, EmoConfig
 from ..push_subset import CARD
 from .cards import adapter_card, documents_card, model_card
@@ -29,6 +30,9 @@ _NOT_PUSHED = [".*", "*/.*"] + [
         "training_args.bin",
     )
 ]
+
+# What must not be of two models. (A run that goes on may add checkpoints, which are not pushed.)
+_TOLD_APART = (*LOADED_FILES, "adapter_*", "*.jsonl")
 
 
 def push_folder(
@@ -60,6 +64,7 @@ def push_folder(
     Raises:
         FileNotFoundError: if there is no such folder.
         CheckpointError: if weights of a model are missing, cut short or damaged; before anything is sent.
+        SourceChangedError: if the folder changed while it was sent: the commit may be a mix then. Push again.
         ValueError: if the folder is none of these, its model is no EMO, or one of the documents' files is
             called `default.jsonl` or has `*`, `?`, `[` or `]` in its name.
 
@@ -77,6 +82,7 @@ def push_folder(
     ```
     """
     folder = existing_folder(folder)
+    files = SourceFiles.of(folder, patterns=_TOLD_APART)
     documents = sorted(path.name for path in folder.glob("*.jsonl") if not path.name.startswith("."))
     repo_type = "model"
     if (folder / "adapter_config.json").is_file():
@@ -107,9 +113,10 @@ def push_folder(
     api = HfApi(token=token)
     where: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
     make_place(api, repo_id, repo_type, revision, private)
-    commit = api.upload_folder(
-        folder_path=folder, ignore_patterns=_NOT_PUSHED, commit_message=commit_message, **where
-    )
+    with unchanged(files):
+        commit = api.upload_folder(
+            folder_path=folder, ignore_patterns=_NOT_PUSHED, commit_message=commit_message, **where
+        )
     if (folder / CARD).is_file() or api.file_exists(repo_id, CARD, repo_type=repo_type, revision=revision):
         return commit
     return api.upload_file(

@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers_emo import EmoForCausalLM, extract_subset, write_back
+from transformers_emo import EmoForCausalLM, extract_subset, select_experts, write_back
+from transformers_emo.analysis import Domain, measure_retention
+from transformers_emo.analysis import retention as retention_module
 from transformers_emo.checkpoints.source_files import SourceChangedError
 from transformers_emo.checkpoints.writing import durable_files, output_folder
 from transformers_emo.conversion import (
@@ -16,6 +18,8 @@ from transformers_emo.conversion import (
     shard_experts,
     upgrade_checkpoint,
 )
+from transformers_emo.subsets.choosing import selection
+from transformers_emo.training import Recipe, runs, train
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "model_cards" / "toy-emo"
@@ -165,6 +169,57 @@ def test_links_to_the_source_are_no_change_of_it_but_a_rewrite_is(copy, monkeypa
         write(source, tmp_path / "again")
 
 
+@pytest.mark.parametrize("change", [_in_place, _replaced, _rewritten, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("copy", ["upgrade with links"], indirect=True)
+def test_a_file_beside_linked_weights_that_changes_is_noticed(copy, change, monkeypatch, tmp_path):
+    source, _, side, write = copy
+    _meanwhile(monkeypatch, lambda: change(source / side))
+    with pytest.raises(SourceChangedError, match=f"source changed while it was read .{side}"):
+        write(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _select(source: Path, out: Path) -> None:
+    select_experts(source, ["import os"], 8, progress=False).save(out)
+
+
+def _retention(source: Path, out: Path) -> None:
+    texts = ["one two three four", "five six seven eight"]
+    plan = {"methods": ["random"], "shares": [0.5], "num_calibration": 1, "window": 16, "progress": False}
+    measure_retention({"toy": source}, [Domain("a", texts, texts)], out, **plan)
+
+
+def _train(source: Path, out: Path) -> None:
+    changes = {"model.path": str(source), "output_dir": str(out)}
+    changes |= {"training.max_steps": 1, "training.disable_tqdm": True}
+    train(Recipe.read("examples/recipes/pretrain.yaml", changes))
+
+
+@pytest.mark.parametrize("change", [_in_place, _replaced, _rewritten, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "write, module, step",
+    [(_select, selection, "_choose"), (_retention, retention_module, "_load"), (_train, runs, "_load_model")],
+    ids=["select", "retention", "train"],
+)
+def test_nothing_is_made_of_a_model_that_changes_while_it_is_loaded(
+    write, module, step, name, change, monkeypatch, tmp_path
+):
+    source = tmp_path / "source"
+    shutil.copytree(TOY, source)
+    load = getattr(module, step)
+
+    def change_and_load(*args, **kwargs):
+        change(source / name)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(module, step, change_and_load)
+    with pytest.raises(SourceChangedError, match=f"source changed while it was read .{name}"):
+        write(source, tmp_path / "out")
+    assert not (tmp_path / "out").is_file() and not list(tmp_path.glob("out/*.csv"))
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
 @pytest.mark.parametrize("copy", WRITERS, indirect=True)
 def test_files_are_on_the_disk_before_they_have_their_name(copy, monkeypatch, tmp_path):
     source, _, _, write = copy
@@ -227,3 +282,12 @@ def test_a_pipe_in_place_of_a_file_does_not_block(copy, tmp_path):
     with pytest.raises((OSError, ValueError)):
         write(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_in_place_of_a_note_of_the_training_library_does_not_block(tmp_path):
+    step = tmp_path / "step"
+    convert_to_olmo_core(TOY, step, progress=False)
+    (step / ".metadata.json").unlink()
+    os.mkfifo(step / ".metadata.json")
+    convert_olmo_core(step, tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -7,6 +7,7 @@ exit status is 1.
 import argparse
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hub_server import HubServer
@@ -24,7 +26,7 @@ from .faults import Place, Row
 from .forks import Worker
 from .jobs import TOY, make_inputs
 
-KINDS = ("kills", "sources", "disks", "power", "runs", "hubs", "coroutines")
+KINDS = ("kills", "sources", "disks", "power", "runs", "planted", "hubs", "coroutines")
 _FOREIGN = re.compile(r"(HF_|HUGGING|TRANSFORMERS_|EMO_|(http|https|all|no)_proxy$)", re.IGNORECASE)
 _BEGIN, _END = "<!-- torture -->", "<!-- end of torture -->"
 
@@ -37,6 +39,8 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": hub.token,
         "HF_HOME": str(home),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "3",  # of one read: the rest is the library's own
+        "HF_HUB_ETAG_TIMEOUT": "3",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -47,21 +51,31 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
 
 def coroutines(place: Place, seconds: float, seed: int) -> Row:
     """Eight coroutines on one model."""
-    row = Row("eight coroutines, eight choices of experts", "`use_experts`, `generate`")
+    row = Row(
+        "eight coroutines, eight choices of experts",
+        "`use_experts`, exclusion, `generate`, pools, streams, threads, `swap_experts`, copies",
+    )
     code = f"TOY, SEED, SECONDS = {os.fspath(TOY)!r}, {seed}, {seconds}\n{CODE}"
     ended = place.worker.run(place.work, code=code)
     if ended.status:
-        row.note(f"an error: {(ended.said.strip().splitlines() or ['?'])[-1][:160]}", False)
+        row.note(f"an error: {ended.last}", False)
         return row
     facts = json.loads(ended.said.strip().splitlines()[-1])
-    row.outcomes["the answer of the request alone"] = facts["calls"] - facts["wrong"]
+    wrong = sum(facts["wrong"].values())
+    row.outcomes["the answer of the request alone"] = facts["calls"] - wrong
     row.good.add("the answer of the request alone")
-    if facts["wrong"]:
-        row.outcomes["ANOTHER ANSWER than alone"] = facts["wrong"]
+    for way, count in facts["wrong"].items():
+        row.outcomes[f"ANOTHER ANSWER than alone ({way})"] = count
+    for error in facts["errors"]:
+        print(error)
     if facts["masked for good"]:
         row.note("the model stays MASKED", False)
-    if facts["grown"] > 16 << 20:
-        row.note(f"memory GREW by {facts['grown'] >> 20} MB in {facts['rounds']} rounds", False)
+    grown = facts["grown"] / (1 << 20)
+    memory = f"{facts['memory'] >> 20} MB of memory, {grown:+.0f} MB from the second quarter to the last"
+    if grown > 16:
+        row.note(f"memory GREW: {memory}", False)
+    else:
+        row.remarks.append(memory)
     return row
 
 
@@ -84,6 +98,7 @@ def all_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
                 ("power", faults.power_cut, min(times, 2)),
                 ("sources", faults.rewritten, times),
                 ("disks", faults.full_disk, times),
+                ("disks", faults.failing_disk, times),
                 ("kills", faults.kills, times),
             ]
             for kind, fault, count in local:
@@ -92,6 +107,9 @@ def all_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
                         yield fault(job, place, count if job.seconds < 2 else max(3, count // 5))
             if "kills" in wanted and not arguments.jobs:
                 yield hubs.killed_pushes(hub, worker, place, times)
+            if "planted" in wanted:
+                for job in jobs:
+                    yield from faults.planted(job, place)
             if "runs" in wanted:
                 second = Worker(variables, folder / "second")
                 for job in jobs:
@@ -118,8 +136,35 @@ def table(rows: list[Row]) -> str:
             f"{'' if outcome in row.good else '**'}{count} {outcome}{'' if outcome in row.good else '**'}"
             for outcome, count in row.outcomes.most_common()
         ).replace("|", "\\|")
+        outcomes = "; ".join([outcomes, *row.remarks])
         lines.append(f"| {row.fault} | {row.what} | {row.tried} | {outcomes} |")
     return "\n".join(lines)
+
+
+def write(rows: list[Row], file: Path) -> None:
+    """Put a table into a file. Of the table that is there, rows about other faults and commands stay."""
+    before, begin, rest = file.read_text(encoding="utf-8").partition(_BEGIN)
+    old, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise SystemExit(f"{file} has no lines {_BEGIN} and {_END}: add them.")
+    lines = [line for line in old.splitlines() if line.startswith("| ") and not line.startswith("| fault |")]
+    found = {tuple(line.split(" | ")[:2]): line for line in lines}
+    for row in rows:
+        line = table([row]).splitlines()[-1]
+        found[tuple(line.split(" | ")[:2])] = line
+    tried = sum(int(line.split(" | ")[2]) for line in found.values())
+    text = "\n".join([*table([]).splitlines(), *found.values()])
+    said = f"{tried} tries, on {processor()}:"
+    file.write_text(f"{before}{begin}\n\n{said}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+def processor() -> str:
+    """What this machine computes with."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{os.cpu_count()} cores of an {line.partition(':')[2].strip()}"
+    return f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}"
 
 
 def main() -> int:
@@ -151,12 +196,7 @@ def main() -> int:
     summary = f"{tried} tries, {bad} not as they should be, in {(time.monotonic() - began) / 60:.0f} minutes."
     print(f"\n{table(rows)}\n\n{summary}")
     if arguments.write:
-        before, begin, rest = arguments.write.read_text(encoding="utf-8").partition(_BEGIN)
-        _, end, after = rest.partition(_END)
-        if not begin or not end:
-            raise SystemExit(f"{arguments.write} has no lines {_BEGIN} and {_END}: add them.")
-        text = f"{before}{begin}\n\n{summary}\n\n{table(rows)}\n\n{end}{after}"
-        arguments.write.write_text(text, encoding="utf-8")
+        write(rows, arguments.write)
     return int(bad > 0)
 
 

@@ -1,8 +1,10 @@
 """What goes wrong on this machine: kills, rewritten sources, full disks, power cuts."""
 
+import errno
 import os
 import random
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -27,12 +29,14 @@ class Row:
         what (`str`): with which command.
         outcomes (`Counter`): how often each outcome was seen.
         good (`set[str]`): the outcomes that are as they should be.
+        remarks (`list[str]`): what else was measured.
     """
 
     fault: str
     what: str
     outcomes: Counter = field(default_factory=Counter)
     good: set[str] = field(default_factory=set)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def tried(self) -> int:
@@ -75,16 +79,11 @@ class Place:
         """Call again after a fault; gives what is wrong then."""
         ended = self.worker.run(self.work, words=[*job.command(self.inputs), *job.again])
         if ended.status:
-            return f"the next call fails: {_last(ended)}"
+            return f"the next call fails: {ended.last}"
         if job.digest(self.out) != job.right:
             return "the next call leaves other bytes"
         left = sorted(path.name for path in self.work.iterdir() if path.name not in ("out", "said.txt"))
         return f"{left[0]} is left behind" if left else None
-
-
-def _last(ended: Ended) -> str:
-    lines = ended.said.strip().splitlines()
-    return lines[-1][:160] if lines else f"status {ended.status}"
 
 
 def kills(job: Job, place: Place, times: int) -> Row:
@@ -111,36 +110,56 @@ def kills(job: Job, place: Place, times: int) -> Row:
 
 
 def rewritten(job: Job, place: Place, times: int) -> Row:
-    """Put another model in the place of the source while the command reads it."""
+    """Put another model in the place of the source while the command reads it.
+
+    Files are replaced, or written to in place, or written to so that size and time stay the same.
+    """
     row = Row("source rewritten meanwhile", f"`emo {job.name}`")
     other = place.inputs / ("other-step" if job.source == "step" else "other")
     own = place.work.parent / "own-inputs"
     for number in range(times):
-        fresh(own)
-        for path in place.inputs.iterdir():
-            if path.name != job.source:
-                (own / path.name).symlink_to(path)
-        source = own / str(job.source)
-        shutil.copytree(place.inputs / str(job.source), source)
+        source = _own_inputs(job, place, own)
         shutil.copytree(other, own / "coming")
         fresh(place.work)
-        place.worker.start(place.work, words=job.command(own))
-        time.sleep(place.random.uniform(0, 0.9 * job.seconds))
-        in_place = number % 2 == 1
-        for path in sorted((own / "coming").rglob("*")):
+        pid = place.worker.start(place.work, words=job.command(own))
+        time.sleep(place.random.uniform(0, 0.8 * job.seconds))
+        paths = sorted((own / "coming").rglob("*"))
+        pause = place.random.uniform(0, 0.3 * job.seconds) / len(paths)
+        for path in paths:
+            time.sleep(pause)
             target = source / path.relative_to(own / "coming")
             if path.is_dir() or not target.exists():
                 continue
-            if in_place:
-                with open(target, "r+b") as stream:
-                    stream.write(path.read_bytes())
-                    stream.truncate()
-            else:
+            if number % 3 == 0:
                 path.replace(target)
+                continue
+            before = target.stat()
+            with open(target, "r+b") as stream:
+                stream.write(path.read_bytes())
+                stream.truncate()
+            if number % 3 == 2:
+                os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns))
+        was_faster = not os.path.exists(f"/proc/{pid}")
         ended = place.worker.end()
-        row.note(*_of_two(job, place, ended, own))
+        outcome, good = _of_two(job, place, ended, own)
+        # Begun and ended amid the rewriting: then the source did not change, but was a mix all the time.
+        if good or not was_faster:
+            row.note(outcome, good)
     shutil.rmtree(own, ignore_errors=True)
     return row
+
+
+def _own_inputs(job: Job, place: Place, own: Path) -> Path:
+    """Inputs with a source that may be changed, and links to all others."""
+    fresh(own)
+    for path in place.inputs.iterdir():
+        if path.name == "recipe.yaml":  # it names the folder
+            (own / path.name).write_text(path.read_text().replace(os.fspath(place.inputs), os.fspath(own)))
+        elif path.name != job.source:
+            (own / path.name).symlink_to(path)
+    source = own / str(job.source)
+    shutil.copytree(place.inputs / str(job.source), source)
+    return source
 
 
 _OTHERS: dict[str, dict[str, str]] = {}
@@ -148,7 +167,7 @@ _OTHERS: dict[str, dict[str, str]] = {}
 
 def _of_two(job: Job, place: Place, ended: Ended, own: Path) -> tuple[str, bool]:
     if ended.status:
-        if place.out.exists():
+        if place.is_half(job):
             return "an error, and something under the final name", False
         return (f"an error, but {ended.error}", False) if ended.error else ("refused, nothing is left", True)
     found = job.digest(place.out)
@@ -162,6 +181,125 @@ def _of_two(job: Job, place: Place, ended: Ended, own: Path) -> tuple[str, bool]
     if found == _OTHERS[job.name]:
         return "made of the second source alone", True
     return "MIXED of two models, status 0", False
+
+
+def planted(job: Job, place: Place) -> Iterator[Row]:
+    """What others may have put where the command reads or writes."""
+    out, partial = place.work / "out", place.work / ".out.partial"
+    precious = place.work.parent / "precious"
+
+    def no_folder(path: Path) -> None:
+        path.symlink_to(precious)
+
+    def writable(path: Path) -> None:
+        path.mkdir()
+        (path / "model.safetensors").write_text("planted")
+        path.chmod(0o777)
+
+    row = Row("planted where the result is made", f"`emo {job.name}`")
+    for plant in (no_folder, writable) if not job.grows and job.name != "select" else ():
+        for path in (partial, out):
+            fresh(place.work)
+            fresh(precious)
+            (precious / "file").write_text("keep me")
+            plant(path)
+            before = _everything(place.work) | _everything(precious)
+            ended = _within_a_minute(place, job.command(place.inputs))
+            if ended.status == 0:
+                row.note("TAKEN, status 0", False)
+            elif _everything(place.work) | _everything(precious) != before:
+                row.note("an error, and what was planted is changed", False)
+            else:
+                row.note(ended.error or "refused in one line, and left as it is", not ended.error)
+    if row.tried:
+        yield row
+    own = place.work.parent / "own-inputs"
+    pipes = Row("a pipe in place of a file of the source", f"`emo {job.name}`")
+    links = Row("a link out of the source, to a file of the user", f"`emo {job.name}`")
+    for fault, names in ((pipes, _files_of(place.inputs / str(job.source))), (links, ["README.md", "NOTES"])):
+        for name in names:
+            source = _own_inputs(job, place, own)
+            secret = place.work.parent / "secret"
+            secret.write_text("SECRET of the user")
+            (source / name).unlink(missing_ok=True)
+            if fault is pipes:
+                os.mkfifo(source / name)
+            else:
+                (source / name).symlink_to(secret)
+            fresh(place.work)
+            ended = _within_a_minute(place, job.command(own))
+            copied = [path for path in _everything(place.work).values() if b"SECRET" in path]
+            if ended.status == -signal.SIGKILL:
+                fault.note(f"HANGS ({name})", False)
+            elif copied:
+                fault.note(f"COPIED ({name})", False)
+            elif ended.status == 0:
+                fault.note("left out, and the result is that of the other files", True)
+            elif place.is_half(job):
+                fault.note("an error, and something under the final name", False)
+            else:
+                fault.note(ended.error or "refused in one line", not ended.error)
+        yield fault
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def _files_of(source: Path) -> list[str]:
+    """One file of each kind."""
+    found: dict[str, str] = {}
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            kind = path.suffix if path.suffix in (".safetensors", ".distcp") else path.name
+            found.setdefault(kind, os.path.relpath(path, source))
+    return list(found.values())
+
+
+def _everything(folder: Path) -> dict[str, bytes]:
+    """What a folder holds; links are not followed."""
+    return {
+        os.fspath(path): b"-> " + os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def _within_a_minute(place: Place, words: list[str]) -> Ended:
+    pid = place.worker.start(place.work, words=words)
+    timer = threading.Timer(60, kill, [pid])
+    timer.start()
+    ended = place.worker.end()
+    timer.cancel()
+    return ended
+
+
+def failing_disk(job: Job, place: Place, times: int) -> Row:
+    """A disk that fails or is full at the very moment when a file is brought to it, or gets its name."""
+    row = Row("disk fails at `fsync` or rename (EIO, ENOSPC)", f"`emo {job.name}`")
+    fresh(place.work)
+    names = ["out/" + name for name in job.right] if job.grows else ["out"]
+    place.worker.must(place.work, words=job.command(place.inputs), durable=names)
+    calls = place.worker.calls_that_can_fail(place.work)
+    for number in range(times):
+        fresh(place.work)
+        # The last ones are those with which the result gets its name.
+        which = calls - number // 2 if number % 2 else place.random.randint(1, calls)
+        fails = [max(1, which), (errno.EIO, errno.ENOSPC)[number % 4 // 2]]
+        ended = place.worker.run(place.work, words=job.command(place.inputs), fails=fails)
+        wrong = None
+        if ended.status and job.digest(place.out) == job.right and not job.grows:
+            # It has its name, and the folder that holds the name could not be brought to the disk.
+            wrong = ended.error
+            row.note(wrong or "one line; the result is whole, and may not survive a power cut", not wrong)
+            continue
+        wrong = _judge(job, place, ended)
+        if wrong is None and ended.status:
+            wrong = place.go_on(job)
+        if wrong is not None:
+            row.note(wrong, False)
+        elif ended.status:
+            row.note("one line, nothing half there; the next call is right", True)
+        else:
+            row.note("right: the file did not matter", True)
+    return row
 
 
 @contextmanager
@@ -187,13 +325,13 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 def full_disk(job: Job, place: Place, times: int) -> Row:
     """Disks that are too small, that others fill meanwhile, and limits on the size of a file."""
     row = Row("disk full", f"`emo {job.name}`")
-    needed = sum(path.stat().st_size for path in place.inputs.rglob("*") if path.is_file())
     for number in range(times):
         fresh(place.work)
         largest = _largest(job, place)
+        small = job.spare + place.random.randint(1, max(2, largest // 4096)) * 4096
         ways: list[Callable[[], tuple[Ended, str | None]]] = [
-            lambda: _too_small(job, place, place.random.randint(1, max(2, largest // 4096)) * 4096),  # noqa: B023 (called at once)
-            lambda: _filled(job, place, needed * 2),
+            lambda: _too_small(job, place, small),  # noqa: B023 (called at once)
+            lambda: _filled(job, place, 160 << 20),
             lambda: _limited(job, place, place.random.randint(1, max(2, largest - 1))),  # noqa: B023
         ]
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -25,23 +26,31 @@ class Ended:
 
     Args:
         status (`int`): its exit status; below 0 the signal that killed it.
-        said (`str`): what it wrote to stdout and stderr.
+        said (`str`): what it wrote to stdout.
+        told (`str`): what it wrote to stderr.
         seconds (`float`): how long it ran.
     """
 
     status: int
     said: str
+    told: str
     seconds: float
 
     @property
     def error(self) -> str | None:
         """What is wrong with how it failed: an error is told in one line, at the end, without a traceback."""
-        lines = self.said.strip().splitlines()
-        if "Traceback (most recent call last)" in self.said:
+        lines = self.told.strip().splitlines()
+        if "Traceback (most recent call last)" in self.told:
             return f"a traceback: {lines[-1][:150]}"
         if not lines or not lines[-1].startswith("emo "):
-            return "no line that says what is wrong"
+            return f"no line that says what is wrong (status {self.status}): {self.last}"
         return None
+
+    @property
+    def last(self) -> str:
+        """The last line that it told, shortened."""
+        lines = (self.told.strip() or self.said.strip()).splitlines()
+        return lines[-1][:160] if lines else f"status {self.status}"
 
 
 class Worker:
@@ -79,13 +88,16 @@ class Worker:
 
         Args:
             work (`Path`): its working directory.
-            wanted: `words` (`list[str]`) or `code` (`str`), and for a limit on the size of files `file_size`.
+            wanted: `words` (`list[str]`) or `code` (`str`). For a limit on the size of files `file_size`. To
+                have the system fail `fails`: the number of a call that brings a file to the disk or renames
+                it, from 1, and the number of the error.
 
         Returns:
             `int`: the number of its process, which leads a group of its own.
         """
         assert self._process.stdin is not None
-        wanted |= {"cwd": os.fspath(work), "file": os.fspath(self.folder / "said.txt")}
+        files = [os.fspath(self.folder / name) for name in ("said.txt", "told.txt")]
+        wanted |= {"cwd": os.fspath(work), "files": files}
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
         self._began = time.monotonic()
@@ -95,7 +107,8 @@ class Worker:
         """Wait for the command that was started."""
         status = self._read("status")
         seconds = time.monotonic() - self._began
-        return Ended(status, (self.folder / "said.txt").read_text(errors="replace"), seconds)
+        texts = [(self.folder / name).read_text(errors="replace") for name in ("said.txt", "told.txt")]
+        return Ended(status, *texts, seconds)
 
     def run(self, work: Path, **wanted: Any) -> Ended:
         """Run a command to its end; the arguments are those of `start`."""
@@ -110,12 +123,16 @@ class Worker:
         """
         ended = self.run(work, **wanted)
         if ended.status:
-            raise RuntimeError(f"{wanted} ended with {ended.status}: {ended.said}")
+            raise RuntimeError(f"{wanted} ended with {ended.status}: {ended.said}{ended.told}")
         return ended
 
     def not_durable(self, work: Path) -> list[str]:
         """What a power cut would have taken, after `run(..., durable=names)`."""
-        return json.loads((work / _DURABILITY).read_text())
+        return json.loads((work / _DURABILITY).read_text())["lost"]
+
+    def calls_that_can_fail(self, work: Path) -> int:
+        """How many files were brought to the disk or renamed, after `run(..., durable=names)`."""
+        return json.loads((work / _DURABILITY).read_text())["calls"]
 
     def close(self) -> None:
         """End the process."""
@@ -134,27 +151,42 @@ def kill(pid: int) -> None:
 class Durability:
     """Which files and folders have reached the disk: those that were synced after their last change.
 
+    A folder has a name on the disk if it was synced when it had that name.
+
     Args:
         names (`list[str]`): what a command promises to have written when it ends.
+        fails (`tuple[int, int]`, *optional*): which call to let fail, counted from 1, and its error.
     """
 
-    def __init__(self, names: list[str]):
+    def __init__(self, names: list[str], fails: tuple[int, int] | None = None):
         self.paths = [Path(name).absolute() for name in names]
+        self.top = Path.cwd()
         self.synced: dict[tuple[int, int], int] = {}
+        self.names: dict[tuple[int, int], set[tuple[str, int]]] = {}
         self.early: list[str] = []
-        for name in ("fsync", "fdatasync"):
-            setattr(os, name, self._watched(getattr(os, name)))
+        self.calls, self._fails = 0, fails
+        for name in ("fsync", "fdatasync", "replace", "rename"):
+            setattr(os, name, self._watched(getattr(os, name), name))
         sys.addaudithook(self._event)
 
-    def _watched(self, function: Any) -> Any:
-        def sync(file: Any) -> None:
-            function(file)
-            self._note(os.fstat(file if isinstance(file, int) else file.fileno()))
+    def _watched(self, function: Any, name: str) -> Any:
+        def call(first: Any, *others: Any, **options: Any) -> None:
+            self.calls += 1
+            if self._fails is not None and self.calls == self._fails[0]:
+                raise OSError(self._fails[1], os.strerror(self._fails[1]))
+            function(first, *others, **options)
+            if name in ("fsync", "fdatasync"):
+                self._note(first if isinstance(first, int) else first.fileno())
 
-        return sync
+        return call
 
-    def _note(self, status: os.stat_result) -> None:
-        self.synced[status.st_dev, status.st_ino] = status.st_mtime_ns
+    def _note(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        place = status.st_dev, status.st_ino
+        self.synced[place] = status.st_mtime_ns
+        if stat.S_ISDIR(status.st_mode):
+            with os.scandir(descriptor) as entries:
+                self.names[place] = {(entry.name, entry.inode()) for entry in entries}
 
     def _event(self, event: str, arguments: tuple) -> None:
         """A result gets its name only when its files are on the disk. Systems may reorder the two."""
@@ -168,17 +200,25 @@ class Durability:
 
     def _is_synced(self, path: Path) -> bool:
         status = path.lstat()
-        return self.synced.get((status.st_dev, status.st_ino), -1) >= status.st_mtime_ns
+        place = status.st_dev, status.st_ino
+        if path.is_dir():
+            inside = {(each.name, each.lstat().st_ino) for each in path.iterdir()}
+            return inside <= self.names.get(place, set()) and place in self.synced
+        return self.synced.get(place, -1) >= status.st_mtime_ns
+
+    def _has_name(self, path: Path) -> bool:
+        status = path.parent.stat()
+        names = self.names.get((status.st_dev, status.st_ino), set())
+        return (path.name, path.lstat().st_ino) in names
 
     def report(self) -> list[str]:
         """What is wrong, a line each."""
         lost = [f"{path.name} was not synced" for whole in self.paths for path in self._lost(whole)]
-        parents = {path.parent for path in self.paths}
-        lost += [
-            f"the folder of {self.paths[0].name} was not synced"
-            for each in parents
-            if not self._is_synced(each)
-        ]
+        for path in self.paths:
+            while path != self.top:
+                if not self._has_name(path):
+                    lost.append(f"the name of {path.name} was not synced")
+                path = path.parent
         return sorted({*self.early, *lost})
 
 
@@ -218,32 +258,33 @@ def _answer(**facts: Any) -> None:
 def _be(
     cli: Any,
     cwd: str,
-    file: str,
+    files: list[str],
     words: list[str] | None = None,
     code: str = "",
     file_size: int | None = None,
     durable: list[str] | None = None,
+    fails: tuple[int, int] | None = None,
 ) -> None:
     """Be the command, and end."""
     with suppress(PermissionError):
         os.setpgid(0, 0)
-    said = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said), (2, said)):
+    targets = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in files]
+    for number, target in enumerate([os.open(os.devnull, os.O_RDONLY), *targets]):
         os.dup2(target, number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     os.chdir(cwd)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    watch = Durability(durable) if durable else None
+    watch = Durability(durable or [], fails) if durable or fails else None
     try:
         if words is None:
             exec(compile(code, "<torture>", "exec"), {"__name__": "__main__"})
             status = 0
         else:
             status = cli.main(words)
-        if watch is not None:
+        if watch is not None and durable:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-            Path(cwd, _DURABILITY).write_text(json.dumps(watch.report()))
+            Path(cwd, _DURABILITY).write_text(json.dumps({"lost": watch.report(), "calls": watch.calls}))
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:

@@ -43,7 +43,7 @@ model.save_pretrained("tuned")
 _RECIPE = """
 recipe: pretrain
 output_dir: out
-model: {{path: {inputs}/model, from_scratch: true, config: {{document_pool_min: 3, document_pool_max: 15}}}}
+model: {{path: {inputs}/model, config: {{document_pool_min: 3, document_pool_max: 15}}}}
 data: {{load: {{path: json, data_files: {inputs}/rows.jsonl, split: train}}, ids: ids, window: 16}}
 training:
   {{max_steps: 4, warmup_steps: 1, windows_per_step: 4, save_steps: 2, logging_steps: 1, use_cpu: true,
@@ -75,6 +75,14 @@ def tables(out: Path) -> Digest:
     return {name: digest for name, digest in tree(out).items() if name in ("retention.csv", "claims.json")}
 
 
+def choice(out: Path) -> Digest:
+    """What `emo select` chose; the file also names the folder that it was chosen of."""
+    if not out.exists():
+        return {}
+    said = json.loads(out.read_text())
+    return {name: repr(value) for name, value in said.items() if name != "source"}
+
+
 @dataclass
 class Job:
     """A command that writes.
@@ -86,6 +94,7 @@ class Job:
         again (`list[str]`, *optional*): words to add so that it goes on.
         digest (`Callable`): what has to be there in the end, of `out`.
         grows (`bool`, defaults to `False`): it writes into `out` itself, and not beside it.
+        spare (`int`, defaults to 0): how many bytes of the disk it wants to stay free.
     """
 
     name: str
@@ -94,6 +103,7 @@ class Job:
     again: list[str] = field(default_factory=list)
     digest: Callable[[Path], Digest] = tree
     grows: bool = False
+    spare: int = 0
     right: Digest = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -167,8 +177,13 @@ def make_inputs(worker: Worker, inputs: Path) -> list[Job]:
         Job("convert hf-to-olmo-core", [*convert, "hf-to-olmo-core", model, "out"], "model"),
         Job("convert olmo-core-to-hf", [*convert, "olmo-core-to-hf", "{}/step", "out"], "step"),
         Job("convert upgrade", [*convert, "upgrade", model, "out"], "model"),
-        Job("shard", ["shard", model, "out"], "model"),
-        Job("select", ["select", model, "out", "--data", "{}/texts.jsonl", "--experts", "8"], "model"),
+        Job("shard", ["shard", model, "out"], "model", spare=64 << 20),
+        Job(
+            "select",
+            ["select", model, "out", "--data", "{}/texts.jsonl", "--experts", "8"],
+            "model",
+            digest=choice,
+        ),
         Job(
             "retention",
             [
@@ -183,8 +198,11 @@ def make_inputs(worker: Worker, inputs: Path) -> list[Job]:
                 "--no-topics",
             ]
             + ["--out", "out"],
+            "model",
             digest=tables,
             grows=True,
         ),
-        Job("train", ["train", "{}/recipe.yaml"], again=["--resume"], digest=model_files, grows=True),
+        Job(
+            "train", ["train", "{}/recipe.yaml"], "model", again=["--resume"], digest=model_files, grows=True
+        ),
     ]

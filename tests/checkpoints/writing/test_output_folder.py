@@ -5,7 +5,7 @@ import fcntl
 
 import pytest
 from transformers_emo.checkpoints import CheckpointError
-from transformers_emo.checkpoints.writing import output_folder
+from transformers_emo.checkpoints.writing import durable_files, output_folder
 from transformers_emo.checkpoints.writing.output_folder import new_folder
 
 
@@ -164,3 +164,20 @@ def test_a_file_system_that_cannot_lock_is_written_to_without_a_lock(tmp_path, m
     with new_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert (tmp_path / "out" / "file").exists()
+
+
+def test_a_folder_whose_name_did_not_reach_the_disk_is_said_to_be_whole(monkeypatch, tmp_path):
+    def fail(folder):
+        if (tmp_path / "out").exists():
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(durable_files, "sync_folder", fail)
+    with (
+        pytest.raises(
+            OSError, match=r"out is whole, but bringing its name to the disk failed: .*Input"
+        ) as told,
+        new_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+    assert told.value.errno == errno.EIO
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "config.json"]
