@@ -1,9 +1,11 @@
-"""EMO in vLLM. vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`.
+"""EMO in vLLM. vLLM calls `register` in each of its processes, through the entry point
+`vllm.general_plugins`.
 
-This package imports nothing of `transformers-emo`: the two need other versions of Transformers at times. Both can
-be installed in one environment while their ranges overlap.
+This package imports nothing of `transformers-emo`: the two need other versions of Transformers at times. Both
+can be installed in one environment while their ranges overlap.
 """
 
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 TESTED = ("0.32.0",)
@@ -35,10 +37,9 @@ def register() -> None:
     from .weights import register_loader
 
     for config in (EmoConfig, LegacyEmoConfig):
-        try:
+        # Known already: from an earlier call, or from transformers-emo in this process.
+        with suppress(ValueError):
             AutoConfig.register(config.model_type, config)
-        except ValueError:  # known already: from an earlier call, or from transformers-emo in this process
-            pass
     for name in ARCHITECTURES:
         # A text, and not the class: vLLM reads the class's properties in a process of its own.
         ModelRegistry.register_model(name, "transformers_emo_vllm.model:EmoForCausalLM")

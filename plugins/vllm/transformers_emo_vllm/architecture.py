@@ -1,4 +1,5 @@
-"""What an EMO is made of, read from the attributes of its config, and what of it vLLM cannot compute exactly."""
+"""What an EMO is made of, read from the attributes of its config, and what of it vLLM cannot compute
+exactly."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def layers_of(config: Any) -> list[Layer]:
     always = config.always_active_experts_per_layer or [config.always_active_experts] * number
     if not len(experts) == len(shared) == len(always) == number:
         raise UnsupportedModelError(
-            f"The config has {number} layers, and lists of {len(experts)} numbers of experts, {len(shared)} of shared "
+            f"The config has {number} layers, and lists of {len(experts)} numbers of experts, {len(shared)} "
+            "of shared "
             f"and {len(always)} of always-active ones: give one entry a layer."
         )
     layers = [
@@ -109,10 +111,13 @@ def layers_of(config: Any) -> list[Layer]:
                 f"{layer.top_k}: correct the config."
             )
         if layer.is_dense and not config.dense_intermediate_size:
-            raise UnsupportedModelError(f"Layer {index} is dense: set `dense_intermediate_size` to its width.")
+            raise UnsupportedModelError(
+                f"Layer {index} is dense: set `dense_intermediate_size` to its width."
+            )
         if config.norm_topk_prob and taken:
             raise UnsupportedModelError(
-                f"`norm_topk_prob` is not defined with experts that every token takes (layer {index}): set it to false."
+                f"`norm_topk_prob` is not defined with experts that every token takes (layer {index}): set "
+                "it to false."
             )
     return layers
 
@@ -147,18 +152,21 @@ def check_exact(config: Any) -> None:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if width * config.num_attention_heads != config.hidden_size:
         raise UnsupportedModelError(
-            f"{config.num_attention_heads} heads of width {width} do not make the hidden size {config.hidden_size}: "
+            f"{config.num_attention_heads} heads of width {width} do not make the hidden size "
+            f"{config.hidden_size}: "
             "such models were not tested in vLLM."
         )
     kind = rope_of(config).get("rope_type", "default")
     if kind not in EXACT_ROPE:
         raise UnsupportedModelError(
-            f"The rotary embedding is of kind {kind!r}; only {', '.join(EXACT_ROPE)} were found equal in vLLM and "
+            f"The rotary embedding is of kind {kind!r}; only {', '.join(EXACT_ROPE)} were found equal in "
+            "vLLM and "
             "Transformers. Run the model with transformers-emo."
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(
-            "The weights are quantised. Only plain ones were tested in vLLM: serve the model they were made from."
+            "The weights are quantised. Only plain ones were tested in vLLM: serve the model they were made "
+            "from."
         )
 
 

@@ -1,6 +1,7 @@
 """Which experts a server or a request may use: subsets from files, and experts to leave out.
 
-A subset file holds ids in the numbering of the full model (`retained_experts` says which of them a model holds).
+A subset file holds ids in the numbering of the full model (`retained_experts` says which of them a model
+    holds).
 The rules are those of `ExpertSubset` in `transformers-emo`.
 """
 
@@ -42,8 +43,8 @@ class Held:
 
     Args:
         layers (`tuple[Layer, ...]`): its layers.
-        present (`tuple[tuple[int, ...], ...]`): for each layer the ids of its experts in the full model, in the
-            model's order; none for a dense layer.
+        present (`tuple[tuple[int, ...], ...]`): for each layer the ids of its experts in the full model, in
+            the model's order; none for a dense layer.
         root_sizes (`tuple[int, ...]`): how many experts each layer of the full model has.
 
     Example:
@@ -120,7 +121,9 @@ def read_subset(path: str | Path) -> Subset:
             raise ExpertChoiceError(f"{path} is larger than {_LARGEST} bytes: it is no expert subset.")
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ExpertChoiceError(f"Cannot read the expert subset {path}: {error.strerror or error}.") from error
+        raise ExpertChoiceError(
+            f"Cannot read the expert subset {path}: {error.strerror or error}."
+        ) from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, ExpertChoiceError):
             raise
@@ -172,10 +175,13 @@ def checked_ids(experts: Any, what: str) -> tuple[tuple[int, ...] | None, ...]:
             checked.append(None)
             continue
         listed = isinstance(ids, Sequence) and not isinstance(ids, str | bytes)
-        wrong = [e for e in ids if isinstance(e, bool) or not isinstance(e, int) or e < 0] if listed else [ids]
+        wrong = (
+            [e for e in ids if isinstance(e, bool) or not isinstance(e, int) or e < 0] if listed else [ids]
+        )
         if wrong or len(set(ids)) != len(ids):
             raise ExpertChoiceError(
-                f"{what}: layer {index} has {_short(wrong[0] if wrong else ids)}, expected different ids from 0."
+                f"{what}: layer {index} has {_short(wrong[0] if wrong else ids)}, expected different ids "
+                "from 0."
             )
         checked.append(tuple(sorted(ids)))
     return tuple(checked)
@@ -190,7 +196,8 @@ def fitted(subset: Subset, held: Held, what: str) -> tuple[tuple[int, ...] | Non
         what (`str`): the subset's name, for the error.
 
     Raises:
-        ExpertChoiceError: if it was made for another model, keeps what the model does not hold, keeps no routed
+        ExpertChoiceError: if it was made for another model, keeps what the model does not hold, keeps no
+        routed
             expert of a layer, or drops one that every token uses without saying `drop_shared`.
 
     Example:
@@ -207,13 +214,18 @@ def fitted(subset: Subset, held: Held, what: str) -> tuple[tuple[int, ...] | Non
     if len(subset.experts) != len(held.layers) or subset.root_sizes not in (None, held.root_sizes):
         raise ExpertChoiceError(
             f"{what} was made for another model: it has {len(subset.experts)} layers with "
-            f"{_short(subset.root_sizes)} experts, and this model {len(held.layers)} with {_short(held.root_sizes)}."
+            f"{_short(subset.root_sizes)} experts, and this model {len(held.layers)} with "
+            f"{_short(held.root_sizes)}."
         )
     result: list[tuple[int, ...] | None] = []
-    for index, (ids, layer, present) in enumerate(zip(subset.experts, held.layers, held.present, strict=True)):
+    for index, (ids, layer, present) in enumerate(
+        zip(subset.experts, held.layers, held.present, strict=True)
+    ):
         if layer.is_dense:
             if ids:
-                raise ExpertChoiceError(f"{what} keeps experts {_short(ids)} of layer {index}, which is dense.")
+                raise ExpertChoiceError(
+                    f"{what} keeps experts {_short(ids)} of layer {index}, which is dense."
+                )
             result.append(None)
             continue
         ids = ids or ()
@@ -225,12 +237,14 @@ def fitted(subset: Subset, held: Held, what: str) -> tuple[tuple[int, ...] | Non
         if outside:
             raise ExpertChoiceError(
                 f"{what} keeps expert {outside[0]} of layer {index}, which this model does not hold: it has "
-                f"{len(present)} of {held.root_sizes[index]}. Serve the full model, or give a subset of this one."
+                f"{len(present)} of {held.root_sizes[index]}. Serve the full model, or give a subset of this "
+                "one."
             )
         protected = held.protected(index)
         if protected - set(ids) and not subset.drop_shared:
             raise ExpertChoiceError(
-                f"{what} drops expert {min(protected - set(ids))} of layer {index}, which every token uses: add it."
+                f"{what} drops expert {min(protected - set(ids))} of layer {index}, which every token uses: "
+                "add it."
             )
         if not set(ids) - protected:
             raise ExpertChoiceError(f"{what} keeps no routed expert of layer {index}: keep at least one.")
@@ -242,13 +256,14 @@ def excluded(value: Any, held: Held, find: Any) -> list[set[int]]:
     """The experts to leave out in each layer, in the numbering of the full model.
 
     Args:
-        value: the name of a subset, whose routed experts are left out; ids by layer, as an object or as its JSON
-            text, `{"0": [3, 5]}`; or one list of ids a layer.
+        value: the name of a subset, whose routed experts are left out; ids by layer, as an object or as its
+            JSON text, `{"0": [3, 5]}`; or one list of ids a layer.
         held (`Held`): what the model holds.
         find (`Callable`): from a name to its `Subset`.
 
     Raises:
-        ExpertChoiceError: if it is none of these, names a layer or an expert that the model does not have, or one
+        ExpertChoiceError: if it is none of these, names a layer or an expert that the model does not have, or
+        one
             that every token uses.
 
     Example:
@@ -268,7 +283,9 @@ def excluded(value: Any, held: Held, find: Any) -> list[set[int]]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ExpertChoiceError(f"`exclude_experts` is {_short(value)}, which is no JSON: {error}.") from error
+            raise ExpertChoiceError(
+                f"`exclude_experts` is {_short(value)}, which is no JSON: {error}."
+            ) from error
     if isinstance(value, str):
         subset = find(value)
         if len(subset.experts) != number or subset.root_sizes not in (None, held.root_sizes):
@@ -276,13 +293,16 @@ def excluded(value: Any, held: Held, find: Any) -> list[set[int]]:
         is_subset, value = True, list(subset.experts)
         if subset.local_ids:
             raise ExpertChoiceError(
-                "The subset to leave out numbers the experts of the model it was made from. Save it anew with "
+                "The subset to leave out numbers the experts of the model it was made from. Save it anew "
+                "with "
                 "`emo select`, which numbers those of the full model."
             )
     if isinstance(value, Mapping):
         wrong = [k for k in value if not str(k).isdecimal() or int(k) >= number]
         if wrong:
-            raise ExpertChoiceError(f"`exclude_experts` names layer {_short(wrong[0])}, expected 0 to {number - 1}.")
+            raise ExpertChoiceError(
+                f"`exclude_experts` names layer {_short(wrong[0])}, expected 0 to {number - 1}."
+            )
         by_layer = {int(k): ids for k, ids in value.items()}
         value = [by_layer.get(index) for index in range(number)]
     ids_by_layer = checked_ids(value, "`exclude_experts`")
@@ -299,7 +319,8 @@ def excluded(value: Any, held: Held, find: Any) -> list[set[int]]:
         protected = held.protected(index)
         if not is_subset and protected & set(ids or ()):
             raise ExpertChoiceError(
-                f"`exclude_experts` names expert {min(protected & set(ids or ()))} of layer {index}, which every "
+                f"`exclude_experts` names expert {min(protected & set(ids or ()))} of layer {index}, which "
+                "every "
                 "token uses: leave it out of the list."
             )
         result.append(set(ids or ()) - protected)

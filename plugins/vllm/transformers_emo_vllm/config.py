@@ -1,7 +1,7 @@
 """The config of an EMO as Transformers reads it for vLLM.
 
-Every key of `config.json` becomes an attribute. What they mean for the network stands in `architecture.py`, which
-also takes the config of `transformers-emo`, where that is imported in the same process.
+Every key of `config.json` becomes an attribute. What they mean for the network stands in `architecture.py`,
+which also takes the config of `transformers-emo`, where that is imported in the same process.
 """
 
 from typing import Any
@@ -13,9 +13,11 @@ class EmoConfig(PreTrainedConfig):
     """The released `config.json` of EMO; the defaults are those of `allenai/Emo_1b14b_1T`.
 
     Args:
-        expert_subset (`str`, *optional*): a name in the model's `subsets/`, or a file. Only these experts are read.
-            Given at the start: `--hf-overrides '{"expert_subset": "coq"}'`.
+        expert_subset (`str`, *optional*): a name in the model's `subsets/`, or a file. Only these experts are
+            read. Given at the start: `--hf-overrides '{"expert_subset": "coq"}'`.
         exclude_experts (*optional*): experts that are not read: a name or file, or ids by layer.
+        usage_file (`str`, *optional*): where the server writes which experts its requests use; see
+            `usage.py`.
         kwargs: the other keys of `config.json`.
 
     Example:
@@ -60,6 +62,7 @@ class EmoConfig(PreTrainedConfig):
     root_experts_per_layer: list[int] | None = None
     expert_subset: Any = None
     exclude_experts: Any = None
+    usage_file: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:

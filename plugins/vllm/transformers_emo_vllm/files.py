@@ -1,4 +1,5 @@
-"""A model's files: a folder, or a repository of the Hub, of which only the files that are needed are fetched."""
+"""A model's files: a folder, or a repository of the Hub, of which only the files that are needed are
+fetched."""
 
 from __future__ import annotations
 
@@ -81,7 +82,10 @@ class ModelFiles:
 
             try:
                 whole = snapshot_download(
-                    self.place, revision=self.revision, cache_dir=self.cache, allow_patterns=f"{LIBRARY}/*.json"
+                    self.place,
+                    revision=self.revision,
+                    cache_dir=self.cache,
+                    allow_patterns=f"{LIBRARY}/*.json",
                 )
             except OSError:  # offline, and not in the cache
                 return {}
@@ -106,7 +110,8 @@ class ModelFiles:
         """For each tensor the file that it is in.
 
         Raises:
-            WeightsError: if the model has no safetensors files, or its index is damaged or names files elsewhere.
+            WeightsError: if the model has no safetensors files, or its index is damaged or names files
+            elsewhere.
         """
         index = self.find(INDEX)
         if index is None:
@@ -157,7 +162,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         self.bytes_read = 0
-        self._file = open(path, "rb", buffering=0)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
         size = os.fstat(self._file.fileno()).st_size
         (length,) = struct.unpack("<Q", self._bytes(0, 8)) if size >= 8 else (1 << 62,)
         if length > min(size - 8, _LARGEST_HEADER):
@@ -172,7 +177,11 @@ class TensorFile:
     @staticmethod
     def _entry(entry: dict, data: int, size: int) -> tuple[torch.dtype | str, tuple[int, ...], int, int]:
         shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or data + end > size or end < start:
+        if (
+            not all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            or data + end > size
+            or end < start
+        ):
             raise ValueError(f"shape {shape} and bytes {start} to {end} do not fit a file of {size} bytes")
         dtype = _DTYPES.get(entry["dtype"], entry["dtype"])
         if isinstance(dtype, torch.dtype) and end - start != math.prod(shape) * dtype.itemsize:
@@ -199,12 +208,15 @@ class TensorFile:
         dtype, shape, start, end = self.tensors[name]
         if not isinstance(dtype, torch.dtype):
             raise WeightsError(
-                f"{name} in {self.path} is of type {dtype}, expected one of {', '.join(_DTYPES)}: quantised weights "
+                f"{name} in {self.path} is of type {dtype}, expected one of {', '.join(_DTYPES)}: quantised "
+                "weights "
                 "are not served."
             )
         if first is not None and last is not None:
             if not shape or not 0 <= first <= last <= shape[0]:
-                raise WeightsError(f"{name} in {self.path} has the shape {shape}: there are no rows {first} to {last}.")
+                raise WeightsError(
+                    f"{name} in {self.path} has the shape {shape}: there are no rows {first} to {last}."
+                )
             row = math.prod(shape[1:]) * dtype.itemsize
             start, end, shape = start + first * row, start + last * row, (last - first, *shape[1:])
         if start == end:
@@ -249,4 +261,6 @@ def subset_of(value: object, files: ModelFiles) -> Subset:
         )
     if isinstance(value, Sequence):
         return Subset(checked_ids(value, "`expert_subset`"))
-    raise ExpertChoiceError(f"`expert_subset` is {value!r:.80}, expected the name of a subset, a file or its data.")
+    raise ExpertChoiceError(
+        f"`expert_subset` is {value!r:.80}, expected the name of a subset, a file or its data."
+    )

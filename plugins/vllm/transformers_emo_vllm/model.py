@@ -1,7 +1,8 @@
 """The EMO network of vLLM's layers.
 
-What a token computes is what `transformers-emo` computes. Shared experts are experts like the others here, which
-the router gives to every token: so no part of vLLM has to know that there are any, and none can lose them.
+What a token computes is what `transformers-emo` computes. Shared experts are experts like the others here,
+which the router gives to every token: so no part of vLLM has to know that there are any, and none can lose
+them.
 
 Shape suffixes: T tokens of the batch, D hidden size, E experts of the layer.
 """
@@ -31,7 +32,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from .architecture import Layer, layers_of, rope_of
-from .routing import restrict_to_pools, route, rows_of
+from .routing import first_tokens, restrict_to_pools, route, rows_of
+from .usage import count_usage, usage_of
 
 
 class EmoAttention(nn.Module):
@@ -42,7 +44,12 @@ class EmoAttention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         width = config.hidden_size // heads
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, width, heads, kv_heads, bias=config.attention_bias, prefix=f"{prefix}.qkv_proj"
+            config.hidden_size,
+            width,
+            heads,
+            kv_heads,
+            bias=config.attention_bias,
+            prefix=f"{prefix}.qkv_proj",
         )
         self.o_proj = RowParallelLinear(
             heads * width, config.hidden_size, bias=config.attention_bias, prefix=f"{prefix}.o_proj"
@@ -95,7 +102,9 @@ class EmoExpertBlock(nn.Module):
         super().__init__()
         self.layer, self.index = layer, index
         self.normalise = bool(config.norm_topk_prob)
-        self.gate = ReplicatedLinear(config.hidden_size, layer.num_experts, bias=False, prefix=f"{prefix}.gate")
+        self.gate = ReplicatedLinear(
+            config.hidden_size, layer.num_experts, bias=False, prefix=f"{prefix}.gate"
+        )
         self.experts = FusedMoEFactory(
             num_experts=layer.num_experts,
             top_k=layer.top_k,
@@ -113,6 +122,11 @@ class EmoExpertBlock(nn.Module):
             # Buffers: compiled code reads them anew in each forward.
             self.register_buffer("row_T", rows.row_T, persistent=False)
             self.register_buffer("allowed_NE", rows.allowed[index], persistent=False)
+        usage = usage_of(vllm_config, self.gate.weight.device)
+        self.counts_usage = usage is not None
+        if usage is not None:
+            self.register_buffer("usage_R", usage.sums[index], persistent=False)
+            self.register_buffer("counts_T", usage.counts_T, persistent=False)
 
     def _route(
         self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool
@@ -122,6 +136,8 @@ class EmoExpertBlock(nn.Module):
     def forward(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """(T, D) to (T, D)."""
         logits_TE, _ = self.gate(hidden_TD)
+        if self.counts_usage:
+            count_usage(self.usage_R, logits_TE, self.counts_T)
         if self.per_request:
             logits_TE = logits_TE.float()
             allowed_TE = self.allowed_NE[self.row_T[: logits_TE.shape[0]]]
@@ -207,7 +223,10 @@ class EmoForCausalLM(nn.Module):
             ".mlp.up_proj": (".mlp.gate_up_proj", 1),
         }
     )
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -221,6 +240,7 @@ class EmoForCausalLM(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.rows = rows_of(vllm_config)
+        self.usage = usage_of(vllm_config, self.model.norm.weight.device)
         self.attention = f"{maybe_prefix(prefix, 'model')}.layers.0.self_attn.attn"
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -235,8 +255,12 @@ class EmoForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (T, D). This method is not compiled: it says which token belongs to which request."""
-        if self.rows is not None:
-            self.rows.prepare(get_forward_context().attn_metadata, self.attention, positions)
+        if self.rows is not None or self.usage is not None:
+            starts = first_tokens(get_forward_context().attn_metadata, self.attention)
+            if self.rows is not None:
+                self.rows.prepare(starts, positions)
+            if self.usage is not None:
+                self.usage.prepare(starts, self.rows)
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

@@ -1,8 +1,9 @@
 """What a request says of experts: `"vllm_xargs": {"expert_subset": "coq"}` and the like.
 
-vLLM hands `vllm_xargs` on as `SamplingParams.extra_args`. It is looked at twice. In the process that takes requests,
-`RequestExperts.validate_params` turns names into experts; what it refuses becomes HTTP 400. In the process that
-computes, `RequestExperts` is told which request enters which row of the batch, and puts the experts into `Rows`.
+vLLM hands `vllm_xargs` on as `SamplingParams.extra_args`. It is looked at twice. In the process that takes
+requests, `RequestExperts.validate_params` turns names into experts; what it refuses becomes HTTP 400. In the
+process that computes, `RequestExperts` is told which request enters which row of the batch, and puts the
+experts into `Rows`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .routing import Row, rows_of
 KEYS = ("expert_subset", "exclude_experts", "document_pool")
 """What a request may say."""
 RESOLVED = "emo_experts"
-"""What `validate_params` adds: for each layer the experts as a hexadecimal number, and the size of the pool."""
+"""What `validate_params` adds: for each layer the experts as a hexadecimal number, and the size of the
+pool."""
 
 _SERVERS: list[weakref.ref] = []
 
@@ -55,9 +57,9 @@ def resolve(extra_args: Mapping[str, Any] | None, config: Any) -> dict[str, Any]
         config: the model's config, with `emo_serving`.
 
     Returns:
-        `dict[str, Any]`, *optional*: under "masks" a hexadecimal number for each layer, whose bit e says whether
-        expert e may be taken, or `None` for all; under "pool" the size of the pool, or `None`. `None` for a request
-        that says nothing of experts.
+        `dict[str, Any]`, *optional*: under "masks" a hexadecimal number for each layer, whose bit e says
+        whether expert e may be taken, or `None` for all; under "pool" the size of the pool, or `None`. `None`
+        for a request that says nothing of experts.
 
     Raises:
         ExpertChoiceError: if the request asks for what does not exist, does not fit, or cannot be had here.
@@ -68,7 +70,8 @@ def resolve(extra_args: Mapping[str, Any] | None, config: Any) -> dict[str, Any]
     >>> from transformers_emo_vllm.config import EmoConfig
     >>> from transformers_emo_vllm.requests import resolve
     >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, num_shared_experts=1)
-    >>> config.emo_serving = {"refused": [], "pools_refused": [], "subsets": {"math": [[1, 3]]}, "damaged": {}}
+    >>> config.emo_serving = {"refused": [], "pools_refused": [], "subsets": {"math": [[1, 3]]}, "damaged":
+    {}}
     >>> resolve({"expert_subset": "math"}, config)
     {'masks': ['a'], 'pool': None}
 
@@ -84,10 +87,13 @@ def resolve(extra_args: Mapping[str, Any] | None, config: Any) -> dict[str, Any]
     serving = config.emo_serving
     if serving["refused"]:
         raise ExpertChoiceError(
-            f"This server cannot give a request experts of its own (`{', '.join(said)}`): {'; '.join(serving['refused'])}."
+            f"This server cannot give a request experts of its own (`{', '.join(said)}`): "
+            f"{'; '.join(serving['refused'])}."
         )
     held = Held.of(config)
-    kept: Any = [None if layer.is_dense else ids for layer, ids in zip(held.layers, held.present, strict=True)]
+    kept: Any = [
+        None if layer.is_dense else ids for layer, ids in zip(held.layers, held.present, strict=True)
+    ]
     name = said.get("expert_subset")
     if name is not None:
         kept = [None if ids is None else tuple(ids) for ids in _by_name(name, serving)]
@@ -129,7 +135,8 @@ def check_pool(pool: Any, layers: tuple[Layer, ...], serving: Mapping[str, Any])
     ```python
     >>> from transformers_emo_vllm.architecture import Layer
     >>> from transformers_emo_vllm.requests import check_pool
-    >>> check_pool(4, (Layer(num_experts=16, num_shared=1, always_active=(), top_k=4),), {"pools_refused": []})
+    >>> check_pool(4, (Layer(num_experts=16, num_shared=1, always_active=(), top_k=4),), {"pools_refused":
+    []})
 
     ```
     """
@@ -141,7 +148,8 @@ def check_pool(pool: Any, layers: tuple[Layer, ...], serving: Mapping[str, Any])
         pool = int(pool)
     if isinstance(pool, bool) or not isinstance(pool, int) or not least <= pool <= most:
         raise ExpertChoiceError(
-            f"`document_pool` is {str(pool)[:40]!r}, expected an integer from {least}, the routed experts that a token "
+            f"`document_pool` is {str(pool)[:40]!r}, expected an integer from {least}, the routed experts "
+            "that a token "
             f"takes, to {most}, those that there are."
         )
 
@@ -178,13 +186,17 @@ def row_of(extra_args: Mapping[str, Any] | None, layers: list[Layer], prompt_len
     resolved = extra_args.get(RESOLVED)
     if resolved is None:
         if any(extra_args.get(key) is not None for key in KEYS):
-            raise RuntimeError("A request's choice of experts reached the engine unchecked: this vLLM skips the check.")
+            raise RuntimeError(
+                "A request's choice of experts reached the engine unchecked: this vLLM skips the check."
+            )
         return None
     masks = resolved["masks"]
     allowed = None
     if masks is not None:
         allowed = [
-            None if layer.is_dense else torch.tensor([bool(int(bits, 16) >> e & 1) for e in range(layer.num_experts)])
+            None
+            if layer.is_dense
+            else torch.tensor([bool(int(bits, 16) >> e & 1) for e in range(layer.num_experts)])
             for layer, bits in zip(layers, masks, strict=True)
         ]
     pool = resolved["pool"]
@@ -194,8 +206,8 @@ def row_of(extra_args: Mapping[str, Any] | None, layers: list[Layer], prompt_len
 def _interfaces() -> tuple[type, ...]:
     """vLLM's two interfaces of this hook.
 
-    The class is found under one name by both runners, and the newer one refuses to start, for any model, if it is not
-    of its own interface.
+    The class is found under one name by both runners, and the newer one refuses to start, for any model, if
+    it is not of its own interface.
     """
     from vllm.v1.sample.logits_processor.interface import LogitsProcessor
 
@@ -223,13 +235,15 @@ class RequestExperts(*_interfaces()):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Turn a request's names into experts; what cannot be had is a `ValueError`, which becomes HTTP 400."""
+        """Turn a request's names into experts. What cannot be had is a `ValueError`: HTTP 400."""
         servers = _servers()
         if not servers:  # another model's server
             return
         extra_args = sampling_params.extra_args
         if len(servers) > 1 and any((extra_args or {}).get(key) is not None for key in KEYS):
-            raise ExpertChoiceError("This process serves several EMO models: their requests cannot be told apart.")
+            raise ExpertChoiceError(
+                "This process serves several EMO models: their requests cannot be told apart."
+            )
         resolved = resolve(extra_args, servers[-1])
         if resolved is not None:
             sampling_params.extra_args = {**extra_args, RESOLVED: resolved}
@@ -256,16 +270,17 @@ class RequestExperts(*_interfaces()):  # type: ignore[misc]
             self.rows.move(source, target, swap=direction.name == "SWAP")
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Runner V2 tells of a request. Choices were refused when the request came; its logits are not changed."""
-        row_of(sampling_params.extra_args, self.layers, 0)
+        """Runner V2 tells of a request. A choice of experts was refused when the request came."""
+        if self.layers:
+            row_of(sampling_params.extra_args, self.layers, 0)
         return False
 
 
 def refuse_beam_search() -> None:
     """Have beam search refuse what it would leave out.
 
-    vLLM makes the requests of its beams anew, without `vllm_xargs`: they would use every expert. Only its HTTP
-    interface can ask for both, in processes that have imported it.
+    vLLM makes the requests of its beams anew, without `vllm_xargs`: they would use every expert. Only its
+    HTTP interface can ask for both, in processes that have imported it.
     """
     for kind in ("completion", "chat_completion"):
         module = sys.modules.get(f"vllm.entrypoints.openai.{kind}.protocol")
@@ -278,7 +293,9 @@ def refuse_beam_search() -> None:
             def checked(self: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
                 asked = [key for key in self.vllm_xargs or {} if key in KEYS]
                 if asked and _servers():
-                    raise ExpertChoiceError(f"vLLM's beam search leaves out `{asked[0]}`: ask without beam search.")
+                    raise ExpertChoiceError(
+                        f"vLLM's beam search leaves out `{asked[0]}`: ask without beam search."
+                    )
                 return _original(self, *args, **kwargs)
 
             checked.emo_original = original  # type: ignore[attr-defined]

@@ -1,10 +1,12 @@
 """The router: which experts a token takes, and what each request of a batch may use.
 
-vLLM runs the tokens of all requests as one batch. `Rows` knows which request is in which row of it, and what it may
-use; `RequestExperts` in `requests.py` tells it. Before each forward, `Rows.prepare` writes for each token the row it
-belongs to into a buffer. The network looks up the row's mask there, which compiles as any other lookup.
+vLLM runs the tokens of all requests as one batch. `Rows` knows which request is in which row of it, and what
+it may use; `RequestExperts` in `requests.py` tells it. Before each forward, `Rows.prepare` writes for each
+token the row it belongs to into a buffer. The network looks up the row's mask there, which compiles as any
+other lookup.
 
-Shape suffixes: T tokens of the batch, E experts of a layer, R its routed ones, K experts that a token takes, N rows.
+Shape suffixes: T tokens of the batch, E experts of a layer, R its routed ones, K experts that a token takes,
+N rows.
 """
 
 from __future__ import annotations
@@ -95,13 +97,48 @@ def choose_pool(logits_TR: torch.Tensor, size: int) -> torch.Tensor:
     return outside_R
 
 
+def first_tokens(metadata: Any, attention: str) -> torch.Tensor | None:
+    """Where the requests of a batch begin, from vLLM's description of the batch for the attention.
+
+    Args:
+        metadata: that description, `None` when vLLM only warms up.
+        attention (`str`): the name of the first attention layer.
+
+    Returns:
+        `torch.Tensor`, *optional*: (N + 1,) the first token of each row, and the end of the last.
+
+    Raises:
+        RuntimeError: if vLLM does not say it: requests would be computed with the experts of others.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo_vllm.routing import first_tokens
+    >>> first_tokens(None, "model.layers.0.self_attn.attn")
+
+    ```
+    """
+    if metadata is None:
+        return None
+    of_layer = metadata.get(attention) if isinstance(metadata, dict) else metadata
+    starts_N = getattr(of_layer, "query_start_loc", None)
+    if starts_N is None:
+        raise RuntimeError(
+            "vLLM's attention does not say which tokens belong to which request: choose another attention "
+            "backend, or "
+            "start the server with prefix caching and without `usage_file`, as one for the same experts in "
+            "all requests."
+        )
+    return starts_N
+
+
 @dataclass
 class Row:
     """What one request may use.
 
     Args:
-        allowed (`list[torch.Tensor | None]`, *optional*): for each layer the experts (E,) that may be taken, bool;
-            `None` for a dense layer, or in place of the list for all.
+        allowed (`list[torch.Tensor | None]`, *optional*): for each layer the experts (E,) that may be taken,
+            bool; `None` for a dense layer, or in place of the list for all.
         pool (`int`, *optional*): routed experts in the pool that the prompt chooses.
         prompt_length (`int`): tokens of the prompt.
         outside (`dict[int, torch.Tensor]`): for each layer the experts outside the pool, once it is chosen.
@@ -137,7 +174,8 @@ class Rows:
         device (`torch.device`): where the network is.
 
     Attributes:
-        row_T (`torch.Tensor`): for each token of the batch its row, counted from 1. 0 is a row that may use all.
+        row_T (`torch.Tensor`): for each token of the batch its row, counted from 1. 0 is a row that may use
+            all.
         allowed (`list[torch.Tensor | None]`): for each layer (1 + max_rows, E), bool; `None` for a dense one.
 
     Example:
@@ -162,11 +200,15 @@ class Rows:
         self.requests: dict[int, Row] = {}
         self.row_T = torch.zeros(max_tokens, dtype=torch.long, device=device)
         self.allowed = [
-            None if layer.is_dense else torch.ones(max_rows + 1, layer.num_experts, dtype=torch.bool, device=device)
+            None
+            if layer.is_dense
+            else torch.ones(max_rows + 1, layer.num_experts, dtype=torch.bool, device=device)
             for layer in layers
         ]
         self._masked: set[int] = set()  # rows of `allowed` that are not all true
-        self._spans: list[tuple[int, int, bool, Row]] = []  # of rows with pools: first and last token, begins its text
+        self._spans: list[
+            tuple[int, int, bool, Row]
+        ] = []  # of rows with pools: first and last token, begins its text
 
     def put(self, index: int, row: Row | None) -> None:
         """A request is now in this row; `None` for one that may use every expert, or for no request."""
@@ -189,29 +231,21 @@ class Rows:
         self.put(target, moved)
         self.put(source, other if swap else None)
 
-    def prepare(self, metadata: Any, attention: str, positions_T: torch.Tensor) -> None:
+    def prepare(self, starts_N: torch.Tensor | None, positions_T: torch.Tensor) -> None:
         """Say for each token of the coming forward which row it belongs to.
 
         Args:
-            metadata: vLLM's description of the batch for the attention, `None` when it only warms up.
-            attention (`str`): the name of the first attention layer.
+            starts_N (`torch.Tensor`, *optional*): from `first_tokens`.
             positions_T (`torch.Tensor`): the tokens' positions in their texts.
 
         Raises:
-            RuntimeError: if vLLM does not say where requests begin, as it would then compute with wrong experts.
+            RuntimeError: if a request with experts of its own is in a row that the batch does not have.
         """
-        if metadata is None or not self.requests:
+        if starts_N is None or not self.requests:
             self.row_T.zero_()
             self._spans = []
-            return
-        of_layer = metadata.get(attention) if isinstance(metadata, dict) else metadata
-        starts = getattr(of_layer, "query_start_loc", None)
-        if starts is None:
-            raise RuntimeError(
-                "vLLM's attention does not say which tokens belong to which request, and requests with experts of "
-                "their own are in the batch. Choose another attention backend."
-            )
-        self.spread(starts, positions_T)
+        else:
+            self.spread(starts_N, positions_T)
 
     def spread(self, starts_N: torch.Tensor, positions_T: torch.Tensor) -> None:
         """Write which token belongs to which row.
@@ -226,8 +260,10 @@ class Rows:
         number = len(starts_N) - 1
         if any(index >= number for index in self.requests):
             raise RuntimeError(
-                f"The batch has {number} rows, and requests with experts of their own are thought to be in rows "
-                f"{sorted(self.requests)}: this version of vLLM orders its batches in another way than those tested."
+                f"The batch has {number} rows, and requests with experts of their own are thought to be in "
+                "rows "
+                f"{sorted(self.requests)}: this version of vLLM orders its batches in another way than those "
+                "tested."
             )
         self.row_T.zero_()
         counts_N = starts_N.diff()
@@ -244,7 +280,7 @@ class Rows:
                 self._spans.append((first, last, begins, row))
 
     def restrict(self, logits_TE: torch.Tensor, layer: int) -> torch.Tensor:
-        """Put minus infinity where a token's request must not take an expert: logits (T, E), before and after."""
+        """Put minus infinity where a token's request must not take an expert: logits (T, E), both."""
         allowed_NE = self.allowed[layer]
         assert allowed_NE is not None
         return logits_TE.masked_fill(~allowed_NE[self.row_T[: logits_TE.shape[0]]], float("-inf"))
@@ -265,13 +301,16 @@ class Rows:
             if begins:
                 if last - first < row.prompt_length:
                     raise RuntimeError(
-                        f"A prompt of {row.prompt_length} tokens was read in parts, the first of {last - first}: its "
+                        f"A prompt of {row.prompt_length} tokens was read in parts, the first of "
+                        f"{last - first}: its "
                         "document pool needs it whole. Start the server with --no-enable-chunked-prefill."
                     )
                 prompt_TR = logits_TE[first : first + row.prompt_length, :routed]
                 row.outside[layer] = choose_pool(prompt_TR, row.pool or routed)
             if layer not in row.outside:
-                raise RuntimeError("A request's document pool was lost: start the server without prefix caching.")
+                raise RuntimeError(
+                    "A request's document pool was lost: start the server without prefix caching."
+                )
             result_TE[first:last, :routed].masked_fill_(row.outside[layer], float("-inf"))
         return result_TE
 
@@ -284,7 +323,8 @@ def rows_of(vllm_config: Any, device: torch.device | None = None) -> Rows | None
 
     Args:
         vllm_config (`VllmConfig`): vLLM's settings of this server.
-        device (`torch.device`, *optional*): where the network is. They are made there if they are not known yet.
+        device (`torch.device`, *optional*): where the network is. They are made there if they are not known
+            yet.
 
     Returns:
         `Rows`, *optional*: `None` if this server has no requests with experts of their own.

@@ -1,7 +1,7 @@
 """What happens before a server starts: the subset is applied, what cannot be had is found out and said.
 
-vLLM asks an architecture for changes to its settings through `VerifyAndUpdateConfig`, in the process that takes
-requests. What is found out is written into the model's config, which goes to all other processes.
+vLLM asks an architecture for changes to its settings through `VerifyAndUpdateConfig`, in the process that
+takes requests. What is found out is written into the model's config, which goes to all other processes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,19 @@ class EmoStartup(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Apply the subset given at the start, and refuse what would not be exact."""
         config = model_config.hf_config
+        if str(getattr(model_config, "model_impl", "auto")) not in ("auto", "vllm"):
+            raise UnsupportedModelError(
+                f"--model-impl {model_config.model_impl} computed other answers than EMO's: leave it out."
+            )
         check_exact(config)
         if model_config.quantization:
             raise UnsupportedModelError(
                 f"--quantization {model_config.quantization} was not tested with EMO: leave it out."
             )
         if model_config.runner_type != "generate":
-            raise UnsupportedModelError(f"EMO generates text: --runner {model_config.runner_type} is not possible.")
+            raise UnsupportedModelError(
+                f"EMO generates text: --runner {model_config.runner_type} is not possible."
+            )
         apply_choice(config, ModelFiles(model_config.model, model_config.revision))
 
     @staticmethod
@@ -49,27 +55,40 @@ class EmoStartup(VerifyAndUpdateConfig):
                 f"--load-format {load.load_format} does not check that every expert is there: leave it out."
             )
         parallel = vllm_config.parallel_config
-        for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"):
+        for name in (
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+            "decode_context_parallel_size",
+        ):
             if getattr(parallel, name, 1) > 1:
-                raise UnsupportedModelError(f"--{name.replace('_', '-')} was not tested with EMO: leave it out.")
+                raise UnsupportedModelError(
+                    f"--{name.replace('_', '-')} was not tested with EMO: leave it out."
+                )
         if parallel.enable_expert_parallel:
             raise UnsupportedModelError("--enable-expert-parallel was not tested with EMO: leave it out.")
         if vllm_config.lora_config is not None:
-            raise UnsupportedModelError("LoRA was not tested with EMO: merge the adapter into the model first.")
+            raise UnsupportedModelError(
+                "LoRA was not tested with EMO: merge the adapter into the model first."
+            )
         version = vllm_version()
         if version not in TESTED:
             logger.warning(
-                "EMO was tested with vLLM %s, and this is %s: compare a few answers with those of transformers-emo.",
+                "EMO was tested with vLLM %s, and this is %s: compare a few answers with those of "
+                "transformers-emo.",
                 ", ".join(TESTED),
                 version,
             )
-        files = ModelFiles(vllm_config.model_config.model, vllm_config.model_config.revision, load.download_dir)
+        files = ModelFiles(
+            vllm_config.model_config.model, vllm_config.model_config.revision, load.download_dir
+        )
         refused = why_not(vllm_config)
         subsets, damaged = {}, {}
         held = Held.of(config)
         for name, path in files.library().items() if not refused else ():
             try:
-                subsets[name] = [None if ids is None else list(ids) for ids in library_subset(path, name, held)]
+                subsets[name] = [
+                    None if ids is None else list(ids) for ids in library_subset(path, name, held)
+                ]
             except ExpertChoiceError as error:
                 damaged[name] = str(error)
         config.emo_serving = {
@@ -99,8 +118,9 @@ def library_subset(path: Any, name: str, held: Held) -> tuple[tuple[int, ...] | 
     subset = read_subset(path)
     if subset.drop_shared:
         raise ExpertChoiceError(
-            f"The subset {name!r} may drop experts that every token uses. No request can ask for that: start a server "
-            f"with it (--hf-overrides '{{\"expert_subset\": \"{name}\"}}')."
+            f"The subset {name!r} may drop experts that every token uses. No request can ask for that: start "
+            "a server "
+            f'with it (--hf-overrides \'{{"expert_subset": "{name}"}}\').'
         )
     return fitted(subset, held, f"The subset {name!r}")
 
@@ -121,7 +141,8 @@ def apply_choice(config: Any, files: ModelFiles) -> None:
     >>> from transformers_emo_vllm.config import EmoConfig
     >>> from transformers_emo_vllm.files import ModelFiles
     >>> from transformers_emo_vllm.startup import apply_choice
-    >>> config = EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=2, expert_subset=[[1, 5, 7]])
+    >>> config = EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=2, expert_subset=[[1, 5,
+    7]])
     >>> apply_choice(config, ModelFiles(str(tmp_path)))
     >>> config.num_experts, config.emo_kept_experts
     (3, [[1, 5, 7]])
@@ -146,7 +167,8 @@ def apply_choice(config: Any, files: ModelFiles) -> None:
         sum(e >= layer.num_routed for e in ids) for layer, ids in zip(layers, local, strict=True)
     ]
     config.always_active_experts_per_layer = [
-        [ids.index(e) for e in layer.always_active if e in ids] for layer, ids in zip(layers, local, strict=True)
+        [ids.index(e) for e in layer.always_active if e in ids]
+        for layer, ids in zip(layers, local, strict=True)
     ]
     config.always_active_experts = None
     config.num_experts_per_tok = min(config.num_experts_per_tok, config.num_experts)
@@ -165,17 +187,24 @@ def why_not(vllm_config: Any) -> list[str]:
     """
     reasons = []
     if vllm_config.cache_config.enable_prefix_caching:
-        reasons.append("keys and values of other experts would be taken from the cache (--no-enable-prefix-caching)")
+        reasons.append(
+            "keys and values of other experts would be taken from the cache (--no-enable-prefix-caching)"
+        )
     if vllm_config.use_v2_model_runner:
-        reasons.append("Model Runner V2 does not say which request is in which row (VLLM_USE_V2_MODEL_RUNNER=0)")
+        reasons.append(
+            "Model Runner V2 does not say which request is in which row (VLLM_USE_V2_MODEL_RUNNER=0)"
+        )
     if vllm_config.speculative_config is not None:
-        reasons.append("vLLM leaves out the hook that says which request is in which row with speculative decoding")
+        reasons.append(
+            "vLLM leaves out the hook that says which request is in which row with speculative decoding"
+        )
     if vllm_config.kv_transfer_config is not None:
         reasons.append("keys and values from other servers may be of other experts (no --kv-transfer-config)")
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():
         reasons.append(
-            "a full CUDA graph runs without asking which request is in which row (-cc.cudagraph_mode=PIECEWISE, or "
+            "a full CUDA graph runs without asking which request is in which row "
+            "(-cc.cudagraph_mode=PIECEWISE, or "
             "--enforce-eager)"
         )
     parallel = vllm_config.parallel_config
@@ -197,9 +226,13 @@ def why_no_pools(vllm_config: Any) -> list[str]:
     reasons = []
     scheduler = vllm_config.scheduler_config
     if scheduler.enable_chunked_prefill or scheduler.long_prefill_token_threshold:
-        reasons.append("a pool is chosen from the whole prompt, which may be read in parts (--no-enable-chunked-prefill)")
+        reasons.append(
+            "a pool is chosen from the whole prompt, which may be read in parts (--no-enable-chunked-prefill)"
+        )
     if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
-        reasons.append("a CUDA graph does not choose pools anew (-cc.cudagraph_mode=NONE, or --enforce-eager)")
+        reasons.append(
+            "a CUDA graph does not choose pools anew (-cc.cudagraph_mode=NONE, or --enforce-eager)"
+        )
     if vllm_config.model_config.enable_prompt_embeds:
         reasons.append("prompts may come as embeddings (no --enable-prompt-embeds)")
     if any(layer.always_active for layer in layers_of(vllm_config.model_config.hf_config)):

@@ -1,7 +1,7 @@
 """Reading a model's weights: of a subset only the bytes of the experts that it keeps.
 
-vLLM's own loader reads every tensor of a model. This one reads what the network needs, and checks that it is all
-there: vLLM does not notice when an expert is missing, and computes with whatever lay in its memory.
+vLLM's own loader reads every tensor of a model. This one reads what the network needs, and checks that it is
+all there: vLLM does not notice when an expert is missing, and computes with whatever lay in its memory.
 
 Layouts: one matrix an expert and projection (as released), or the experts of a layer stacked; in one file, in
 several, or cut by expert (`emo shard`).
@@ -147,7 +147,9 @@ class WeightReader:
         for file, tensors in by_file.items():
             path = self.files.find(file)
             if path is None:
-                raise WeightsError(f"{self.files.place} has no file {file}, which its index names: download it again.")
+                raise WeightsError(
+                    f"{self.files.place} has no file {file}, which its index names: download it again."
+                )
             opened = TensorFile(path)
             try:
                 self.bytes_total += sum(end - start for _, _, start, end in opened.tensors.values())
@@ -161,7 +163,8 @@ class WeightReader:
         missing = [tensor.source for tensor in wanted if tensor.source not in places]
         if missing:
             raise WeightsError(
-                f"{self.files.place} lacks {len(missing)} tensors that its config needs, the first is {missing[0]}: "
+                f"{self.files.place} lacks {len(missing)} tensors that its config needs, the first is "
+                f"{missing[0]}: "
                 "the files are incomplete, or are not those of the config."
             )
 
@@ -170,7 +173,8 @@ class WeightReader:
             unknown = sorted(name for name in set(places) - known if not name.endswith("rotary_emb.inv_freq"))
             if unknown:
                 raise WeightsError(
-                    f"{self.files.place} has {len(unknown)} tensors that its config does not explain, the first is "
+                    f"{self.files.place} has {len(unknown)} tensors that its config does not explain, the "
+                    "first is "
                     f"{unknown[0]}: the files are not those of the config."
                 )
 
@@ -187,7 +191,8 @@ class WeightReader:
             value = self._read_cut(opened, tensor)
         if tuple(value.shape) != tensor.shape:
             raise WeightsError(
-                f"{tensor.source} gives a tensor of shape {tuple(value.shape)}, the config wants {tensor.shape}: the "
+                f"{tensor.source} gives a tensor of shape {tuple(value.shape)}, the config wants "
+                f"{tensor.shape}: the "
                 "files are not those of the config."
             )
         return value
