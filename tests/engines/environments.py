@@ -71,7 +71,6 @@ def make(name: str) -> Path:
         install("--no-deps", "--requirement", pinned)
     if engine.packages:
         install("--constraint", pinned, *engine.packages)
-    install("setuptools", "--constraint", pinned)
     for part in engine.folders:
         install("--no-deps", "--no-build-isolation", "--editable", part)
     if engine.with_ours:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from engines import load_test
 from engines.engine_models import PROMPTS, SMALL, TINY, TOKENS, greedy, small_model
-from transformers_emo import ExpertSubset, extract, select_experts
+from transformers_emo import ExpertSubset, extract_subset, select_experts
 from transformers_emo.conversion import shard_experts
 
 pytestmark = pytest.mark.engines
@@ -96,7 +96,7 @@ def mixed(tiny, prompts):
 
 
 def test_a_released_folder_and_a_subset_at_the_start_give_our_ids(run, tiny, prompts, tmp_path):
-    extract(TINY, tmp_path / "small", expert_subset="coq", progress=False)
+    extract_subset(TINY, "coq", tmp_path / "small", progress=False)
     without = {"exclude_experts": {"0": [3, 5, 7]}}
     full, chosen, extracted, excluded = run(
         {"model": str(TINY), "prompts": prompts},
