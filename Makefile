@@ -3,12 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 ROOMS := analysis checkpoints configuration conversion imports modeling_emo subsets tokenization training
-CODE := api $(ROOMS) benchmarks docs examples tests setup.py
+CODE := api $(ROOMS) benchmarks docs examples plugins tests setup.py
 # What is compiled at installation: it is installed again when they change.
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture test-oldest test-slow test-tools docs test-docs lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo test torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -41,7 +41,7 @@ demo: $(VENV)/.installed  ## choose experts for a domain, load only those, gener
 
 # A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-ORDINARY := not slow and not tools and not gpu and not docs
+ORDINARY := not slow and not tools and not engines and not gpu and not docs
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL)
 
@@ -143,6 +143,15 @@ $(TOOLS)/.installed: pyproject.toml constraints.txt constraints-tools.txt
 
 test-tools: $(TOOLS)/.installed  ## lm_eval, `transformers serve` and `chat`, TRL, torchrun through `emo run`
 	$(TOOLS)/bin/python -m pytest -m tools tests/tools
+
+# Each engine has an environment of its own under build/engines; tests/engines/environments.py says of what.
+# ENGINES="vllm" runs a part.
+ENGINES := vllm
+test-engines:  ## the engines that people serve with, real ones, on small models
+	set -e; for engine in $(ENGINES); do \
+	  $(PYTHON) tests/engines/environments.py $$engine; \
+	  build/engines/$$engine/bin/python -m pytest -m engines tests/engines/test_$$engine*.py; \
+	done
 
 lint: $(VENV)/.installed-dev typecheck editor-imports  ## style, types, imports that editors find, which room may import which
 	$(BIN)/ruff check $(CODE)

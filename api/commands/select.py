@@ -48,6 +48,14 @@ def select(
             metavar="NAME", help="Folder or Hub repository of a dataset, streamed.", rich_help_panel=_SOURCE
         ),
     ] = None,
+    usage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="In place of text: the usage that a vLLM server with our plugin wrote.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
     answer: Annotated[
         list[str] | None,
         typer.Option(
@@ -238,6 +246,7 @@ def select(
             device=device,
             tokenizer=tokenizer,
             seed=seed,
+            usage=usage,
         ),
     )
     lines, facts = [], []
@@ -260,6 +269,7 @@ def select(
                 weight_by=weight_by,
                 stop_when_settled=settle,
                 seed=seed,
+                usage=usage,
                 dtype=dtype,
                 device=device,
                 batch_size=batch_size,
@@ -273,7 +283,8 @@ def select(
         for path, subset in zip(paths, subsets, strict=True):
             subset.save(path)
             number = size_range(len(ids) for ids in subset.experts if ids is not None)
-            origin = f"from {subset.num_tokens} tokens of {subset.num_texts} texts"
+            origin = f"from {subset.num_tokens} tokens of "
+            origin += "requests" if subset.num_texts is None else f"{subset.num_texts} texts"
             lines.append(
                 f"{path}: {number} experts a layer, {'at random' if subset.num_tokens is None else origin}"
             )
@@ -296,6 +307,14 @@ def _paths(out: str, experts: list[int]) -> list[str]:
 
 def _check(method: str, options: Collection[str]) -> None:
     """See that options go together. What is wrong with one alone, `select_experts` says."""
+    if "usage" in options:
+        useless = [name for name in (*_OF_TEXT, "seed") if name in options]
+        if useless or method != "layerwise":
+            raise ValueError(
+                f"{_option(useless[0]) if useless else '--method'} has no part in a choice by --usage: leave "
+                "it out."
+            )
+        return
     if method == "random":
         useless = [name for name in _OF_TEXT if name in options]
         if useless:
@@ -306,7 +325,7 @@ def _check(method: str, options: Collection[str]) -> None:
     sources = [_option(name) for name in ("text", "data", "dataset") if name in options]
     if len(sources) != 1:
         found = " and ".join(sources) or "no text"
-        raise ValueError(f"Give one of --text, --data and --dataset: there is {found}.")
+        raise ValueError(f"Give one of --text, --data and --dataset, or --usage: there is {found}.")
     for name, needed in (
         ("answer", {"text"}),
         ("column", {"data", "dataset"}),

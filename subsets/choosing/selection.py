@@ -30,6 +30,7 @@ from .layer_passes import pass_full_model, pass_layerwise
 from .layer_sources import Layers
 from .model_opening import open_model
 from .scores import new_score
+from .usage import ExpertUsage
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,7 @@ def select_experts(
     device: str | torch.device | None = None,
     hidden_memory: float = 4e9,
     seed: int = 0,
+    usage: ExpertUsage | str | os.PathLike | None = None,
     progress: bool = True,
     **hub_kwargs: Any,
 ) -> ExpertSubset | list[ExpertSubset]:
@@ -145,6 +147,9 @@ def select_experts(
         hidden_memory (`float`, defaults to 4e9): bytes of hidden states to hold in memory. The rest goes to a
             temporary file.
         seed (`int`, defaults to 0): the seed of the random choice.
+        usage (`ExpertUsage`, `str` or `os.PathLike`, *optional*): how much the traffic of a server used each
+            expert, or the file that the plugin for vLLM wrote. Instead of texts and a method; see
+            `transformers_emo.subsets.choosing.usage`.
         progress (`bool`, defaults to `True`): show a progress bar.
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
@@ -175,7 +180,10 @@ def select_experts(
 
     ```
     """
-    _check_arguments(method, budget, stop_when_settled, hidden_memory, hub_kwargs)
+    other_method = method != "layerwise"
+    method = method if usage is None else "usage"
+    checked = method if usage is None else "global"  # both have the scores of all layers at once
+    _check_arguments(checked, budget, stop_when_settled, hidden_memory, hub_kwargs)
     calibration = CalibrationText.of(
         texts,
         answers=answers,
@@ -192,7 +200,12 @@ def select_experts(
         max_length=max_length,
         batch_size=batch_size,
     )
-    if method != "random" and not calibration.is_given:
+    if usage is not None and (other_method or calibration.is_given or stop_when_settled is not None):
+        raise ValueError(
+            "`usage` stands in place of text: give neither text nor another `method` nor `stop_when_settled` "
+            "with it."
+        )
+    if method not in ("random", "usage") and not calibration.is_given:
         raise ValueError("Give either calibration `texts`, a `dataset` or ready `input_ids`: there are none.")
     run_in = None if dtype is None else floating_dtype(dtype)
     files = []
@@ -203,11 +216,15 @@ def select_experts(
         opened = open_model(model, run_in, device, hub_kwargs)
         config, revision = opened.config, opened.source.commit
         sizes = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
-        excluded = opened.excluded(exclude_experts, reads_weights=method != "random")
+        excluded = opened.excluded(exclude_experts, reads_weights=method not in ("random", "usage"))
         choice = Choice(config, method, budget, sizes, opened.place, revision, excluded)
         check_num_experts(config, sizes, choice.excluded)
         if method == "random":
             subsets = choice.of_scores(random_scores(config, seed))
+            fingerprint = opened.fingerprint()
+        elif usage is not None:
+            used = usage if isinstance(usage, ExpertUsage) else ExpertUsage.load(usage)
+            subsets = choice.of_scores(used.scores(config), num_tokens=used.num_tokens)
             fingerprint = opened.fingerprint()
         else:
             parts = calibration.batches(

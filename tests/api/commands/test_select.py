@@ -133,7 +133,7 @@ def test_sizes_that_differ_by_layer_are_told(files, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "Give one of --text, --data and --dataset: there is no text"),
+        ("", "Give one of --text, --data and --dataset, or --usage: there is no text"),
         ("--text a --data b", "there is --text and --data"),
         ("--text a --column b", "--column goes with --data or --dataset, not --text"),
         ("--data a --answer b", "--answer goes with --text, not --data"),

@@ -1,0 +1,27 @@
+"""What the tests of all engines share."""
+
+import os
+
+import pytest
+from engines.engine_models import PROMPTS, TINY
+from transformers import AutoTokenizer
+from transformers_emo import EmoForCausalLM
+
+
+@pytest.fixture(scope="session")
+def tiny() -> EmoForCausalLM:
+    """emo-tiny in float32."""
+    return EmoForCausalLM.from_pretrained(TINY, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """The prompts, as ids of emo-tiny's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def engine_environment() -> dict[str, str]:
+    """The variables of a process that runs an engine: nothing from outside, few threads."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
