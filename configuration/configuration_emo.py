@@ -380,9 +380,8 @@ class EmoConfig(PreTrainedConfig):
 
         ```
         """
-        if not self._rope_is_known():
-            return self.default_theta
-        return self.rope_parameters["rope_theta"]
+        rope: dict[str, Any] = dict(self.rope_parameters or {})
+        return rope.get("rope_theta") or self.default_theta
 
     @rope_theta.setter
     def rope_theta(self, value: float) -> None:

@@ -508,7 +508,7 @@ class ExpertSwitching:
 
         ```
         """
-        check_layers(self.base_model)
+        check_layers(self.base_model)  # type: ignore[attr-defined]
         package.needed().swap_experts(
             self, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs
         )
@@ -552,7 +552,7 @@ class ExpertSwitching:
 
         ```
         """
-        check_layers(self.base_model)
+        check_layers(self.base_model)  # type: ignore[attr-defined]
         return package.needed().share_backbone(
             self, expert_subset, exclude_experts, source, progress, check_weights, hub_kwargs
         )

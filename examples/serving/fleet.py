@@ -69,7 +69,7 @@ class Fleet:
 
 
 def _end_with_parent() -> None:
-    """On Linux, have a process end with the one that started it: a replica that dies leaves no vLLM behind."""
+    """On Linux, have a process end with the one that started it: a replica that dies leaves no vLLM."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

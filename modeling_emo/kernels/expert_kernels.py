@@ -207,7 +207,9 @@ def _keep(ctx: Any, inputs, output) -> None:
 def _backward(ctx: Any, grad, _):
     wants = list(ctx.needs_input_grad[:4])
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
-        return *_differentiable_backward(grad, *ctx.saved_tensors[:5], wants), None, None, None
+        x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK = ctx.saved_tensors[:5]
+        gradients = _differentiable_backward(grad, x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK, wants)
+        return *gradients, None, None, None
     gradients = torch.ops.transformers_emo.experts_backward(grad, *ctx.saved_tensors, wants, ctx.native)
     return *(g if wanted else None for g, wanted in zip(gradients, wants, strict=True)), None, None, None
 
@@ -231,7 +233,7 @@ def _plain_forward(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK):
 def _differentiable_backward(grad, x, gate_up, down, weights, index, wants):
     # Views, so that a gradient is that of one input and leaves out the way by which the others depend on it.
     inputs = [tensor.view_as(tensor) for tensor in (x, gate_up, down, weights)]
-    output = _plain_forward(*inputs, index)
+    output = _plain_forward(inputs[0], inputs[1], inputs[2], inputs[3], index)
     wanted = [tensor for tensor, want in zip(inputs, wants, strict=True) if want]
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if want else None for want in wants]
