@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def _of(call):
 def test_a_full_disk_is_told_as_such_by_whomever_it_is_found():
     from safetensors.torch import save_file
 
-    assert _of(lambda: open("/dev/full", "w").write("x" * 100_000)) == FULL
+    assert _of(lambda: Path("/dev/full").write_text("x" * 100_000)) == FULL
     assert _of(lambda: torch.save(torch.zeros(10), _FullDisk())) == FULL
     assert _of(lambda: save_file({"a": torch.zeros(10)}, "/dev/full/a")).startswith("Not a directory")
 
