@@ -268,9 +268,16 @@ def _be(
     """Be the command, and end."""
     with suppress(PermissionError):
         os.setpgid(0, 0)
-    targets = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in files]
-    for number, target in enumerate([os.open(os.devnull, os.O_RDONLY), *targets]):
+    writers = []
+    for number, file in enumerate(files, start=1):
+        if file_size is None:
+            target = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        else:  # the limit would hold for this file too
+            writer, target = _writer(file)
+            writers.append(writer)
         os.dup2(target, number)
+        os.close(target)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     os.chdir(cwd)
     if file_size is not None:
@@ -293,7 +300,25 @@ def _be(
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
+    os.close(1)
+    os.close(2)
+    for writer in writers:
+        os.waitpid(writer, 0)
     os._exit(status)
+
+
+def _writer(file: str) -> tuple[int, int]:
+    """A process that writes what comes through a pipe to a file, and the pipe's end to write to."""
+    source, target = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        os.close(target)
+        with open(file, "wb") as stream:
+            while data := os.read(source, 1 << 16):
+                stream.write(data)
+        os._exit(0)
+    os.close(source)
+    return writer, target
 
 
 if __name__ == "__main__":
