@@ -146,11 +146,13 @@ test-tools: $(TOOLS)/.installed  ## lm_eval, `transformers serve` and `chat`, TR
 
 # Each engine has an environment of its own under build/engines; tests/engines/environments.py says of what.
 # ENGINES="vllm" runs a part.
-ENGINES := vllm
-test-engines:  ## the engines that people serve with, real ones, on small models
+ENGINES := transformers mlx llama_cpp vllm
+test-engines: $(VENV)/.installed-dev  ## the engines that people serve with, real ones, on small models
 	set -e; for engine in $(ENGINES); do \
 	  $(PYTHON) tests/engines/environments.py $$engine; \
-	  build/engines/$$engine/bin/python -m pytest -m engines tests/engines/test_$$engine*.py; \
+	  python=build/engines/$$engine/bin/python; \
+	  $$python -c 'import transformers_emo' 2> /dev/null || python=$(BIN)/python; \
+	  $$python -m pytest -m engines tests/engines/test_$$engine*.py; \
 	done
 
 lint: $(VENV)/.installed-dev typecheck editor-imports  ## style, types, imports that editors find, which room may import which

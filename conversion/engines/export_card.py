@@ -156,7 +156,8 @@ def _how_to_run(exported: Exported) -> list[str]:
         also = [] if exported.shape.always else [f"mlx_lm.generate --model {name} --prompt 'The'"]
         return ["```sh", f"vllm serve {name} --trust-remote-code", *also, "```"]
     lines = ["```sh", f"vllm serve {name}"]
-    if not exported.shape.dense:
+    rope: Any = exported.config.rope_parameters or {}
+    if not exported.shape.dense and rope.get("rope_type", "default") in ("default", "linear"):
         lines += [f"mlx_lm.generate --model {name} --prompt 'The'"]
         lines += [f"python -m sglang.launch_server --model-path {name}"]
     return [

@@ -184,6 +184,10 @@ def _config_of(content: Mapping[str, Any], weights: Checkpoint) -> EmoConfig:
         raise ValueError(f"An EMO does not compute what this Qwen2-MoE does: {'; '.join(reasons)}.")
     routed, layers = content.get("num_experts", 60), content.get("num_hidden_layers", 24)
     settings = {name: content[name] for name in _SAME_KEYS if name in content}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = settings.get(name)
+        if isinstance(rope, Mapping) and "rope_type" in rope:
+            settings[name] = {key: value for key, value in rope.items() if key != "type"}
     settings |= {
         "model_type": "emo",
         "intermediate_size": width,

