@@ -76,8 +76,7 @@ def common_config(config: EmoConfig, shape: RoutingShape) -> dict[str, Any]:
     """
     content = config.to_dict()
     kept = {name: content[name] for name in _SAME_KEYS if content.get(name) is not None}
-    if "rope_scaling" in kept:  # MLX reads the older name
-        kept["rope_scaling"] = kept["rope_scaling"] | {"type": kept["rope_scaling"]["rope_type"]}
+    # Scaling goes by `rope_type` alone. MLX asks for `type` too, and would then leave it out of its sums.
     return kept | {
         "num_experts_per_tok": shape.picked,
         "moe_intermediate_size": config.intermediate_size,

@@ -157,7 +157,7 @@ def _how_to_run(exported: Exported) -> list[str]:
         return ["```sh", f"vllm serve {name} --trust-remote-code", *also, "```"]
     lines = ["```sh", f"vllm serve {name}"]
     rope: Any = exported.config.rope_parameters or {}
-    if not exported.shape.dense and rope.get("rope_type", "default") in ("default", "linear"):
+    if not exported.shape.dense and rope.get("rope_type", "default") == "default":
         lines += [f"mlx_lm.generate --model {name} --prompt 'The'"]
         lines += [f"python -m sglang.launch_server --model-path {name}"]
     return [

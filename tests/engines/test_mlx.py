@@ -12,7 +12,6 @@ VARIANTS = {
     "grouped queries, tied embeddings": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "no shared expert": {"num_shared_experts": 0},
     "fewer experts than a token takes": {"num_experts": 3},
-    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "dense layers first": {"num_experts_per_layer": [0, 16, 16], "dense_intermediate_size": 96},
 }
 
@@ -40,3 +39,11 @@ def test_every_variant_answers_as_here(tmp_path, engine_environment, changes):
     prompts = random_prompts(model.config.vocab_size)
     expected = [greedy(model, prompt) for prompt in prompts]
     assert ids_in("mlx", tmp_path / "m", prompts, engine_environment) == expected
+
+
+def test_a_scaled_rope_is_refused_by_mlx_and_not_ignored(tmp_path, engine_environment):
+    model = small_model(rope_scaling={"rope_type": "linear", "factor": 2.0})
+    model.save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "m", progress=False)
+    with pytest.raises(AssertionError, match="rope_scaling must contain"):
+        ids_in("mlx", tmp_path / "m", [[5, 6]], engine_environment)
