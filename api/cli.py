@@ -1,8 +1,11 @@
 """The command `emo`; also `python -m transformers_emo`. Each of its commands is a module of `commands/`."""
 
+import _thread
 import functools
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -120,9 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     call = _Call()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = _command().main(
-            words, prog_name="emo", standalone_mode=False, windows_expand_args=False, obj=call
-        )
+        with _no_interrupt_is_lost():
+            status = _command().main(
+                words, prog_name="emo", standalone_mode=False, windows_expand_args=False, obj=call
+            )
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = f"emo {call.command}".rstrip() if context is None else context.command_path
@@ -137,6 +141,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = f"stopped by Ctrl-C. {_GO_ON.get(call.command, '')}"
         return _fail(f"emo {call.command}".rstrip(), told, _INTERRUPTED)
     return status or 0
+
+
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Interrupt again where Python drops a `KeyboardInterrupt`, as it does while a process forks."""
+    before = sys.unraisablehook
+    timers: list[threading.Timer] = []
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            before(unraisable)
+            return
+        # Not here: Python would drop it as well.
+        timers.append(threading.Timer(0.1, _thread.interrupt_main))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 @functools.cache

@@ -95,7 +95,8 @@ class AfterImport(MetaPathFinder):
         if fullname not in self._actions:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            spec = finder.find_spec(fullname, path, target)
+            find = getattr(finder, "find_spec", None)  # old ones have none; Python passes them over too
+            spec = find and find(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _ActingLoader(spec.loader, self._act)

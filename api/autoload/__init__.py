@@ -91,7 +91,8 @@ class _BeforeAutoClasses:
         self._is_done = True  # it stays in the list: another thread may be reading that
         _import_emo()
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)  # old ones have none
+            spec = find and find(fullname, path, target)
             if spec is not None:
                 return spec
         return None

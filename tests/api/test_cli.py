@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -558,3 +559,26 @@ class TestJson:
     def test_an_error_leaves_stdout_empty(self, capsys):
         assert cli.main(["extract", str(TOY), "no-such-file", "out", "--json"]) == 1
         assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_that_python_drops_comes_again(monkeypatch, capsys):
+    """As while a process forks: what is raised there is told as ignored, and the command would go on."""
+
+    class Command:
+        def main(self, *_, **__):
+            class Gone:
+                def __del__(self):
+                    raise KeyboardInterrupt
+
+            Gone()
+            for _ in range(100):
+                time.sleep(0.1)
+
+    monkeypatch.setattr(cli, "_command", Command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), sys.unraisablehook
+    try:
+        assert cli.main([]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+    assert sys.unraisablehook is before[1]
+    assert capsys.readouterr().err == "emo: stopped by Ctrl-C.\n"

@@ -115,7 +115,7 @@ def rewritten(job: Job, place: Place, times: int) -> Row:
     Files are replaced, or written to in place, or written to so that size and time stay the same.
     """
     row = Row("source rewritten meanwhile", f"`emo {job.name}`")
-    other = place.inputs / ("other-step" if job.source == "step" else "other")
+    other = place.inputs / ("other" if job.source == "model" else f"other-{job.source}")
     own = place.work.parent / "own-inputs"
     for number in range(times):
         source = _own_inputs(job, place, own)

@@ -144,6 +144,8 @@ def make_inputs(worker: Worker, inputs: Path) -> list[Job]:
     worker.must(inputs, code=_TUNE)
     worker.must(inputs, words=["convert", "hf-to-olmo-core", "model", "step"])
     worker.must(inputs, words=["convert", "hf-to-olmo-core", "other", "other-step"])
+    for model in ("model", "other"):
+        worker.must(inputs, words=["export", model, "exported" if model == "model" else "other-exported"])
     rows = [json.dumps({"ids": [5 + i, 6, 7 + i] * 4}) for i in range(40)]
     (inputs / "rows.jsonl").write_text("\n".join(rows))
     (inputs / "recipe.yaml").write_text(_RECIPE.format(inputs=inputs))
@@ -178,6 +180,9 @@ def make_inputs(worker: Worker, inputs: Path) -> list[Job]:
         Job("convert olmo-core-to-hf", [*convert, "olmo-core-to-hf", "{}/step", "out"], "step"),
         Job("convert upgrade", [*convert, "upgrade", model, "out"], "model"),
         Job("shard", ["shard", model, "out"], "model", spare=64 << 20),
+        Job("export", ["export", model, "out"], "model"),
+        Job("export --to gguf", ["export", model, "out", "--to", "gguf"], "model"),
+        Job("export --from", ["export", "{}/exported", "out", "--from", "qwen2-moe"], "exported"),
         Job(
             "select",
             ["select", model, "out", "--data", "{}/texts.jsonl", "--experts", "8"],
