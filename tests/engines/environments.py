@@ -1,8 +1,8 @@
-"""Environments with the engines of others, one an engine, under `build/engines/`: `make test-engines` makes
-them.
+"""Environments with the engines of others, one an engine, under `build/engines/`.
 
-To add an engine: a line in `ENGINES`, a file of pinned versions, and `tests/engines/test_<engine>.py`. The
-tests of an engine run in its environment, which has this package too, if `with_ours` says so.
+`make test-engines` makes them. To add an engine: a line in `ENGINES`, one in `conftest.py`, a file of pinned
+versions, and `tests/engines/test_<engine>.py`. The tests of an engine run in its environment, which has this
+package too, if `with_ours` says so.
 """
 
 import hashlib
