@@ -162,6 +162,7 @@ lint: $(VENV)/.installed-dev typecheck editor-imports  ## style, types, imports 
 
 typecheck: $(VENV)/.installed-dev
 	$(BIN)/mypy --package transformers_emo
+	$(BIN)/mypy plugins/vllm/transformers_emo_vllm
 
 editor-imports: $(VENV)/.installed-dev
 	$(BIN)/pyright --pythonpath $(BIN)/python

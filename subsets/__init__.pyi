@@ -1,5 +1,6 @@
 from .authors_metadata import pruning_metadata, save_pruning_metadata
 from .choosing.selection import select_experts
+from .choosing.usage import ExpertUsage
 from .composition import (
     SubsetOverlap,
     difference,
@@ -20,6 +21,7 @@ from .validation import SubsetError
 
 __all__ = [
     "ExpertSubset",
+    "ExpertUsage",
     "SubsetError",
     "SubsetOverlap",
     "WriteBack",

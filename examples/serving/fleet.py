@@ -15,6 +15,7 @@ import asyncio
 import ctypes
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -69,7 +70,7 @@ class Fleet:
 
 
 def _end_with_parent() -> None:
-    """On Linux, have a process end with the one that started it: a replica that dies leaves no vLLM."""
+    """On Linux, have a process end with the one that started it: no vLLM is left behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -89,7 +90,7 @@ class Server:
             words += ["--hf-overrides", json.dumps({"expert_subset": subset})]
         vllm = Path(sys.executable).with_name("vllm")
         path = {"PATH": f"{vllm.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-        command = [str(vllm), "serve", fleet.model, *words, *fleet.options.split()]
+        command = [str(vllm), "serve", fleet.model, *words, *shlex.split(fleet.options)]
         self.process = subprocess.Popen(command, env=os.environ | path, preexec_fn=_end_with_parent)
         self.client = httpx.AsyncClient(base_url=self.url, timeout=None)
         self.started = asyncio.get_running_loop().create_task(self._start())

@@ -149,7 +149,7 @@ def select_experts(
         seed (`int`, defaults to 0): the seed of the random choice.
         usage (`ExpertUsage`, `str` or `os.PathLike`, *optional*): how much the traffic of a server used each
             expert, or the file that the plugin for vLLM wrote. Instead of texts and a method; see
-            `transformers_emo.subsets.choosing.usage`.
+            `transformers_emo.subsets.ExpertUsage`.
         progress (`bool`, defaults to `True`): show a progress bar.
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 

@@ -47,7 +47,7 @@ class ExpertUsage:
 
     ```python
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.subsets.choosing.usage import ExpertUsage
+    >>> from transformers_emo.subsets import ExpertUsage
     >>> usage = ExpertUsage([[3.0, 0.5, 0.5, 4.0]], num_tokens=4)
     >>> usage.save(tmp_path / "usage.json")
     >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
@@ -143,7 +143,7 @@ class ExpertUsage:
         ```python
         >>> import numpy as np
         >>> from transformers_emo import EmoConfig
-        >>> from transformers_emo.subsets.choosing.usage import ExpertUsage
+        >>> from transformers_emo.subsets import ExpertUsage
         >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
         >>> ExpertUsage.of_routed_experts([np.array([[[0, 3]], [[2, 3]]])], config).usage
         [[1.0, 0.0, 1.0, 2.0]]

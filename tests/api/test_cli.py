@@ -286,7 +286,7 @@ OLD_WORDS = {
         },
     ),
 }
-NEW = {"help", "json", "module"}  # `-m` is read with the words behind it
+NEW = {"help", "json", "module", "usage"}  # `-m` is read with the words behind it
 
 
 def command_of(name: str):

@@ -1,5 +1,4 @@
-"""Environments with the engines of others, one an engine, under `build/engines/`: `make test-engines` makes
-them.
+"""Environments with the engines of others, one an engine, under `build/engines/`.
 
 To add an engine: a line in `ENGINES`, its versions in `constraints-engines.txt` or a file of its own, and
 `tests/engines/test_<engine>.py`. The tests of an engine run in its environment if that has this package too

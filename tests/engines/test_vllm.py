@@ -97,7 +97,7 @@ def mixed(tiny, prompts):
 
 def test_a_released_folder_and_a_subset_at_the_start_give_our_ids(run, tiny, prompts, tmp_path):
     extract_subset(TINY, "coq", tmp_path / "small", progress=False)
-    without = {"exclude_experts": {"0": [3, 5, 7]}}
+    without = {"exclude_experts": "python"}
     full, chosen, extracted, excluded = run(
         {"model": str(TINY), "prompts": prompts},
         {"model": str(TINY), "prompts": prompts, "options": {"hf_overrides": {"expert_subset": "coq"}}},
@@ -106,7 +106,7 @@ def test_a_released_folder_and_a_subset_at_the_start_give_our_ids(run, tiny, pro
     )
     assert full["ids"] == [greedy(tiny, ids) for ids in prompts]
     assert chosen["ids"] == extracted["ids"] == [greedy(tiny, ids, expert_subset="coq") for ids in prompts]
-    assert excluded["ids"] == [greedy(tiny, ids, exclude_experts={0: [3, 5, 7]}) for ids in prompts]
+    assert excluded["ids"] == [greedy(tiny, ids, exclude_experts="python") for ids in prompts]
     assert len({str(out["ids"]) for out in (full, chosen, excluded)}) == 3
 
 
@@ -139,7 +139,7 @@ def test_what_would_not_be_exact_is_refused(run, tmp_path):
     refusals = {
         "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {}),
         "'gelu'": ({"hidden_act": "gelu"}, {}),
-        "--model-impl transformers": ({}, {"model_impl": "transformers"}),
+        "--model-impl transformers": ({}, {"model_impl": "transformers", "trust_remote_code": True}),
         "--quantization": ({}, {"quantization": "fp8"}),
         "no expert subset 'nosuch'": ({}, {"hf_overrides": {"expert_subset": "nosuch"}}),
         "LoRA": ({}, {"enable_lora": True}),
@@ -147,7 +147,10 @@ def test_what_would_not_be_exact_is_refused(run, tmp_path):
     }
     jobs = []
     for number, (changes, options) in enumerate(refusals.values()):
-        small_model(**changes).save_pretrained(tmp_path / str(number))
+        with_code = (
+            "trust_remote_code" in options
+        )  # vLLM takes other code than its own only where there is some
+        small_model(**changes).save_pretrained(tmp_path / str(number), include_code=with_code)
         options = {"skip_tokenizer_init": True, "max_model_len": 256} | options
         jobs.append({"model": str(tmp_path / str(number)), "prompts": [[5]], "options": options})
     for expected, found in zip(refusals, run(*jobs), strict=True):
@@ -168,6 +171,20 @@ def test_each_request_of_a_mixed_batch_gets_its_own_experts(run, mixed, options,
     batch, expected = mixed
     [found] = run({"model": str(TINY), "options": PER_REQUEST | options, **batch}, **variables)
     assert found["ids"] == expected
+
+
+def test_compiled_code_is_kept_for_the_next_server_of_the_same_kind_only(run, mixed, tmp_path):
+    """vLLM keeps it on disk. A server without choices by request comes first, and one with them twice."""
+    batch, expected = mixed
+    job = {"model": str(TINY), "options": {"enforce_eager": False}, "prompts": batch["prompts"][:1]}
+    for options, requests, ids in (
+        ({}, {}, expected[:1]),
+        (PER_REQUEST, batch, expected),
+        (PER_REQUEST, batch, expected),
+    ):
+        changed = job | requests | {"options": job["options"] | options}
+        [found] = run(changed, VLLM_CACHE_ROOT=str(tmp_path))
+        assert found["ids"] == ids
 
 
 def test_prompts_in_parts_keep_their_subset(run, tiny, prompts):
@@ -275,16 +292,11 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(engine_environment, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    words = [
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--no-enable-prefix-caching",
-        "--no-enable-chunked-prefill",
-    ]
-    words += ["--served-model-name", "emo", "--max-num-seqs", "32"]
-    with Server(engine_environment, log, str(TINY), *words) as server:
+    """The server that the manual starts, with a name for its model."""
+    manual = (TINY.parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"^vllm serve model_cards/emo-tiny (.*--no-enable-chunked-prefill)$", manual, re.M)
+    words = [str(TINY), *command.split(), "--enforce-eager", "--served-model-name", "emo"]
+    with Server(engine_environment, tmp_path_factory.mktemp("server") / "log.txt", *words) as server:
         yield server
 
 
@@ -342,11 +354,9 @@ def test_64_requests_with_eight_subsets_at_once_none_wrong_none_lost(server, tin
 
 def test_a_server_with_a_prefix_cache_refuses_experts_by_request(run, prompts):
     job = {"model": str(TINY), "prompts": prompts[:1], "requests": [{"expert_subset": "coq"}]}
-    [cached, in_parts] = run(
-        job | {"options": {"enable_prefix_caching": True}},
-        job
-        | {"options": PER_REQUEST | {"enable_chunked_prefill": True}, "requests": [{"document_pool": 16}]},
-    )
+    [cached] = run(job | {"options": {"enable_prefix_caching": True}})
+    options = PER_REQUEST | {"enable_chunked_prefill": True}
+    [in_parts] = run(job | {"options": options, "requests": [{"document_pool": 16}]})
     assert "--no-enable-prefix-caching" in cached["refused"]
     assert "--no-enable-chunked-prefill" in in_parts["refused"]
 
@@ -355,14 +365,12 @@ def test_only_the_bytes_of_kept_experts_are_read(engine_environment):
     """Counted by the operating system: `rchar` of the process."""
     script = (
         "import sys; from transformers_emo_vllm.config import EmoConfig; from transformers_emo_vllm.files "
-        "import ModelFiles;"
-        "from transformers_emo_vllm.startup import apply_choice; from transformers_emo_vllm.weights import "
-        "WeightReader;"
-        "path, name = sys.argv[1:]; files = ModelFiles(path); config = EmoConfig.from_pretrained(path);"
-        "config.expert_subset = name or None; apply_choice(config, files);"
-        "read = lambda: int(open('/proc/self/io').read().split()[1]); before = read();"
-        "reader = WeightReader(config, files); size = sum(t.nbytes for _, t in reader); print(read() - "
-        "before, size)"
+        "import ModelFiles;from transformers_emo_vllm.startup import apply_choice; from "
+        "transformers_emo_vllm.weights import WeightReader;path, name = sys.argv[1:]; files = "
+        "ModelFiles(path); config = EmoConfig.from_pretrained(path);config.expert_subset = name or None; "
+        "apply_choice(config, files);read = lambda: int(open('/proc/self/io').read().split()[1]); before = "
+        "read();reader = WeightReader(config, files); size = sum(t.nbytes for _, t in reader); "
+        "print(read() - before, size)"
     )
     found = {}
     for name in ("", "coq"):

@@ -26,6 +26,7 @@ os.environ |= {
 def run(job: dict[str, Any]) -> Any:
     """The result of a job."""
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16}
     try:
@@ -43,7 +44,7 @@ def run(job: dict[str, Any]) -> Any:
         ]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
         time.sleep(job.get("wait", 0))
-    except ValueError as error:
+    except VLLMValidationError as error:
         return {"refused": str(error)}
     finally:
         _end(llm)

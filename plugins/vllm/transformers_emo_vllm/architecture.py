@@ -96,8 +96,7 @@ def layers_of(config: Any) -> list[Layer]:
     if not len(experts) == len(shared) == len(always) == number:
         raise UnsupportedModelError(
             f"The config has {number} layers, and lists of {len(experts)} numbers of experts, {len(shared)} "
-            "of shared "
-            f"and {len(always)} of always-active ones: give one entry a layer."
+            f"of shared and {len(always)} of always-active ones: give one entry a layer."
         )
     layers = [
         Layer(e, s if e else 0, tuple(a or ()) if e else (), min(config.num_experts_per_tok, e))
@@ -153,20 +152,18 @@ def check_exact(config: Any) -> None:
     if width * config.num_attention_heads != config.hidden_size:
         raise UnsupportedModelError(
             f"{config.num_attention_heads} heads of width {width} do not make the hidden size "
-            f"{config.hidden_size}: "
-            "such models were not tested in vLLM."
+            f"{config.hidden_size}: such models were not tested in vLLM."
         )
     kind = rope_of(config).get("rope_type", "default")
     if kind not in EXACT_ROPE:
         raise UnsupportedModelError(
             f"The rotary embedding is of kind {kind!r}; only {', '.join(EXACT_ROPE)} were found equal in "
-            "vLLM and "
-            "Transformers. Run the model with transformers-emo."
+            "vLLM and Transformers. Run the model with transformers-emo."
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(
-            "The weights are quantised. Only plain ones were tested in vLLM: serve the model they were made "
-            "from."
+            "The weights are quantised. Only plain ones were tested in vLLM: serve the model they were "
+            "made from."
         )
 
 

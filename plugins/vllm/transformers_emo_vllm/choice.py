@@ -237,8 +237,8 @@ def fitted(subset: Subset, held: Held, what: str) -> tuple[tuple[int, ...] | Non
         if outside:
             raise ExpertChoiceError(
                 f"{what} keeps expert {outside[0]} of layer {index}, which this model does not hold: it has "
-                f"{len(present)} of {held.root_sizes[index]}. Serve the full model, or give a subset of this "
-                "one."
+                f"{len(present)} of {held.root_sizes[index]}. Serve the full model, or give a subset of "
+                "this one."
             )
         protected = held.protected(index)
         if protected - set(ids) and not subset.drop_shared:
@@ -294,8 +294,7 @@ def excluded(value: Any, held: Held, find: Any) -> list[set[int]]:
         if subset.local_ids:
             raise ExpertChoiceError(
                 "The subset to leave out numbers the experts of the model it was made from. Save it anew "
-                "with "
-                "`emo select`, which numbers those of the full model."
+                "with `emo select`, which numbers those of the full model."
             )
     if isinstance(value, Mapping):
         wrong = [k for k in value if not str(k).isdecimal() or int(k) >= number]
@@ -320,8 +319,7 @@ def excluded(value: Any, held: Held, find: Any) -> list[set[int]]:
         if not is_subset and protected & set(ids or ()):
             raise ExpertChoiceError(
                 f"`exclude_experts` names expert {min(protected & set(ids or ()))} of layer {index}, which "
-                "every "
-                "token uses: leave it out of the list."
+                "every token uses: leave it out of the list."
             )
         result.append(set(ids or ()) - protected)
     return result

@@ -209,8 +209,7 @@ class TensorFile:
         if not isinstance(dtype, torch.dtype):
             raise WeightsError(
                 f"{name} in {self.path} is of type {dtype}, expected one of {', '.join(_DTYPES)}: quantised "
-                "weights "
-                "are not served."
+                "weights are not served."
             )
         if first is not None and last is not None:
             if not shape or not 0 <= first <= last <= shape[0]:

@@ -33,6 +33,7 @@ from vllm.sequence import IntermediateTensors
 
 from .architecture import Layer, layers_of, rope_of
 from .routing import first_tokens, restrict_to_pools, route, rows_of
+from .startup import check_promise
 from .usage import count_usage, usage_of
 
 
@@ -98,6 +99,11 @@ class EmoMLP(nn.Module):
 class EmoExpertBlock(nn.Module):
     """Router and experts of a layer, the shared ones among them."""
 
+    row_T: torch.Tensor
+    allowed_NE: torch.Tensor
+    usage_R: torch.Tensor
+    counts_T: torch.Tensor
+
     def __init__(self, config: Any, layer: Layer, index: int, vllm_config: VllmConfig, prefix: str):
         super().__init__()
         self.layer, self.index = layer, index
@@ -117,7 +123,6 @@ class EmoExpertBlock(nn.Module):
         rows = rows_of(vllm_config, self.gate.weight.device)
         self.per_request = rows is not None
         self.with_pools = rows is not None and not config.emo_serving["pools_refused"]
-        self.key = id(vllm_config)
         if rows is not None:
             # Buffers: compiled code reads them anew in each forward.
             self.register_buffer("row_T", rows.row_T, persistent=False)
@@ -143,7 +148,7 @@ class EmoExpertBlock(nn.Module):
             allowed_TE = self.allowed_NE[self.row_T[: logits_TE.shape[0]]]
             logits_TE = logits_TE.masked_fill(~allowed_TE, float("-inf"))
             if self.with_pools:
-                logits_TE = restrict_to_pools(logits_TE, self.index, self.key)
+                logits_TE = restrict_to_pools(logits_TE, self.row_T, self.index)
         return self.experts(hidden_states=hidden_TD, router_logits=logits_TE)
 
 
@@ -203,7 +208,10 @@ class EmoModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (T, D)."""
-        hidden_TD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        hidden_TD = inputs_embeds
         residual_TD = None
         for layer in self.layers:
             hidden_TD, residual_TD = layer(positions, hidden_TD, residual_TD)
@@ -240,6 +248,7 @@ class EmoForCausalLM(nn.Module):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.rows = rows_of(vllm_config)
+        check_promise(vllm_config)
         self.usage = usage_of(vllm_config, self.model.norm.weight.device)
         self.attention = f"{maybe_prefix(prefix, 'model')}.layers.0.self_attn.attn"
 

@@ -29,23 +29,26 @@ pool."""
 _SERVERS: list[weakref.ref] = []
 
 
-def remember_server(config: Any) -> None:
+def remember_server(vllm_config: Any) -> None:
     """Note that this process takes requests for an EMO.
 
     Args:
-        config: the model's config, with `emo_serving`.
+        vllm_config (`VllmConfig`): the server's settings; the model's config in them has `emo_serving`.
     """
-    _SERVERS[:] = [known for known in _SERVERS if known() is not None and known() is not config]
-    _SERVERS.append(weakref.ref(config))
+    _SERVERS[:] = [known for known in _SERVERS if known() is not None and known() is not vllm_config]
+    _SERVERS.append(weakref.ref(vllm_config))
     refuse_beam_search()
 
 
 def _servers() -> list[Any]:
-    configs = [config for known in _SERVERS if (config := known()) is not None]
+    """The configs of the models that this process takes requests for, the latest last; equal ones once."""
+    live = [vllm_config for known in _SERVERS if (vllm_config := known()) is not None]
     distinct: list[Any] = []
-    for config in configs:
-        if all(config.emo_serving is not other.emo_serving for other in distinct):
-            distinct.append(config)
+    for config in (vllm_config.model_config.hf_config for vllm_config in live):
+        same = [
+            o for o in distinct if o.emo_serving == config.emo_serving and layers_of(o) == layers_of(config)
+        ]
+        distinct = [other for other in distinct if other not in same] + [config]
     return distinct
 
 
@@ -71,7 +74,7 @@ def resolve(extra_args: Mapping[str, Any] | None, config: Any) -> dict[str, Any]
     >>> from transformers_emo_vllm.requests import resolve
     >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, num_shared_experts=1)
     >>> config.emo_serving = {"refused": [], "pools_refused": [], "subsets": {"math": [[1, 3]]}, "damaged":
-    {}}
+    ...     {}}
     >>> resolve({"expert_subset": "math"}, config)
     {'masks': ['a'], 'pool': None}
 
@@ -96,7 +99,7 @@ def resolve(extra_args: Mapping[str, Any] | None, config: Any) -> dict[str, Any]
     ]
     name = said.get("expert_subset")
     if name is not None:
-        kept = [None if ids is None else tuple(ids) for ids in _by_name(name, serving)]
+        kept = _by_name(name, serving)
     if "exclude_experts" in said:
         never = excluded(said["exclude_experts"], held, lambda name: Subset(tuple(_by_name(name, serving))))
         kept = without(kept, never, held)
@@ -109,13 +112,13 @@ def resolve(extra_args: Mapping[str, Any] | None, config: Any) -> dict[str, Any]
     return {"masks": masks, "pool": pool}
 
 
-def _by_name(name: Any, serving: Mapping[str, Any]) -> list[list[int] | None]:
+def _by_name(name: Any, serving: Mapping[str, Any]) -> list[tuple[int, ...] | None]:
     if isinstance(name, str):
         name = name.removesuffix(".json")
         if name in serving["damaged"]:
             raise ExpertChoiceError(serving["damaged"][name])
         if name in serving["subsets"]:
-            return serving["subsets"][name]
+            return [None if ids is None else tuple(ids) for ids in serving["subsets"][name]]
     raise no_subset(name, list(serving["subsets"]))
 
 
@@ -136,7 +139,7 @@ def check_pool(pool: Any, layers: tuple[Layer, ...], serving: Mapping[str, Any])
     >>> from transformers_emo_vllm.architecture import Layer
     >>> from transformers_emo_vllm.requests import check_pool
     >>> check_pool(4, (Layer(num_experts=16, num_shared=1, always_active=(), top_k=4),), {"pools_refused":
-    []})
+    ...     []})
 
     ```
     """
@@ -149,8 +152,7 @@ def check_pool(pool: Any, layers: tuple[Layer, ...], serving: Mapping[str, Any])
     if isinstance(pool, bool) or not isinstance(pool, int) or not least <= pool <= most:
         raise ExpertChoiceError(
             f"`document_pool` is {str(pool)[:40]!r}, expected an integer from {least}, the routed experts "
-            "that a token "
-            f"takes, to {most}, those that there are."
+            f"that a token takes, to {most}, those that there are."
         )
 
 

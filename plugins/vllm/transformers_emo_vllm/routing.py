@@ -125,9 +125,8 @@ def first_tokens(metadata: Any, attention: str) -> torch.Tensor | None:
     if starts_N is None:
         raise RuntimeError(
             "vLLM's attention does not say which tokens belong to which request: choose another attention "
-            "backend, or "
-            "start the server with prefix caching and without `usage_file`, as one for the same experts in "
-            "all requests."
+            "backend, or start the server with prefix caching and without `usage_file`, as one for the "
+            "same experts in all requests."
         )
     return starts_N
 
@@ -199,6 +198,7 @@ class Rows:
         self.layers = layers
         self.requests: dict[int, Row] = {}
         self.row_T = torch.zeros(max_tokens, dtype=torch.long, device=device)
+        _BY_BUFFER[self.row_T.data_ptr()] = self
         self.allowed = [
             None
             if layer.is_dense
@@ -261,9 +261,8 @@ class Rows:
         if any(index >= number for index in self.requests):
             raise RuntimeError(
                 f"The batch has {number} rows, and requests with experts of their own are thought to be in "
-                "rows "
-                f"{sorted(self.requests)}: this version of vLLM orders its batches in another way than those "
-                "tested."
+                f"rows {sorted(self.requests)}: this version of vLLM orders its batches in another way than "
+                "those tested."
             )
         self.row_T.zero_()
         counts_N = starts_N.diff()
@@ -302,8 +301,8 @@ class Rows:
                 if last - first < row.prompt_length:
                     raise RuntimeError(
                         f"A prompt of {row.prompt_length} tokens was read in parts, the first of "
-                        f"{last - first}: its "
-                        "document pool needs it whole. Start the server with --no-enable-chunked-prefill."
+                        f"{last - first}: its document pool needs it whole. Start the server with "
+                        "--no-enable-chunked-prefill."
                     )
                 prompt_TR = logits_TE[first : first + row.prompt_length, :routed]
                 row.outside[layer] = choose_pool(prompt_TR, row.pool or routed)
@@ -316,6 +315,7 @@ class Rows:
 
 
 _ROWS: dict[int, tuple[weakref.ref, Rows]] = {}
+_BY_BUFFER: weakref.WeakValueDictionary[int, Rows] = weakref.WeakValueDictionary()
 
 
 def rows_of(vllm_config: Any, device: torch.device | None = None) -> Rows | None:
@@ -350,17 +350,16 @@ def rows_of(vllm_config: Any, device: torch.device | None = None) -> Rows | None
     return rows
 
 
-def rows_by_key(key: int) -> Rows:
-    """The rows that `rows_of` made for the settings with this `id`."""
-    return _ROWS[key][1]
-
-
 @torch.library.custom_op("transformers_emo_vllm::restrict_to_pools", mutates_args=())
-def restrict_to_pools(logits_TE: torch.Tensor, layer: int, key: int) -> torch.Tensor:
-    """`Rows.restrict_to_pools` as an operator, which compiled code calls as it is."""
-    return rows_by_key(key).restrict_to_pools(logits_TE, layer)
+def restrict_to_pools(logits_TE: torch.Tensor, row_T: torch.Tensor, layer: int) -> torch.Tensor:
+    """`Rows.restrict_to_pools` as an operator, which compiled code calls as it is.
+
+    The rows are those with this buffer `row_T`. (Compiled code is kept on disk for later processes: nothing
+    in it may be a number of this one.)
+    """
+    return _BY_BUFFER[row_T.data_ptr()].restrict_to_pools(logits_TE, layer)
 
 
 @restrict_to_pools.register_fake
-def _(logits_TE: torch.Tensor, layer: int, key: int) -> torch.Tensor:
+def _(logits_TE: torch.Tensor, row_T: torch.Tensor, layer: int) -> torch.Tensor:
     return torch.empty_like(logits_TE)

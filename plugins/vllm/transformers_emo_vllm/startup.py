@@ -15,6 +15,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from . import TESTED, vllm_version
 from .architecture import UnsupportedModelError, check_exact, layers_of
 from .choice import ExpertChoiceError, Held, excluded, fitted, read_subset, without
+from .config import EmoConfig, LegacyEmoConfig
 from .files import ModelFiles, subset_of
 from .requests import remember_server
 from .weights import LOAD_FORMAT
@@ -29,10 +30,6 @@ class EmoStartup(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Apply the subset given at the start, and refuse what would not be exact."""
         config = model_config.hf_config
-        if str(getattr(model_config, "model_impl", "auto")) not in ("auto", "vllm"):
-            raise UnsupportedModelError(
-                f"--model-impl {model_config.model_impl} computed other answers than EMO's: leave it out."
-            )
         check_exact(config)
         if model_config.quantization:
             raise UnsupportedModelError(
@@ -97,11 +94,23 @@ class EmoStartup(VerifyAndUpdateConfig):
             "subsets": subsets,
             "damaged": damaged,
         }
-        remember_server(config)
+        remember_server(vllm_config)
         if refused:
             logger.info("EMO: requests cannot choose experts of their own here: %s", "; ".join(refused))
         else:
             logger.info("EMO: requests may choose their experts; %d subsets by name.", len(subsets))
+
+
+class OtherNetwork(VerifyAndUpdateConfig):
+    """vLLM's own network for Transformers' models, refused for an EMO."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Refuse an EMO; other models are left alone."""
+        if model_config.hf_config.model_type in (EmoConfig.model_type, LegacyEmoConfig.model_type):
+            raise UnsupportedModelError(
+                f"--model-impl {model_config.model_impl} computed other answers than EMO's: leave it out."
+            )
 
 
 def library_subset(path: Any, name: str, held: Held) -> tuple[tuple[int, ...] | None, ...]:
@@ -118,8 +127,8 @@ def library_subset(path: Any, name: str, held: Held) -> tuple[tuple[int, ...] | 
     subset = read_subset(path)
     if subset.drop_shared:
         raise ExpertChoiceError(
-            f"The subset {name!r} may drop experts that every token uses. No request can ask for that: start "
-            "a server "
+            f"The subset {name!r} may drop experts that every token uses. No request can ask for that: "
+            "start a server "
             f'with it (--hf-overrides \'{{"expert_subset": "{name}"}}\').'
         )
     return fitted(subset, held, f"The subset {name!r}")
@@ -142,7 +151,7 @@ def apply_choice(config: Any, files: ModelFiles) -> None:
     >>> from transformers_emo_vllm.files import ModelFiles
     >>> from transformers_emo_vllm.startup import apply_choice
     >>> config = EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=2, expert_subset=[[1, 5,
-    7]])
+    ...     7]])
     >>> apply_choice(config, ModelFiles(str(tmp_path)))
     >>> config.num_experts, config.emo_kept_experts
     (3, [[1, 5, 7]])
@@ -191,21 +200,19 @@ def why_not(vllm_config: Any) -> list[str]:
             "keys and values of other experts would be taken from the cache (--no-enable-prefix-caching)"
         )
     if vllm_config.use_v2_model_runner:
-        reasons.append(
-            "Model Runner V2 does not say which request is in which row (VLLM_USE_V2_MODEL_RUNNER=0)"
-        )
+        reasons.append("Model Runner V2 could not be tested without a GPU (VLLM_USE_V2_MODEL_RUNNER=0)")
     if vllm_config.speculative_config is not None:
         reasons.append(
             "vLLM leaves out the hook that says which request is in which row with speculative decoding"
         )
     if vllm_config.kv_transfer_config is not None:
         reasons.append("keys and values from other servers may be of other experts (no --kv-transfer-config)")
-    mode = vllm_config.compilation_config.cudagraph_mode
-    if mode is not None and mode.has_full_cudagraphs():
+    mode = _graphs(vllm_config)
+    if mode is None or mode.has_full_cudagraphs():
         reasons.append(
             "a full CUDA graph runs without asking which request is in which row "
-            "(-cc.cudagraph_mode=PIECEWISE, or "
-            "--enforce-eager)"
+            "(-cc.cudagraph_mode=PIECEWISE, "
+            "or --enforce-eager)"
         )
     parallel = vllm_config.parallel_config
     if parallel.data_parallel_size > 1:
@@ -229,7 +236,7 @@ def why_no_pools(vllm_config: Any) -> list[str]:
         reasons.append(
             "a pool is chosen from the whole prompt, which may be read in parts (--no-enable-chunked-prefill)"
         )
-    if vllm_config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE):
+    if _graphs(vllm_config) != CUDAGraphMode.NONE:
         reasons.append(
             "a CUDA graph does not choose pools anew (-cc.cudagraph_mode=NONE, or --enforce-eager)"
         )
@@ -238,6 +245,38 @@ def why_no_pools(vllm_config: Any) -> list[str]:
     if any(layer.always_active for layer in layers_of(vllm_config.model_config.hf_config)):
         reasons.append("pools are not defined with always-active experts, which this model has")
     return reasons
+
+
+def _graphs(vllm_config: Any) -> Any:
+    """How a server uses CUDA graphs; `None` where vLLM has yet to choose, which may be full ones."""
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    if vllm_config.model_config.enforce_eager or current_platform.is_cpu():
+        return CUDAGraphMode.NONE
+    return vllm_config.compilation_config.cudagraph_mode
+
+
+def check_promise(vllm_config: Any) -> None:
+    """Check, where the network is made, that the server can do what requests were promised.
+
+    vLLM completes its settings after it has asked `EmoStartup`.
+
+    Args:
+        vllm_config (`VllmConfig`): the server's settings.
+
+    Raises:
+        UnsupportedModelError: if it cannot.
+    """
+    serving = vllm_config.model_config.hf_config.emo_serving
+    changed = [] if serving["refused"] else why_not(vllm_config)
+    if not serving["refused"] and not serving["pools_refused"]:
+        changed += why_no_pools(vllm_config)
+    if changed:
+        raise UnsupportedModelError(
+            "Requests were promised a choice of experts, and then vLLM changed its settings: "
+            f"{'; '.join(changed)}."
+        )
 
 
 def register_startup(architectures: Sequence[str]) -> None:
@@ -256,3 +295,5 @@ def register_startup(architectures: Sequence[str]) -> None:
     """
     for name in architectures:
         MODELS_CONFIG_MAP[name] = EmoStartup
+    for name in ("TransformersForCausalLM", "TransformersMoEForCausalLM"):
+        MODELS_CONFIG_MAP.setdefault(name, OtherNetwork)

@@ -46,7 +46,7 @@ class Usage:
     >>> from transformers_emo_vllm.config import EmoConfig
     >>> from transformers_emo_vllm.usage import Usage, count_usage
     >>> held = Held.of(EmoConfig(num_hidden_layers=1, num_experts=3, num_experts_per_tok=2,
-    num_shared_experts=1))
+    ...     num_shared_experts=1))
     >>> usage = Usage(held, None, 8, torch.device("cpu"))
     >>> usage.prepare(torch.tensor([0, 2]), None)
     >>> count_usage(usage.sums[0], torch.zeros(2, 3), usage.counts_T)

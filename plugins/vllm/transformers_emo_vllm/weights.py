@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .architecture import layers_of
 from .files import ModelFiles, TensorFile, WeightsError
@@ -127,7 +126,7 @@ class WeightReader:
     >>> from transformers_emo_vllm.weights import WeightReader
     >>> reader = WeightReader(emo_tiny_config, ModelFiles(emo_tiny))
     >>> len([name for name, tensor in reader])
-    803
+    799
 
     ```
     """
@@ -164,8 +163,7 @@ class WeightReader:
         if missing:
             raise WeightsError(
                 f"{self.files.place} lacks {len(missing)} tensors that its config needs, the first is "
-                f"{missing[0]}: "
-                "the files are incomplete, or are not those of the config."
+                f"{missing[0]}: the files are incomplete, or are not those of the config."
             )
 
         if getattr(self.config, "emo_kept_experts", None) is None:
@@ -174,8 +172,7 @@ class WeightReader:
             if unknown:
                 raise WeightsError(
                     f"{self.files.place} has {len(unknown)} tensors that its config does not explain, the "
-                    "first is "
-                    f"{unknown[0]}: the files are not those of the config."
+                    f"first is {unknown[0]}: the files are not those of the config."
                 )
 
     def _read(self, opened: TensorFile, tensor: Wanted) -> torch.Tensor:
@@ -192,8 +189,7 @@ class WeightReader:
         if tuple(value.shape) != tensor.shape:
             raise WeightsError(
                 f"{tensor.source} gives a tensor of shape {tuple(value.shape)}, the config wants "
-                f"{tensor.shape}: the "
-                "files are not those of the config."
+                f"{tensor.shape}: the files are not those of the config."
             )
         return value
 
@@ -252,7 +248,7 @@ def register_loader() -> None:
             for file in set(files.tensor_files().values()):
                 files.find(file)
 
-        def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        def load_weights(self, model: Any, model_config: ModelConfig) -> None:
             reader = WeightReader(model_config.hf_config, self._files(model_config))
             loaded = model.load_weights(iter(reader))
             left = {name for name, _ in model.named_parameters()} - loaded

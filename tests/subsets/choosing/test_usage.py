@@ -7,8 +7,8 @@ import torch
 from conftest import TOY
 from transformers_emo import EmoConfig, EmoForCausalLM, SubsetError, select_experts
 from transformers_emo.cli import main
+from transformers_emo.subsets import ExpertUsage
 from transformers_emo.subsets.choosing.scores import RouterProbability
-from transformers_emo.subsets.choosing.usage import ExpertUsage
 
 IDS = torch.arange(5, 45)[None]
 
