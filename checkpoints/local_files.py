@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
-from .small_files import open_regular
+from .small_files import open_regular, read_json
 
 _MOST_OPEN = 256  # files kept open: there may be thousands of expert shards, and a process may open 1024
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
@@ -57,6 +57,40 @@ def file_inside(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
         f"{path} is a link out of its folder, to {target}: refused. If you trust it, put the file itself "
         "there (`cp -L` copies what links lead to)."
     )
+
+
+def check_json_inside(folder: str | os.PathLike, name: str) -> None:
+    """Check a JSON file of a folder that others will read: what they take may not depend on who they are.
+
+    Args:
+        folder (`str` or `os.PathLike`): the folder.
+        name (`str`): the file's name. The file need not exist.
+
+    Raises:
+        CheckpointError: if a link leads out of the folder, it is no file, longer than 8 MiB or no JSON, or an
+            object in it has a key twice.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import CheckpointError
+    >>> from transformers_emo.checkpoints.local_files import check_json_inside
+    >>> _ = (tmp_path / "twice.json").write_text('{"num_experts": 4, "num_experts": 8}')
+    >>> try:
+    ...     check_json_inside(tmp_path, "twice.json")
+    ... except CheckpointError as error:
+    ...     print("has the key 'num_experts' twice" in str(error))
+    True
+
+    ```
+    """
+    path = file_inside(folder, name)
+    try:
+        read_json(path)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}. Download it again, or correct it.") from error
 
 
 class LocalFiles:

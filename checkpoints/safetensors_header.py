@@ -7,9 +7,9 @@ The format: https://huggingface.co/docs/safetensors/index#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from .errors import CheckpointError
-from .small_files import read_small
+from .small_files import parse_json, read_json
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -103,7 +103,7 @@ def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
     raw = bytearray(length)
     source.read_into(file, 8, memoryview(raw))
     try:
-        header = json.loads(raw.decode("utf-8"))
+        header = parse_json(raw.decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError(f"expected an object, got a {type(header).__name__}")
         header.pop("__metadata__", None)
@@ -164,7 +164,7 @@ def read_index(path: Path) -> dict[str, str]:
     ```
     """
     try:
-        weight_map = json.loads(read_small(path, MAX_HEADER_BYTES))["weight_map"]
+        weight_map = read_json(path, MAX_HEADER_BYTES)["weight_map"]
         pairs = weight_map.items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -172,7 +172,7 @@ def read_index(path: Path) -> dict[str, str]:
         ) from error
     folder = Path(os.path.abspath(path.parent))  # links are not followed: the shards may be links
     for name, file in pairs:
-        if not isinstance(file, str) or not file or "\0" in file:
+        if not isinstance(file, str) or not file or re.search(r"[\0\r\n]", file):
             raise CheckpointError(
                 f"The index {path} names no file for {name}: expected a file name, got {file!r}. "
                 "Download it again."

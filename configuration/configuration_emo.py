@@ -381,7 +381,8 @@ class EmoConfig(PreTrainedConfig):
         ```
         """
         rope: dict[str, Any] = dict(self.rope_parameters or {})
-        return rope.get("rope_theta") or self.default_theta
+        theta = rope.get("rope_theta")
+        return self.default_theta if theta is None else theta
 
     @rope_theta.setter
     def rope_theta(self, value: float) -> None:
@@ -704,7 +705,8 @@ class LegacyEmoConfig(EmoConfig):
 
 
 def _check_theta(value: Any) -> None:
-    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (math.isfinite(value) and value > 0):
         raise ValueError(f"`rope_theta` of the config is {value!r:.60}: write a number above 0.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..checkpoints import CheckpointError
-from ..checkpoints.small_files import read_small
+from ..checkpoints.small_files import read_json
 from ..configuration import EmoConfig
 
 TRAINING_SETTINGS = (
@@ -52,8 +51,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        content = json.loads(read_small(path))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path}: {error}. Expected the config of a model.") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise CheckpointError(f"{path} has no `model_type`: expected the config of a model.")

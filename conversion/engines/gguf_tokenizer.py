@@ -6,12 +6,11 @@ whose pattern is on it gives the same ids there; any other is refused.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoints import CheckpointError
-from ...checkpoints.small_files import read_small
+from ...checkpoints.small_files import read_json, read_small
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -132,8 +131,8 @@ def _chat_template(folder: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_small(path, 256 << 20))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path, 256 << 20)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path}: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object: download it again.")

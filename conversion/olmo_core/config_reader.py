@@ -7,7 +7,6 @@ is an error: a converted model that computes something else would be worse than 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ...checkpoints import CheckpointError
-from ...checkpoints.small_files import read_small
+from ...checkpoints.small_files import read_json
 from ...configuration import EmoConfig
 
 _NO_POOL_ROUTERS = (
@@ -61,14 +60,14 @@ def read_config(path: Path) -> EmoConfig:
     ```
     """
     try:
-        content = json.loads(read_small(path))
+        content = read_json(path)
     except FileNotFoundError as error:
         missing = f"file '{path}'" if path.parent.is_dir() else f"folder '{path.parent}'"
         raise CheckpointError(
             f"There is no {missing} (seen from {os.getcwd()}): expected a training step's folder, with "
             "config.json and model_and_optim/."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"Cannot read {path}: {error}. Expected the config.json of a training step's folder."
         ) from error

@@ -22,8 +22,8 @@ from ...checkpoints.hub.names import HUB_KWARGS, is_hub_repo, pinned
 from ...checkpoints.hub.opening import fetch_ahead, open_part
 from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.local_files import file_inside
-from ...checkpoints.side_files import GENERATION_CONFIG, identity_of
+from ...checkpoints.local_files import check_json_inside
+from ...checkpoints.side_files import GENERATION_CONFIG, identity_of, optional_file
 from ...configuration import EmoConfig
 from ..exclusion import named_exclusion, remaining_subset
 from ..expert_subset import ExpertSubset
@@ -188,12 +188,15 @@ class ModelSource:
             self._opened_for = kept
             if is_hub_repo(self.path):
                 wants = None if kept is None else partial(is_wanted, kept)
+                found = optional_file(self.path, "config.json", **self.hub_kwargs)
+                if found is not None:
+                    check_json_inside(*os.path.split(found))
                 files = HubFiles(os.fspath(self.path), self.hub_kwargs)
                 self._checkpoint = open_part(files, wants, variant=self.variant)
             else:
                 folder = Path(self.path, self.hub_kwargs.get("subfolder") or "")
                 for name in ("config.json", GENERATION_CONFIG):
-                    file_inside(folder, name)
+                    check_json_inside(folder, name)
                 self._checkpoint = Checkpoint.from_folder(folder, variant=self.variant)
         assert self._opened_for in (None, kept), "a repository is opened for the experts that are read"
         return self._checkpoint

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from ...checkpoints.checkpoint import Checkpoint, weight_files
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.local_files import LocalFiles, file_inside
+from ...checkpoints.local_files import LocalFiles, check_json_inside, file_inside
 from ...checkpoints.side_files import GENERATION_CONFIG, optional_file
 from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
@@ -129,7 +129,7 @@ def _local_checkpoint(path: str | os.PathLike, where: Mapping[str, Any]) -> Chec
     """The headers of the weights in a folder; `None` if it has none that are safetensors."""
     folder = Path(path, where["subfolder"] or "")
     for name in ("config.json", GENERATION_CONFIG):
-        file_inside(folder, name)
+        check_json_inside(folder, name)
     if not any((folder / name).is_file() for name in weight_files(where["variant"])):
         return None  # an adapter, or weights of another form
     return Checkpoint.from_folder(folder, variant=where["variant"])
@@ -178,7 +178,10 @@ def check_before_building(config: EmoConfig) -> None:
         found = next(filter(None, (optional_file(config.name_or_path, name, **hub) for name in names)), None)
         if found is None:
             return
-        loading.checkpoint = Checkpoint.from_folder(os.path.dirname(found), variant=variant)
+        snapshot = os.path.dirname(found)
+        for name in ("config.json", GENERATION_CONFIG):
+            check_json_inside(snapshot, name)
+        loading.checkpoint = Checkpoint.from_folder(snapshot, variant=variant)
         loading.checkpoint.source.close()
     if not loading.ignore_mismatched:
         check_sizes(loading.checkpoint.tensors, config, ignore_missing=loading.ignore_missing)

@@ -18,7 +18,7 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.safetensors_header import TensorSpan
 from ...configuration import EmoConfig, LayerExperts
 from ...modeling_emo import EmoModel
-from ...modeling_emo.weight_names import IN_LAYER
+from ...modeling_emo.weight_names import IN_LAYER, STACKED_EXPERTS
 
 
 class MisfitError(CheckpointError, RuntimeError):
@@ -43,7 +43,8 @@ def check_sizes(
 ) -> None:
     """Check that a config asks for no more layers and no larger tensors than the weights hold.
 
-    Smaller and missing tensors are another matter: see `check_fit`.
+    Weights that are integers are refused too: as numbers of a network they make no sense. Smaller and missing
+    tensors are another matter: see `check_fit`.
 
     Args:
         tensors (`Mapping[str, TensorSpan]`): the weights, from their headers.
@@ -78,6 +79,12 @@ def check_sizes(
                 expected = shapes[int(match["layer"])].get(match["part"])
         elif name.endswith("embed_tokens.weight"):
             expected = (config.vocab_size, config.hidden_size)
+        is_weight = name.endswith(".weight") or STACKED_EXPERTS.fullmatch(name)
+        if is_weight and not span.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{name} holds {span.dtype}, expected floating point numbers: the weights are quantised, and "
+                "config.json does not say how, or they are damaged. Download both again."
+            )
         if expected is not None and math.prod(expected) > math.prod(span.shape):
             raise CheckpointError(
                 f"config.json asks for a {name} of {expected}, and the weights hold {span.shape}: they "

@@ -90,6 +90,13 @@ def test_theta_can_be_set_in_every_way():
     assert EmoConfig().rope_theta == 500000.0
 
 
+@pytest.mark.parametrize("theta", [0, [], False, True, ""])
+def test_a_file_with_a_theta_that_is_none_is_refused(theta):
+    for said in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta}}):
+        with pytest.raises(ValueError, match="`rope_theta` of the config is .*: write a number above 0"):
+            EmoConfig.from_dict({"model_type": "emo"} | said)
+
+
 @pytest.mark.parametrize("theta", [None, 0, -1.0, float("nan"), "10000"])
 def test_a_theta_that_is_none_is_refused(theta):
     with pytest.raises(ValueError, match="`rope_theta` of the config is .*: write a number above 0"):

@@ -36,7 +36,9 @@ def change_index(folder, file):
 
 
 @in_whole_and_in_part
-@pytest.mark.parametrize("kind", ["up", "absolute", "hidden", "not safetensors", "number", "empty"])
+@pytest.mark.parametrize(
+    "kind", ["up", "absolute", "hidden", "not safetensors", "number", "empty", "two lines"]
+)
 def test_an_index_that_leads_elsewhere(folder, choice, kind):
     outside = folder.parent / "other.safetensors"
     shutil.copy(first_shard(folder), outside)
@@ -47,9 +49,34 @@ def test_an_index_that_leads_elsewhere(folder, choice, kind):
         "not safetensors": "config.json",
         "number": 7,
         "empty": "",
+        "two lines": "a\nb.safetensors",
     }
     change_index(folder, names[kind])
     with pytest.raises(CheckpointError, match=INDEX):
+        AutoModelForCausalLM.from_pretrained(folder, **choice)
+
+
+@in_whole_and_in_part
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX])
+def test_a_key_that_stands_twice_in_one_object(folder, choice, name):
+    """Programs differ in which of the two they take."""
+    path = folder / name
+    text = path.read_text() if path.exists() else '{"top_k": 1}'
+    key = next(iter(json.loads(text)))
+    path.write_text(text.replace("{", f'{{"{key}": null, ', 1))
+    with pytest.raises(CheckpointError, match=f"key '{key}' twice"):
+        AutoModelForCausalLM.from_pretrained(folder, **choice)
+
+
+@in_whole_and_in_part
+@pytest.mark.parametrize("part", ["up_proj", "q_proj", "embed_tokens", "lm_head"])
+def test_integers_in_place_of_weights(make_checkpoint, tmp_path, choice, part):
+    """As a quantised model has them whose config does not say so."""
+    folder = shutil.copytree(make_checkpoint(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor.mul(100).to(torch.int8) for name, tensor in tensors.items() if part in name}
+    save_file(tensors | changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds torch.int8, expected floating point"):
         AutoModelForCausalLM.from_pretrained(folder, **choice)
 
 
