@@ -8,6 +8,19 @@ from ..configuration import EmoConfig
 from .expert_subset import ExpertSubset
 from .numbering import present_experts, root_experts
 
+EXPERT_SETTINGS = (
+    "num_experts",
+    "num_experts_per_layer",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "num_shared_experts_per_layer",
+    "always_active_experts",
+    "always_active_experts_per_layer",
+    "retained_experts",
+    "root_experts_per_layer",
+)
+"""What `subset_config` changes."""
+
 
 def local_experts(subset: ExpertSubset, config: EmoConfig) -> list[list[int] | None]:
     """The kept experts in the numbering of the model itself.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.hub.names import HUB_KWARGS
 from ...checkpoints.patience import bounded_waits
 from ...configuration import EmoConfig
 from ...modeling_emo.prompt_pool import pool_sizes
 from ..numbering import present_experts, root_experts, size_range
+from ..reduced_config import EXPERT_SETTINGS, held_experts
 from . import from_pretrained as loading
 from .run_choice import RunChoice
 from .subset_name import SubsetName
@@ -61,6 +64,7 @@ def _from_pretrained(
     if isinstance(path, SubsetName) and not callers_own:
         is_part = True
         expert_subset, kwargs = path.expert_subset, path.origin.hub_kwargs | kwargs
+        _give_whole_config(path, kwargs)
         callers_own = not path.by_run
     choice = RunChoice.read()
     if choice is None:
@@ -87,6 +91,21 @@ def _from_pretrained(
     if os.environ.get("RANK", "0") == "0":  # one of the workers of `torchrun` speaks for all
         print(f"emo run: {path}: {describe(choice, model.config, callers_own)}", file=sys.stderr, flush=True)
     return result
+
+
+def _give_whole_config(part: SubsetName, kwargs: dict[str, Any]) -> None:
+    """Where the part's own config is given too, as trainers do, put that of the whole model in its place.
+
+    The experts are counted as in the files; all other settings stay those of the given config.
+    """
+    config = kwargs.get("config")
+    if not isinstance(config, EmoConfig) or held_experts(config).experts != part.expert_subset.experts:
+        return
+    hub = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+    whole = EmoConfig.from_pretrained(str(part), **hub)
+    kwargs["config"] = copy.deepcopy(config)
+    for name in EXPERT_SETTINGS:
+        setattr(kwargs["config"], name, getattr(whole, name))
 
 
 def describe(choice: RunChoice, config: EmoConfig, callers_own: bool = False) -> str:

@@ -24,24 +24,14 @@ from ...modeling_emo.weight_names import EXPERT_PARAMETERS
 from ..expert_subset import ExpertSubset
 from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts
+from ..reduced_config import EXPERT_SETTINGS
 from ..validation import SubsetError
 from .finite_check import check_finite
 from .model_source import KeptExperts, ModelSource, check_hub_kwargs
 from .subset_name import SubsetName, name_part
 from .tokenizer_copy import Origin
 
-# The settings of experts, and those that two models must share so that the experts of one fit the other.
-_EXPERT_SETTINGS = (
-    "num_experts",
-    "num_experts_per_layer",
-    "num_experts_per_tok",
-    "num_shared_experts",
-    "num_shared_experts_per_layer",
-    "always_active_experts",
-    "always_active_experts_per_layer",
-    "retained_experts",
-    "root_experts_per_layer",
-)
+# What two models must share so that the experts of one fit the other.
 _SHAPE_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -362,7 +352,7 @@ def _set_parameter(model: Any, index: int, name: str, tensor: torch.Tensor) -> N
 
 def _set_config(model: Any, config: EmoConfig, layers: list[_Layer], place: tuple | None) -> None:
     """Set the new experts in the config, which all modules share, and in the modules."""
-    for name in _EXPERT_SETTINGS:
+    for name in EXPERT_SETTINGS:
         setattr(model.config, name, copy.deepcopy(getattr(config, name)))
     for layer in layers:
         block = model.base_model.layers[layer.index].mlp

@@ -76,6 +76,17 @@ def test_a_first_dpo_loss_is_log_2(subset, config, logits_of):
     assert policy.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
+def test_a_reference_may_be_loaded_with_the_config_of_the_policy():
+    policy = EmoForCausalLM.from_pretrained(
+        TOY, expert_subset=SUBSET, dtype=torch.float32, attention_dropout=0.5
+    )
+    reference = AutoModelForCausalLM.from_pretrained(policy.config._name_or_path, config=policy.config)
+    assert reference.config.retained_experts == policy.config.retained_experts == SUBSET
+    assert reference.config.attention_dropout == 0.5
+    assert reference.config.num_experts_per_tok == policy.config.num_experts_per_tok
+    assert_same_numbers(reference(INPUT_IDS).logits, policy.eval()(INPUT_IDS).logits)
+
+
 class TestStepsOfTraining:
     @pytest.mark.parametrize("logits_of", [by_decoder, by_model])
     def test_without_labels_training_mode_computes_what_evaluation_does(self, make_model, logits_of):
