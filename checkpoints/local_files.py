@@ -75,9 +75,9 @@ def check_json_inside(folder: str | os.PathLike, name: str) -> None:
     ```python
     >>> from transformers_emo import CheckpointError
     >>> from transformers_emo.checkpoints.local_files import check_json_inside
-    >>> _ = (tmp_path / "config.json").write_text('{"num_experts": 4, "num_experts": 8}')
+    >>> _ = (tmp_path / "twice.json").write_text('{"num_experts": 4, "num_experts": 8}')
     >>> try:
-    ...     check_json_inside(tmp_path, "config.json")
+    ...     check_json_inside(tmp_path, "twice.json")
     ... except CheckpointError as error:
     ...     print("has the key 'num_experts' twice" in str(error))
     True

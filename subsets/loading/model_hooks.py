@@ -17,7 +17,16 @@ from .weight_loading import check_before_building, load_weights
 
 
 def complete_quantised_experts() -> None:
-    """Let quantised experts have adapters: importing the module tells torchao how."""
+    """Let quantised experts have adapters: importing the module tells torchao how.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.subsets.loading.model_hooks import complete_quantised_experts
+    >>> complete_quantised_experts()
+
+    ```
+    """
     importlib.import_module("...modeling_emo.kernels.quantised_experts", __package__)
 
 

@@ -287,6 +287,7 @@ OLD_WORDS = {
     ),
 }
 NEW = {"help", "json", "module", "usage"}  # `-m` is read with the words behind it
+NEW_COMMANDS = {"export"}
 
 
 def command_of(name: str):
@@ -312,7 +313,8 @@ def test_the_table_of_old_options_lacks_none():
         described.setdefault(command_of(name).name, set()).update(expected)
     commands = dict(get_command(cli.app).commands)
     commands |= commands.pop("convert").commands
-    assert {name: {param.name for param in commands[name].params} - NEW for name in commands} == described
+    old = commands.keys() - NEW_COMMANDS
+    assert {name: {param.name for param in commands[name].params} - NEW for name in old} == described
 
 
 @pytest.mark.parametrize(
