@@ -1,8 +1,9 @@
 """Environments with the engines of others, one an engine, under `build/engines/`.
 
-To add an engine: a line in `ENGINES`, its versions in `constraints-engines.txt` or a file of its own, and
-`tests/engines/test_<engine>.py`. The tests of an engine run in its environment if that has this package too
-(`with_ours`). Otherwise they run in the project's, and start the engine as a process.
+`make test-engines` makes them. To add an engine: a line in `ENGINES`, its versions in
+`constraints-engines.txt` or a file of its own, and `tests/engines/test_<engine>.py`. The tests of an engine
+run in its environment if that has this package too (`with_ours`); name its package in `conftest.py` then.
+Otherwise they run in the project's, and start the engine as a process.
 """
 
 import hashlib

@@ -56,7 +56,7 @@ def run(engine_environment):
 
     def run(*jobs, with_ours: bool = False, **variables):
         result = subprocess.run(
-            [sys.executable, RUNS, *([] if with_ours else ["--without-ours"])],
+            [sys.executable, RUNS, "--with-ours" if with_ours else "--without-ours"],
             input=json.dumps(jobs),
             env=engine_environment | variables,
             capture_output=True,
@@ -195,10 +195,17 @@ def test_prompts_in_parts_keep_their_subset(run, tiny, prompts):
     assert found["ids"] == [greedy(tiny, long, **(words or {})) for words in said]
 
 
-def test_both_packages_work_in_one_process(run, mixed):
+def test_both_packages_work_in_one_process(run, mixed, tiny, prompts):
+    """The config is then of this package's class."""
     batch, expected = mixed
-    [found] = run({"model": str(TINY), "options": PER_REQUEST, **batch}, with_ours=True)
+    subset = {"hf_overrides": {"expert_subset": "coq"}}
+    found, chosen = run(
+        {"model": str(TINY), "options": PER_REQUEST, **batch},
+        {"model": str(TINY), "options": subset, "prompts": prompts},
+        with_ours=True,
+    )
     assert found["ids"] == expected
+    assert chosen["ids"] == [greedy(tiny, ids, expert_subset="coq") for ids in prompts]
 
 
 def test_the_traffic_of_a_server_becomes_a_subset(run, tiny, prompts, tmp_path):

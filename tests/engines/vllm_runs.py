@@ -3,8 +3,8 @@ line.
 
 A job is `{"model": ..., "options": {...}, "prompts": [[ids], ...], "requests": [{...}, ...], "tokens": 48}`:
 the options of `LLM`, prompts as token ids, and for each prompt its `vllm_xargs`; `wait` are seconds before
-the end. `{"error": ...}` comes out where vLLM refuses. `--without-ours` makes `import transformers_emo` fail,
-as where it is not installed.
+the end. `{"error": ...}` comes out where vLLM refuses. `--with-ours` imports this package first,
+`--without-ours` makes that fail, as where it is not installed.
 """
 
 import json
@@ -67,6 +67,8 @@ def main() -> None:
     """Run the jobs."""
     if "--without-ours" in sys.argv:
         sys.modules["transformers_emo"] = None  # type: ignore[assignment]
+    if "--with-ours" in sys.argv:
+        import transformers_emo  # noqa: F401 (its config is then the one that vLLM gets)
     results = [run(job) for job in json.load(sys.stdin)]
     print("\n" + json.dumps(results))
 
