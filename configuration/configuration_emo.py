@@ -139,11 +139,10 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "num_experts_per_tok",
     "max_position_embeddings",
     "dense_intermediate_size",
 )
-_NOT_NEGATIVE = ("rms_norm_eps", "initializer_range", "attention_dropout")
+_NOT_NEGATIVE = ("num_experts_per_tok", "rms_norm_eps", "initializer_range", "attention_dropout")
 
 
 def _errors_in_one_line(cls: type) -> type:
@@ -340,7 +339,7 @@ class EmoConfig(PreTrainedConfig):
         elif name == "num_hidden_layers" and isinstance(value, int) and value > 0:
             self._fit_lists(value)
         elif name in _BY_LAYER and "_further_layers" in self.__dict__:
-            self._further_layers.pop(name, None)
+            self.__dict__["_further_layers"].pop(name, None)
         super().__setattr__(name, value)
 
     def _fit_lists(self, num_layers: int) -> None:
@@ -551,6 +550,11 @@ class EmoConfig(PreTrainedConfig):
             raise ValueError(
                 f"Layer {index} has always-active experts {list(layer.always_active)}: give different ids "
                 f"from 0 to {layer.num_experts - 1}."
+            )
+        if layer.top_k < 1:
+            raise ValueError(
+                f"A token takes {layer.top_k} of the {layer.num_experts} experts of layer {index}: raise "
+                "`num_experts_per_tok`."
             )
         taken = len(layer.always_active) or layer.num_shared
         if layer.top_k < taken:

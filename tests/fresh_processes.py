@@ -143,6 +143,8 @@ def _server() -> str:
 
 
 def _serve(path: str) -> None:
+    # Programs that import the package do it themselves; others must not get it at this point.
+    os.environ["EMO_AUTOLOAD"] = "0"
     for name in BEFORE_THE_FORK:
         with contextlib.suppress(ImportError):  # not all are required
             importlib.import_module(name)

@@ -28,7 +28,7 @@ def checkout(tmp_path_factory):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "*.o")
     for room in settings["tool"]["setuptools"]["package-dir"].values():
-        shutil.copytree(ROOT / room, folder / room, ignore=left_out)
+        shutil.copytree(ROOT / room, folder / room, ignore=left_out, dirs_exist_ok=True)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
     (folder / "tests").mkdir()

@@ -10,7 +10,7 @@ from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 OURS = ["emo", "emo_sorted"]
 EXPERTS, TOP_K, HIDDEN, WIDTH, TOKENS = 6, 3, 12, 8, 5
 IDS = torch.arange(5, 13)[None]
-TERMS = 40 * (2 * (HIDDEN + WIDTH + TOP_K) + TOKENS)  # through a sine, and its derivatives
+TERMS = 400 * (2 * (HIDDEN + WIDTH + TOP_K) + TOKENS)  # through a sine, and its derivatives
 
 
 def make_experts(dtype) -> EmoExperts:
