@@ -42,7 +42,7 @@ def autoload():
             module = sys.modules.get(name)
             if module is not None:  # its import has imported PyTorch
                 when_complete(module, _import_emo)
-        sys.meta_path.insert(0, _BeforeAutoClasses())
+        sys.meta_path.insert(0, _AfterAutoClasses())
     except Exception:
         return
 
@@ -78,24 +78,46 @@ def tell(error):
     )
 
 
-class _BeforeAutoClasses:
-    """A finder of `sys.meta_path` that imports EMO before the first of the auto-classes."""
+class _AfterAutoClasses:
+    """A finder of `sys.meta_path` that has EMO imported after the first of the auto-classes.
+
+    Not while it looks for the module: Python then holds a lock that every import of every thread needs.
+    """
 
     def __init__(self):
-        self._is_done = False
+        self.is_done = False
 
     def find_spec(self, fullname, path=None, target=None):
-        """Import EMO, and have the other finders find the module: those that EMO put in too."""
-        if self._is_done or fullname not in _AUTO_CLASSES:
+        """Have the finders behind this one find the module."""
+        if self.is_done or fullname not in _AUTO_CLASSES:
             return None
-        self._is_done = True  # it stays in the list: another thread may be reading that
-        _import_emo()
-        for finder in sys.meta_path:
-            find = None if finder is self else getattr(finder, "find_spec", None)  # old ones have none
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)  # old ones have none; Python passes them over too
             spec = find and find(fullname, path, target)
             if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
                 return spec
         return None
+
+
+class _Loader:
+    """A module's own loader, and the import of EMO after it."""
+
+    def __init__(self, loader, finder):
+        self._loader = loader
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def exec_module(self, module):
+        """Load the module, and then EMO. The module is none the wiser."""
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if not self._finder.is_done:
+            self._finder.is_done = True  # it stays in the list: another thread may be reading that
+            _import_emo()
 
 
 def when_complete(module, action):

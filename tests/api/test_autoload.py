@@ -59,6 +59,15 @@ def test_the_auto_classes_know_it_in_every_order(program):
     assert done.returncode == 0 and done.stdout.strip() == "EmoConfig", done.stderr
 
 
+def test_threads_that_import_at_once_do_not_wait_for_each_other():
+    """Python holds a lock for all while a finder looks for a module: nothing may be imported there."""
+    tests = Path(__file__).parents[1]
+    done = run(
+        f"import torch, sys; sys.path.append({str(tests)!r}); import import_order as o; o.all_at_once()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("switch", ["EMO_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_it_can_be_switched_off(switch):
     done = run(PROGRAMS["after torch"], **{switch: "0"})
