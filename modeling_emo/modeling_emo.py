@@ -762,9 +762,8 @@ class EmoModel(EmoPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`: leave the other one out.")
         if training_step is None:
-            training_step = False
-            if self.training and past_key_values is None:
-                training_step = trains_without_labels(self.config, document_pool, document_pool_sizes)
+            asks = self.training and past_key_values is None
+            training_step = asks and trains_without_labels(self.config, document_pool, document_pool_sizes)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if inputs_embeds is None:

@@ -17,7 +17,7 @@ from ..numbering import present_experts, root_experts, size_range
 from ..reduced_config import EXPERT_SETTINGS, held_experts
 from . import from_pretrained as loading
 from .run_choice import RunChoice
-from .subset_name import SubsetName
+from .tokenizer_copy import SubsetName
 
 
 def from_pretrained(

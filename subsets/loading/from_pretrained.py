@@ -17,11 +17,10 @@ from ...configuration import EmoConfig
 from ...modeling_emo.transformers_versions import private_names
 from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
-from .finite_check import check_finite
 from .model_source import ModelSource
-from .subset_name import name_part
-from .tokenizer_copy import Origin
+from .tokenizer_copy import Origin, name_part
 from .weight_loading import LazyStateDict, whole_model
+from .weights_check import check_finite
 
 with private_names("loading"):
     from transformers.integrations.peft import maybe_load_adapters

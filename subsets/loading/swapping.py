@@ -26,10 +26,9 @@ from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts
 from ..reduced_config import EXPERT_SETTINGS
 from ..validation import SubsetError
-from .finite_check import check_finite
 from .model_source import KeptExperts, ModelSource, check_hub_kwargs
-from .subset_name import SubsetName, name_part
-from .tokenizer_copy import Origin
+from .tokenizer_copy import Origin, SubsetName, name_part
+from .weights_check import check_finite
 
 # What two models must share so that the experts of one fit the other.
 _SHAPE_SETTINGS = (
