@@ -87,7 +87,7 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
     model = content["model"]
     if model.get("type") != "BPE":
         reasons.append(f"it is of type {model.get('type')!r}, expected 'BPE'")
-    for setting in ("byte_fallback", "ignore_merges", "fuse_unk"):
+    for setting in ("byte_fallback", "fuse_unk"):
         if model.get(setting):
             reasons.append(f"it has `{setting}`")
     before = content.get("pre_tokenizer") or {}
@@ -100,6 +100,8 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
         pattern = (steps[0].get("pattern") or {}).get("Regex")
         if is_plain and not byte_level.get("add_prefix_space") and not byte_level.get("use_regex", True):
             name = _PATTERNS.get(str(pattern))
+    if model.get("ignore_merges"):  # the same pattern; words that are tokens are taken whole
+        name = "llama-bpe" if name == "dbrx" else None
     if name is None:
         reasons.append("it cuts text into words by a pattern that is not known to be one of llama.cpp's")
     for added in content.get("added_tokens") or ():
