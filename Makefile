@@ -60,7 +60,7 @@ NOT_OLDEST := analysis benchmarks conversion docs examples test_examples.py test
   training/test_distributed.py transformers_suite/test_emo_distributed.py modeling_emo/kernels/test_native_library.py \
   modeling_emo/kernels/test_expert_kernels.py
 MIDDLE := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.0 5.23.0
-OF_MIDDLE := modeling_emo/test_caches.py modeling_emo/test_transformers_versions.py modeling_emo/test_modeling_emo.py \
+OF_MIDDLE := modeling_emo/test_caches.py imports/test_transformers_versions.py modeling_emo/test_modeling_emo.py \
   modeling_emo/test_prompt_pool.py subsets/loading/test_from_pretrained.py subsets/loading/test_swapping.py
 # $(call beside,FOLDER,PACKAGES): install packages into a folder under build/, once.
 beside = test -d build/$(1) || ( $(BIN)/python -m pip install --quiet --no-deps --target build/$(1).partial $(2) && \

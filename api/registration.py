@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import transformers_emo_autoload
 from transformers_emo.imports.lazy_imports import import_name
-from transformers_emo.modeling_emo.transformers_versions import check_names
+from transformers_emo.imports.transformers_versions import check_names
 
 from .import_hook import AfterImport
 from .transformers_names import name_classes

@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import get_session
 
-from ..modeling_emo.transformers_versions import private_names
+from ..imports.transformers_versions import private_names
 from .errors import CheckpointError
 
 with private_names("hub"):

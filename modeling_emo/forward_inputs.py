@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .transformers_versions import private_names
+from ..imports.transformers_versions import private_names
 
 with private_names("network"):
     from transformers.cache_utils import Cache

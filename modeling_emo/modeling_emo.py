@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from .transformers_versions import private_names
+from ..imports.transformers_versions import private_names
 
 with private_names("network"):  # the versions are looked at before anything can fail for want of them
     from transformers import initialization as init

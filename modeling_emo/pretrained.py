@@ -22,6 +22,8 @@ AUTO_MAP = {
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FILES = [
     "configuration/configuration_emo.py",
+    "imports/names_of_others.py",
+    "imports/transformers_versions.py",
     "modeling_emo/document_pool.py",
     "modeling_emo/expert_switching.py",
     "modeling_emo/forward_inputs.py",
@@ -32,7 +34,6 @@ _FILES = [
     "modeling_emo/prompt_pool.py",
     "modeling_emo/segments.py",
     "modeling_emo/transformers_differences.py",
-    "modeling_emo/transformers_versions.py",
     "modeling_emo/weight_names.py",
 ]
 # Their names in the folder of a saved model.

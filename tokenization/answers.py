@@ -14,7 +14,7 @@ import jinja2
 import numpy as np
 from transformers.utils import logging
 
-from ..modeling_emo.transformers_versions import private_names
+from ..imports.transformers_versions import private_names
 from .columns import WINDOW, check_at_least_one, check_column, end_documents, eos_id, import_datasets
 from .tokenization_emo import EmoTokenizer
 

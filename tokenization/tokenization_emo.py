@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..modeling_emo.transformers_versions import private_names
+from ..imports.transformers_versions import private_names
 
 with private_names("tokenizer"):
     from transformers.tokenization_utils_tokenizers import TokenizersBackend

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..modeling_emo.transformers_versions import private_names
+from ..imports.transformers_versions import private_names
 
 with private_names("peft"):
     from peft import LoraConfig

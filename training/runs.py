@@ -20,8 +20,8 @@ from ..checkpoints.writing.durable_files import sync_tree
 from ..checkpoints.writing.folder_lock import locked_folder
 from ..configuration import EmoConfig
 from ..imports.optional_packages import require
+from ..imports.transformers_versions import private_names
 from ..modeling_emo import EmoForCausalLM
-from ..modeling_emo.transformers_versions import private_names
 from ..tokenization import EmoTokenizer, PackedStream, encode_answers, pack_dataset
 from .adapters import lora_config
 from .collator import DocumentCollator

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Trainer
 
 from ..checkpoints.writing.durable_files import sync_folder, sync_tree
+from ..imports.transformers_versions import private_names
 from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
-from ..modeling_emo.transformers_versions import private_names
 from ..subsets.loading.adapter_record import check_adapter_config
 from .fine_tuning import KeepFrozenRows
 

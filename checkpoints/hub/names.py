@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import cached_file
 
-from ...modeling_emo.transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 from ..errors import CheckpointError
 from ..patience import bounded_waits
 

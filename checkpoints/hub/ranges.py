@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_url
 
-from ...modeling_emo.transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 
 with private_names("hub"):
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, httpx, tqdm

@@ -13,7 +13,7 @@ from huggingface_hub import is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import cached_file, logging
 
-from ...modeling_emo.transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 
 with private_names("hub"):
     from huggingface_hub.file_download import repo_folder_name

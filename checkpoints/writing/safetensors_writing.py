@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ...modeling_emo.transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 from ..safetensors_header import DTYPE_NAMES
 
 with private_names("model files"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TorchAoConfig
 
-from ..transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 from .private_torch import private_torch
 
 with private_names("torchao"):

@@ -14,7 +14,7 @@ from typing import Any
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import HUB_KWARGS, folder_or_repo, is_hub_repo, pinned
 from ...configuration import EmoConfig
-from ...modeling_emo.transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
 from .model_source import ModelSource

@@ -23,7 +23,7 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles, check_json_inside, file_inside
 from ...checkpoints.side_files import GENERATION_CONFIG, optional_file
 from ...configuration import EmoConfig
-from ...modeling_emo.transformers_versions import private_names
+from ...imports.transformers_versions import private_names
 from .wanted_tensors import lazy_parameters
 from .weights_check import check_fit, check_sizes, missing_parameters
 

@@ -91,11 +91,11 @@ def test_a_version_that_does_not_fit_breaks_no_program():
     code = (
         "import transformers.models.auto.auto_factory as f\n"
         "from transformers import AutoModel, AutoConfig, AutoTokenizer\n"
-        "import transformers_emo.modeling_emo.transformers_versions as v\n"
+        "import transformers_emo.imports.transformers_versions as v\n"
         "print(AutoConfig.for_model('llama').model_type)"
     )
     broken = (
-        "import sys, torch, transformers_emo.modeling_emo.transformers_versions as v\n"
+        "import sys, torch, transformers_emo.imports.transformers_versions as v\n"
         "import transformers_emo_autoload as a\n"
         "a.has_imported_emo = True\n"
         "def fail(user): raise ImportError('gone: ' + user)\n"

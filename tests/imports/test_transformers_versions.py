@@ -17,8 +17,8 @@ import pytest
 import transformers
 import transformers_emo
 from conftest import TOY
-from transformers_emo.modeling_emo import transformers_versions
-from transformers_emo.modeling_emo.transformers_versions import (
+from transformers_emo.imports import transformers_versions
+from transformers_emo.imports.transformers_versions import (
     ANY_VERSION,
     PRIVATE_NAMES,
     TESTED,
