@@ -5,16 +5,26 @@ https://arxiv.org/abs/2605.06663.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
+
+from .config_checks import (
+    BY_LAYER,
+    check_document_pools,
+    check_experts,
+    check_heads,
+    check_lists,
+    check_rotary_embedding,
+    check_theta,
+    check_values,
+)
+from .layer_experts import LayerExperts
 
 # The name under which the first uploads of EMO were published. Their tensors are the same as those of `emo`.
 LEGACY_MODEL_TYPE = "flex_olmo_noqknorm_prenorm"
@@ -45,15 +55,6 @@ _MISFITS = (
     RecursionError,
 )
 
-# Lists with one entry for each layer.
-_BY_LAYER = (
-    "num_experts_per_layer",
-    "num_shared_experts_per_layer",
-    "always_active_experts_per_layer",
-    "retained_experts",
-    "root_experts_per_layer",
-)
-
 # Settings that are not in released files, and their defaults.
 _OWN_DEFAULTS = {
     "retained_experts": None,
@@ -67,82 +68,6 @@ _OWN_DEFAULTS = {
     "router_z_loss_coef": 0.001,
     "lm_z_loss_coef": 1e-5,
 }
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """How one layer's feed-forward block is divided into experts.
-
-    Routed experts have the indices `0 .. num_routed - 1`; the shared experts are the last `num_shared`
-    indices.
-
-    Args:
-        num_experts (`int`): experts in the layer, shared ones included; 0 means one dense feed-forward
-            network.
-        num_shared (`int`): shared experts, taken by every token.
-        always_active (`tuple[int, ...]`): ids that every token takes, with their softmax weight over *all*
-            experts. If there are any, the router treats shared experts like routed ones, as the released code
-            does.
-        top_k (`int`): experts per token, shared or always-active ones included.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.configuration import LayerExperts
-    >>> LayerExperts(num_experts=128, num_shared=1, always_active=(), top_k=8).num_routed
-    127
-
-    ```
-    """
-
-    num_experts: int
-    num_shared: int
-    always_active: tuple[int, ...]
-    top_k: int
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the layer is one dense feed-forward network instead of experts."""
-        return self.num_experts == 0
-
-    @property
-    def num_routed(self) -> int:
-        """Number of routed experts, R = E - S."""
-        return self.num_experts - self.num_shared
-
-    @property
-    def always_used(self) -> tuple[int, ...]:
-        """`tuple[int, ...]`: the ids of the shared and the always-active experts, in ascending order.
-
-        Every subset keeps them, and no call can exclude them. They are in the layer's own numbering; a dense
-        layer has none.
-
-        Example:
-
-        ```python
-        >>> from transformers_emo.configuration import LayerExperts
-        >>> LayerExperts(num_experts=8, num_shared=2, always_active=(3, 1), top_k=5).always_used
-        (1, 3, 6, 7)
-
-        ```
-        """
-        if self.is_dense:
-            return ()
-        return tuple(sorted({*range(self.num_routed, self.num_experts), *self.always_active}))
-
-
-# Sizes of which a network needs at least one.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "dense_intermediate_size",
-)
-_NOT_NEGATIVE = ("num_experts_per_tok", "rms_norm_eps", "initializer_range", "attention_dropout")
 
 
 def _errors_in_one_line(cls: type) -> type:
@@ -338,7 +263,7 @@ class EmoConfig(PreTrainedConfig):
                 value["rope_theta"] = self.rope_theta
         elif name == "num_hidden_layers" and isinstance(value, int) and value > 0:
             self._fit_lists(value)
-        elif name in _BY_LAYER and "_further_layers" in self.__dict__:
+        elif name in BY_LAYER and "_further_layers" in self.__dict__:
             self.__dict__["_further_layers"].pop(name, None)
         super().__setattr__(name, value)
 
@@ -348,7 +273,7 @@ class EmoConfig(PreTrainedConfig):
         Generation with `assistant_early_exit` takes the last layers out for a while.
         """
         further = self.__dict__.pop("_further_layers", {})
-        for name in _BY_LAYER:
+        for name in BY_LAYER:
             value = self.__dict__.get(name)
             if value is not None:
                 whole = [*value, *further.get(name, ())]
@@ -385,14 +310,14 @@ class EmoConfig(PreTrainedConfig):
 
     @rope_theta.setter
     def rope_theta(self, value: float) -> None:
-        _check_theta(value)
+        check_theta(value)
         self.rope_parameters = dict(self.rope_parameters or {}) | {"rope_theta": value}
 
     @property
     def layer_experts(self) -> list[LayerExperts]:
         """`list[LayerExperts]`: the experts of each layer, all per-layer settings resolved."""
         num_layers = self.num_hidden_layers
-        self._check_lists()
+        check_lists(self)
         experts = self.num_experts_per_layer or [self.num_experts] * num_layers
         shared = self.num_shared_experts_per_layer or [min(self.num_shared_experts, e) for e in experts]
         always = self.always_active_experts_per_layer or [self.always_active_experts or []] * num_layers
@@ -402,55 +327,20 @@ class EmoConfig(PreTrainedConfig):
         ]
 
     def validate_values(self):
-        """Part of `@strict` validation: every value by itself is one that a network can have."""
-        for name in _SIZES:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}, expected at least 1: correct it.")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"`{name}` is {value}, expected a finite number: give one.")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` is {value}, expected 0 or more: give such a number.")
-        if self.attention_dropout is not None and self.attention_dropout > 1:
-            raise ValueError(
-                f"`attention_dropout` is {self.attention_dropout}, expected at most 1: lower it."
-            )
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
-            raise ValueError(
-                f"`num_key_value_heads` is {self.num_key_value_heads}, which does not divide the "
-                f"{self.num_attention_heads} attention heads: give a number that does."
-            )
-        from transformers.activations import ACT2FN  # not above: it needs PyTorch
-
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"`hidden_act` is {self.hidden_act!r:.60}, expected an activation of Transformers, such as "
-                "'silu'."
-            )
+        """Part of `@strict` validation; see `config_checks.check_values`."""
+        check_values(self)
 
     def validate_rotary_embedding(self):
-        """Part of `@strict` validation: the rotary embedding is a known one, and fits `head_dim`."""
-        if getattr(self, "head_dim", None) is not None:
-            self.check_heads()
-        rope: dict[str, Any] = dict(self.rope_parameters or {})
-        kind = rope.get("rope_type", "default")
-        known = sorted({"default", *ROPE_INIT_FUNCTIONS})
-        if kind not in known:
-            raise ValueError(
-                f"`rope_type` is {kind!r:.60}, expected one of {', '.join(known)}: give one of these."
-            )
-        for name, value in rope.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(
-                    f"`{name}` of the rotary embedding is {value}, expected a finite number: give one."
-                )
-        _check_theta(self.rope_theta)
-        factor = rope.get("factor")
-        if factor is not None and not (isinstance(factor, int | float) and factor > 0):
-            raise ValueError(f"`factor` of the rotary embedding is {factor!r:.60}: write a number above 0.")
+        """Part of `@strict` validation; see `config_checks.check_rotary_embedding`."""
+        check_rotary_embedding(self)
+
+    def validate_experts(self):
+        """Part of `@strict` validation; see `config_checks.check_experts`."""
+        check_experts(self)
+
+    def validate_document_pools(self):
+        """Part of `@strict` validation; see `config_checks.check_document_pools`."""
+        check_document_pools(self)
 
     def check_heads(self) -> None:
         """Check the width of an attention head, when a network is built or a file is read.
@@ -460,113 +350,7 @@ class EmoConfig(PreTrainedConfig):
         Raises:
             ValueError: if it is not even.
         """
-        width = getattr(self, "head_dim", None)
-        if width is None:
-            width = self.hidden_size // self.num_attention_heads
-        if type(width) is not int or width < 2 or width % 2:
-            raise ValueError(
-                f"A head is {width!r:.60} wide, expected an even number: `hidden_size` ({self.hidden_size}) "
-                f"by `num_attention_heads` ({self.num_attention_heads}), or `head_dim`. Correct one of them."
-            )
-
-    def _check_lists(self) -> None:
-        for name in _BY_LAYER:
-            value = getattr(self, name)
-            if value is not None and len(value) != self.num_hidden_layers:
-                raise ValueError(
-                    f"`{name}` has {len(value)} entries, expected one for each of the "
-                    f"{self.num_hidden_layers} layers: give so many."
-                )
-
-    def validate_experts(self):
-        """Part of `@strict` validation: the expert counts fit each other and the number of layers."""
-        self._check_lists()
-        if self.num_experts_per_layer is None and self.num_shared_experts > self.num_experts:
-            raise ValueError(
-                f"`num_shared_experts` is {self.num_shared_experts}, more than the {self.num_experts} "
-                "experts: lower it, or raise `num_experts`."
-            )
-        for index, layer in enumerate(self.layer_experts):
-            self._validate_layer(index, layer)
-            held = None if self.retained_experts is None else self.retained_experts[index]
-            if held is not None and len(held) != layer.num_experts:
-                raise ValueError(
-                    f"`retained_experts` names {len(held)} experts in layer {index}, which has "
-                    f"{layer.num_experts}: name each expert of the layer once."
-                )
-            roots = None if self.root_experts_per_layer is None else self.root_experts_per_layer[index]
-            wrong = [id for id in held or () if id < 0 or (roots is not None and id >= roots)]
-            if wrong or len(set(held or ())) < len(held or ()):
-                raise ValueError(
-                    f"`retained_experts` is {held!r:.60} in layer {index}: expected different ids from 0 on, "
-                    f"below the {roots or 'number of'} experts of the root model. Correct it."
-                )
-
-    def validate_document_pools(self):
-        """Part of `@strict` validation: pools hold at least the experts that a token picks."""
-        smallest, largest = self.document_pool_min, self.document_pool_max
-        if (smallest is None) != (largest is None):
-            raise ValueError(
-                f"`document_pool_min` is {smallest} and `document_pool_max` is {largest}: give both or "
-                "neither."
-            )
-        if smallest is not None and largest is not None and smallest > largest:
-            raise ValueError(
-                f"`document_pool_min` ({smallest}) is larger than `document_pool_max` ({largest}): lower the "
-                "first or raise the second."
-            )
-        for name in ("document_pool_min", "document_pool_eval"):
-            size = getattr(self, name)
-            for index, layer in enumerate(self.layer_experts if size is not None else ()):
-                if layer.always_active:
-                    raise ValueError(
-                        f"`{name}` is not defined with always-active experts (layer {index}): leave out one "
-                        "of the two."
-                    )
-                if not layer.is_dense and size < layer.top_k - layer.num_shared:
-                    raise ValueError(
-                        f"`{name}` is {size}, fewer than the {layer.top_k - layer.num_shared} routed experts "
-                        f"that a token picks in layer {index}: give at least as many."
-                    )
-
-    def _validate_layer(self, index: int, layer: LayerExperts) -> None:
-        if layer.num_experts < 0:
-            raise ValueError(
-                f"Layer {index} has {layer.num_experts} experts: give 0 for a dense layer, or more."
-            )
-        if layer.is_dense:
-            if self.dense_intermediate_size is None:
-                raise ValueError(
-                    f"Layer {index} is dense (0 experts): set `dense_intermediate_size` to its width."
-                )
-            return
-        if not 0 <= layer.num_shared <= layer.num_experts:
-            raise ValueError(
-                f"Layer {index} has {layer.num_shared} shared experts: give a number from 0 to its "
-                f"{layer.num_experts} experts."
-            )
-        outside = [e for e in layer.always_active if not 0 <= e < layer.num_experts]
-        if outside or len(set(layer.always_active)) != len(layer.always_active):
-            raise ValueError(
-                f"Layer {index} has always-active experts {list(layer.always_active)}: give different ids "
-                f"from 0 to {layer.num_experts - 1}."
-            )
-        if layer.top_k < 1:
-            raise ValueError(
-                f"A token takes {layer.top_k} of the {layer.num_experts} experts of layer {index}: raise "
-                "`num_experts_per_tok`."
-            )
-        taken = len(layer.always_active) or layer.num_shared
-        if layer.top_k < taken:
-            raise ValueError(
-                f"Layer {index} takes {layer.top_k} experts per token, fewer than the {taken} that every "
-                "token takes: raise `num_experts_per_tok`."
-            )
-        if self.norm_topk_prob and taken:
-            raise ValueError(
-                f"`norm_topk_prob=True` is not defined with shared or always-active experts (layer {index} "
-                f"has {taken}): set it to False."
-            )
+        check_heads(self)
 
     @classmethod
     def get_config_dict(
@@ -706,12 +490,6 @@ class LegacyEmoConfig(EmoConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Build an `EmoConfig` from the contents of a legacy `config.json`; see `EmoConfig.from_dict`."""
         return EmoConfig.from_dict(config_dict, **kwargs)
-
-
-def _check_theta(value: Any) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`rope_theta` of the config is {value!r:.60}: write a number above 0.")
 
 
 def _modernise(config_dict: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..configuration.configuration_emo import EmoConfig, LayerExperts
+from ..configuration.configuration_emo import EmoConfig
+from ..configuration.layer_experts import LayerExperts
 from .segments import ids_on
 
 

@@ -48,7 +48,8 @@ with private_names("network"):  # the versions are looked at before anything can
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_emo import EmoConfig, LayerExperts
+from ..configuration.configuration_emo import EmoConfig
+from ..configuration.layer_experts import LayerExperts
 from .document_pool import DocumentPools, PoolRequest, mean_pool_size
 from .expert_switching import Masks, PackageHooks, check_layers, masks_here, move_masks, package
 from .forward_inputs import (

@@ -21,7 +21,9 @@ AUTO_MAP = {
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _FILES = [
+    "configuration/config_checks.py",
     "configuration/configuration_emo.py",
+    "configuration/layer_experts.py",
     "imports/names_of_others.py",
     "imports/transformers_versions.py",
     "modeling_emo/document_pool.py",
@@ -255,7 +257,7 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
 
     ```python
     >>> from transformers_emo.modeling_emo.pretrained import save_code
-    >>> sorted(path.name for path in save_code(tmp_path))[0]
+    >>> sorted(path.name for path in save_code(tmp_path))[1]
     'configuration_emo.py'
 
     ```
