@@ -10,7 +10,7 @@ from ...configuration import EmoConfig
 from .export_tensor import ExportTensor
 from .routing_shape import RoutingShape
 
-_SAME_KEYS = (
+SAME_KEYS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -29,6 +29,7 @@ _SAME_KEYS = (
     "bos_token_id",
     "pad_token_id",
 )
+"""What goes by the same name in an EMO's `config.json` and in an export's."""
 OWN_SETTINGS = (
     "num_experts",
     "num_experts_per_tok",
@@ -52,7 +53,8 @@ OWN_SETTINGS = (
     "attention_bias",
 )
 """What an EMO has that the other layouts cannot say. It is kept under `emo` in their `config.json`."""
-SHARED_PARTS = ("gate", "up", "down")
+PARTS = ("gate", "up", "down")
+"""The matrices of an expert."""
 
 
 def common_config(config: EmoConfig, shape: RoutingShape) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def common_config(config: EmoConfig, shape: RoutingShape) -> dict[str, Any]:
     ```
     """
     content = config.to_dict()
-    kept = {name: content[name] for name in _SAME_KEYS if content.get(name) is not None}
+    kept = {name: content[name] for name in SAME_KEYS if content.get(name) is not None}
     # Scaling goes by `rope_type` alone. MLX asks for `type` too, and would then leave it out of its sums.
     return kept | {
         "num_experts_per_tok": shape.picked,
@@ -110,12 +112,16 @@ def head_tensors(tensors: Mapping[str, LazyTensor]) -> Iterator[ExportTensor]:
     yield whole("lm_head.weight", head)
 
 
-def attention_tensors(tensors: Mapping[str, LazyTensor], layer: int) -> Iterator[ExportTensor]:
+def attention_tensors(
+    tensors: Mapping[str, LazyTensor], layer: int, *, biases: bool = False
+) -> Iterator[ExportTensor]:
     """The norms and the attention of a layer, under the names that Llama and its kin give them.
 
     Args:
         tensors (`Mapping[str, LazyTensor]`): the model's, from `released_tensors`.
         layer (`int`): the layer.
+        biases (`bool`, defaults to `False`): with biases of queries, keys and values: zeros if the model has
+            none.
 
     Example:
 
@@ -134,6 +140,10 @@ def attention_tensors(tensors: Mapping[str, LazyTensor], layer: int) -> Iterator
     for part in "qkvo":
         name = f"{before}.self_attn.{part}_proj.weight"
         yield whole(name, tensors[name])
+        if biases and part != "o":
+            bias = f"{before}.self_attn.{part}_proj.bias"
+            parts = (tensors[bias],) if bias in tensors else ()
+            yield ExportTensor(bias, tensors[name].shape[:1], parts, role="vector")
     norm = tensors[f"{before}.pre_feedforward_layernorm.weight"]
     yield whole(f"{before}.post_attention_layernorm.weight", norm, role="vector")
 
@@ -147,7 +157,7 @@ def dense_tensors(tensors: Mapping[str, LazyTensor], layer: int) -> Iterator[Exp
 
     Example: see `attention_tensors`.
     """
-    for part in SHARED_PARTS:
+    for part in PARTS:
         name = f"model.layers.{layer}.mlp.{part}_proj.weight"
         yield whole(name, tensors[name])
 
@@ -164,6 +174,46 @@ def router(tensors: Mapping[str, LazyTensor], layer: int, routed: int) -> Export
     """
     name = f"model.layers.{layer}.mlp.gate.weight"
     return whole(name, tensors[name].take(range(routed)), role="router")
+
+
+def routed_experts(
+    tensors: Mapping[str, LazyTensor], layer: int, shape: RoutingShape
+) -> Iterator[ExportTensor]:
+    """The matrices of a layer's routed experts, one after the other.
+
+    Args:
+        tensors (`Mapping[str, LazyTensor]`): the model's, from `released_tensors`.
+        layer (`int`): the layer.
+        shape (`RoutingShape`): the model's experts.
+
+    Example: see `attention_tensors`.
+    """
+    for expert in range(shape.routed):
+        for part in PARTS:
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+            yield whole(name, tensors[name])
+
+
+def shared_expert(
+    tensors: Mapping[str, LazyTensor], layer: int, shape: RoutingShape, *, down: float = 1.0
+) -> dict[str, ExportTensor]:
+    """The matrices of a layer's shared expert, by part; of zeros if there is none, for engines that want one.
+
+    Args:
+        tensors (`Mapping[str, LazyTensor]`): the model's, from `released_tensors`.
+        layer (`int`): the layer.
+        shape (`RoutingShape`): the model's experts.
+        down (`float`, defaults to 1.0): what the last matrix is multiplied by, a power of two.
+
+    Example: see `attention_tensors`.
+    """
+    experts = f"model.layers.{layer}.mlp.experts"
+    found = {}
+    for part in PARTS:
+        like = tensors[f"{experts}.0.{part}_proj.weight"]
+        parts = (tensors[f"{experts}.{shape.routed}.{part}_proj.weight"],) if shape.shared else ()
+        found[part] = ExportTensor(part, like.shape, parts, factor=down if part == "down" else 1.0)
+    return found
 
 
 def whole(name: str, tensor: LazyTensor, role: str = "weight") -> ExportTensor:

@@ -13,14 +13,14 @@ from typing import Any
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
 from .backbone import (
-    SHARED_PARTS,
     attention_tensors,
     common_config,
     dense_tensors,
     embeddings,
     head_tensors,
+    routed_experts,
     router,
-    whole,
+    shared_expert,
 )
 from .export_tensor import ExportTensor
 from .routing_shape import RoutingShape
@@ -93,12 +93,8 @@ def deepseek_tensors(
                 values=tuple(CORRECTION if e in shape.always else 0.0 for e in range(shape.routed)),
                 role="vector",
             )
-        for expert in range(shape.routed):
-            for part in SHARED_PARTS:
-                name = f"{mlp}.experts.{expert}.{part}_proj.weight"
-                yield whole(name, tensors[name])
+        yield from routed_experts(tensors, layer, shape)
         if shape.shared:
-            for part in SHARED_PARTS:
-                last = tensors[f"{mlp}.experts.{shape.routed}.{part}_proj.weight"]
-                yield whole(f"{mlp}.shared_experts.{part}_proj.weight", last)
+            for part, tensor in shared_expert(tensors, layer, shape).items():
+                yield tensor.renamed(f"{mlp}.shared_experts.{part}_proj.weight")
     yield from head_tensors(tensors)

@@ -30,32 +30,13 @@ from ..from_olmo_core import PROVENANCE
 from ..model_config import emo_config, read_model_config
 from ..released_shapes import check_released_shapes
 from ..source_folder import name_and_commit, source_folder
-from .backbone import OWN_SETTINGS, SHARED_PARTS, whole
+from .backbone import OWN_SETTINGS, PARTS, SAME_KEYS, whole
 from .export_tensor import DTYPES, ExportTensor, tensor_bytes
 
 _OTHER_NAMES = {
     "input_layernorm": "pre_attention_layernorm",
     "post_attention_layernorm": "pre_feedforward_layernorm",
 }
-_SAME_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "attention_dropout",
-    "norm_topk_prob",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
 _LARGEST_LOGIT = 2.0**-24  # of a shared expert's gate: the sigmoid is then 0.5 to the last bit
 
 
@@ -183,7 +164,7 @@ def _config_of(content: Mapping[str, Any], weights: Checkpoint) -> EmoConfig:
     if reasons:
         raise ValueError(f"An EMO does not compute what this Qwen2-MoE does: {'; '.join(reasons)}.")
     routed, layers = content.get("num_experts", 60), content.get("num_hidden_layers", 24)
-    settings = {name: content[name] for name in _SAME_KEYS if name in content}
+    settings = {name: content[name] for name in (*SAME_KEYS, "rope_parameters") if name in content}
     for name in ("rope_scaling", "rope_parameters"):
         rope = settings.get(name)
         if isinstance(rope, Mapping) and "rope_type" in rope:
@@ -271,16 +252,16 @@ def _tensors_of(config: EmoConfig, weights: Checkpoint) -> dict[str, ExportTenso
                 found[bias] = ExportTensor(bias, (config.hidden_size,), stored=stored)
             unused.discard(bias)
         if layer.is_dense:
-            for part in SHARED_PARTS:
+            for part in PARTS:
                 take(f"{block}.mlp.{part}_proj.weight")
             continue
         # A shared expert has a row in the router, which nothing reads. It was not exported.
         take(f"{block}.mlp.gate.weight", more_rows=layer.num_shared)
         for expert in range(layer.num_routed):
-            for part in SHARED_PARTS:
+            for part in PARTS:
                 take(f"{block}.mlp.experts.{expert}.{part}_proj.weight")
         unused.discard(f"{block}.mlp.shared_expert_gate.weight")
-        for part in SHARED_PARTS:
+        for part in PARTS:
             theirs = f"{block}.mlp.shared_expert.{part}_proj.weight"
             if layer.num_shared:
                 name = f"{block}.mlp.experts.{layer.num_routed}.{part}_proj.weight"

@@ -20,7 +20,15 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.writing.long_files import FilePart
 from ...configuration import EmoConfig
 from ...imports.optional_packages import require
-from .backbone import SHARED_PARTS, attention_tensors, dense_tensors, embeddings, head_tensors, router
+from .backbone import (
+    PARTS,
+    attention_tensors,
+    dense_tensors,
+    embeddings,
+    head_tensors,
+    router,
+    shared_expert,
+)
 from .export_tensor import DTYPES, ExportTensor, tensor_bytes
 from .gguf_tokenizer import add_tokenizer
 from .qwen2_moe import GATE
@@ -193,31 +201,24 @@ def _tensors(
 ) -> Iterator[ExportTensor]:
     yield _named(embeddings(tensors))
     for layer in range(shape.layers):
-        for tensor in attention_tensors(tensors, layer):
-            yield _named(tensor)
-            if not shape.dense and tensor.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                name = tensor.name.replace(".weight", ".bias")
-                parts = (tensors[name],) if name in tensors else ()
-                yield _named(ExportTensor(name, tensor.shape[:1], parts, role="vector"))
+        is_gated = not shape.dense  # a Qwen2-MoE, which has a gate and biases
+        yield from map(_named, attention_tensors(tensors, layer, biases=is_gated))
         if layer in shape.dense:
             yield from map(_named, dense_tensors(tensors, layer))
             continue
         yield _named(router(tensors, layer, shape.routed))
         mlp, block = f"model.layers.{layer}.mlp.experts", f"blk.{layer}"
-        for part in SHARED_PARTS:
+        for part in PARTS:
             stacked = tuple(tensors[f"{mlp}.{e}.{part}_proj.weight"] for e in range(shape.routed))
             size = (shape.routed, *stacked[0].shape)
             yield ExportTensor(f"{block}.ffn_{part}_exps.weight", size, stacked)
         # llama.cpp computes a shared expert always: one of zeros where there is none.
-        is_gated = not shape.dense
         if is_gated:
             width = (config.hidden_size,)
             yield ExportTensor(f"{block}.ffn_gate_inp_shexp.weight", width, values=(GATE,), role="vector")
-        for part in SHARED_PARTS:
-            like = tensors[f"{mlp}.0.{part}_proj.weight"].shape
-            source = (tensors[f"{mlp}.{shape.routed}.{part}_proj.weight"],) if shape.shared else ()
-            factor = 2.0 if is_gated and part == "down" else 1.0
-            yield ExportTensor(f"{block}.ffn_{part}_shexp.weight", like, source, factor=factor)
+        doubled = 2.0 if is_gated else 1.0
+        for part, tensor in shared_expert(tensors, layer, shape, down=doubled).items():
+            yield tensor.renamed(f"{block}.ffn_{part}_shexp.weight")
     yield from map(_named, head_tensors(tensors))
 
 

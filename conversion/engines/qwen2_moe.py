@@ -17,14 +17,14 @@ from typing import Any
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
 from .backbone import (
-    SHARED_PARTS,
     attention_tensors,
     common_config,
     dense_tensors,
     embeddings,
     head_tensors,
+    routed_experts,
     router,
-    whole,
+    shared_expert,
 )
 from .export_tensor import ExportTensor
 from .routing_shape import RoutingShape
@@ -96,35 +96,15 @@ def qwen2_moe_tensors(
     """
     yield embeddings(tensors)
     for layer in range(shape.layers):
-        for tensor in attention_tensors(tensors, layer):
-            yield tensor
-            if tensor.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                name = tensor.name.replace(".weight", ".bias")
-                bias = tensors.get(name)
-                zeros = ExportTensor(name, tensor.shape[:1], role="vector")
-                yield zeros if bias is None else whole(name, bias, role="vector")
+        yield from attention_tensors(tensors, layer, biases=True)
         if layer in shape.dense:
             yield from dense_tensors(tensors, layer)
-        else:
-            yield from _experts(config, shape, tensors, layer)
+            continue
+        mlp = f"model.layers.{layer}.mlp"
+        yield router(tensors, layer, shape.routed)
+        yield from routed_experts(tensors, layer, shape)
+        gate = (1, config.hidden_size)
+        yield ExportTensor(f"{mlp}.shared_expert_gate.weight", gate, values=(GATE,), role="vector")
+        for part, tensor in shared_expert(tensors, layer, shape, down=2.0).items():
+            yield tensor.renamed(f"{mlp}.shared_expert.{part}_proj.weight")
     yield from head_tensors(tensors)
-
-
-def _experts(
-    config: EmoConfig, shape: RoutingShape, tensors: Mapping[str, LazyTensor], layer: int
-) -> Iterator[ExportTensor]:
-    mlp = f"model.layers.{layer}.mlp"
-    yield router(tensors, layer, shape.routed)
-    for expert in range(shape.routed):
-        for part in SHARED_PARTS:
-            name = f"{mlp}.experts.{expert}.{part}_proj.weight"
-            yield whole(name, tensors[name])
-    yield ExportTensor(
-        f"{mlp}.shared_expert_gate.weight", (1, config.hidden_size), values=(GATE,), role="vector"
-    )
-    for part in SHARED_PARTS:
-        # Without a shared expert, one of zeros: the other engines always compute one.
-        like = tensors[f"{mlp}.experts.0.{part}_proj.weight"]
-        source = (tensors[f"{mlp}.experts.{shape.routed}.{part}_proj.weight"],) if shape.shared else ()
-        factor = 2.0 if part == "down" else 1.0
-        yield ExportTensor(f"{mlp}.shared_expert.{part}_proj.weight", like.shape, source, factor=factor)

@@ -5,8 +5,10 @@ import subprocess
 from pathlib import Path
 
 import torch
-from engines.engine_models import TOKENS
+from engines.engine_models import TINY, TOKENS, greedy, small_model
 from engines.environments import BUILD
+from transformers_emo import EmoForCausalLM
+from transformers_emo.conversion import export_model
 
 Ids = list[list[int]]
 
@@ -24,6 +26,24 @@ def ids_in(engine: str, folder: Path, prompts: Ids, environment: dict[str, str])
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def ids_of_emo_tiny(engine: str, subset: str | None, folder: Path, prompts: Ids, environment: dict) -> tuple:
+    """What emo-tiny's export, or that of a subset, answers in an engine, and what it answers here."""
+    export_model(TINY, folder / "m", expert_subset=subset, type="f32", progress=False)
+    ours = EmoForCausalLM.from_pretrained(TINY, expert_subset=subset, dtype=torch.float32)
+    found = ids_in(engine, folder / "m", prompts, environment)
+    return found, [greedy(ours, prompt) for prompt in prompts]
+
+
+def ids_of_small_model(engine: str, layout: str, changes: dict, folder: Path, environment: dict) -> tuple:
+    """The same of a random model whose config has some changes."""
+    model = small_model(**changes)
+    model.save_pretrained(folder / "model")
+    export_model(folder / "model", folder / "m", to=layout, progress=False)
+    prompts = random_prompts(model.config.vocab_size)
+    found = ids_in(engine, folder / "m", prompts, environment)
+    return found, [greedy(model, prompt) for prompt in prompts]
 
 
 def random_prompts(vocab_size: int) -> Ids:
