@@ -127,7 +127,13 @@ def test_a_build_that_is_stopped_leaves_no_compilers(checkout, tmp_path, number)
     ]
     environment = os.environ | {"CXX": str(compiler), "EMO_BUILD_KERNELS": "all"}
     with subprocess.Popen(
-        command, cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # What a shell runs in the background ignores Ctrl-C, and so does what that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as build:
         while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().strip():
             assert build.poll() is None
