@@ -36,7 +36,7 @@ from ..from_olmo_core import PROVENANCE
 from .backbone import OWN_SETTINGS
 from .deepseek import deepseek_config, deepseek_tensors
 from .export_card import Exported, export_card, licence_of
-from .export_tensor import DTYPES, tensor_bytes
+from .export_tensor import DTYPES, tensor_part
 from .gguf_file import TYPES, gguf_parts, gguf_tensors
 from .qwen2_moe import qwen2_moe_config, qwen2_moe_tensors
 from .routing_shape import LAYOUTS, RoutingShape, routing_shape
@@ -199,7 +199,7 @@ def _write_safetensors(job: _Job, to: str, shard_bytes: int, verify: bool) -> di
     files = {
         file: [
             FilePart.of(header_of({name: layouts[name] for name in names})),
-            *(FilePart(planned[n].numel * dtype.itemsize, tensor_bytes(planned[n], dtype)) for n in names),
+            *(tensor_part(planned[name], dtype) for name in names),
         ]
         for file, names in shards.items()
     }

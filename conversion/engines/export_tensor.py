@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from ...checkpoints import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
+from ...checkpoints.local_files import LocalFiles
+from ...checkpoints.writing.long_files import FilePart, FileSpan, Piece
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 """The types of numbers that are not quantised, by the names that GGUF gives them."""
-_BUFFER_BYTES = 1 << 24  # whole numbers of every dtype, and whole blocks of quantised ones
+# Stays in the processor's caches, and holds whole numbers of every dtype and whole blocks of quantised ones.
+_BUFFER_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ class ExportTensor:
                 yield numbers
                 continue
             changed = (numbers * self.factor).to(dtype) if self.factor != 1.0 else numbers.to(dtype)
-            if changed.isinf().any() and not numbers.isinf().any():
+            is_narrower = torch.finfo(dtype).max < torch.finfo(stored).max
+            if (is_narrower or self.factor > 1) and changed.isinf().any() and not numbers.isinf().any():
                 raise CheckpointError(
                     f"{self.name} holds numbers that are too large for {dtype}: export it as bfloat16 or "
                     "float32."
@@ -138,8 +144,8 @@ class ExportTensor:
             yield used, stored
 
 
-def tensor_bytes(tensor: ExportTensor, dtype: torch.dtype) -> Callable[[], Iterator[memoryview]]:
-    """What gives the bytes of a tensor, for `FilePart`.
+def tensor_bytes(tensor: ExportTensor, dtype: torch.dtype) -> Iterator[Piece]:
+    """The bytes of a tensor, piece by piece. Those that stay as they are come as spans of files.
 
     Args:
         tensor (`ExportTensor`): the tensor.
@@ -149,9 +155,57 @@ def tensor_bytes(tensor: ExportTensor, dtype: torch.dtype) -> Callable[[], Itera
 
     ```python
     >>> from transformers_emo.conversion.engines.export_tensor import ExportTensor, tensor_bytes
-    >>> [len(piece) for piece in tensor_bytes(ExportTensor("bias", (3,)), torch.float32)()]
+    >>> [len(piece) for piece in tensor_bytes(ExportTensor("bias", (3,)), torch.float32)]
     [12]
 
     ```
     """
-    return lambda: (chunk.view(torch.uint8).numpy().data for chunk in tensor.chunks(dtype))
+    rest = tensor
+    if tensor.factor == 1.0 and all(part.dtype == dtype and _is_local(part) for part in tensor.parts):
+        yield from tensor_reads(tensor)
+        rest = replace(
+            tensor, parts=(), shape=(tensor.numel - sum(math.prod(p.shape) for p in tensor.parts),)
+        )
+    for chunk in rest.chunks(dtype):
+        yield chunk.view(torch.uint8).numpy().data
+
+
+def tensor_reads(tensor: ExportTensor) -> Iterator[FileSpan]:
+    """What is read of files on the disk to write a tensor.
+
+    Args:
+        tensor (`ExportTensor`): the tensor.
+
+    Example: see `tensor_part`.
+    """
+    for part in tensor.parts:
+        if isinstance(part.source, LocalFiles):
+            for piece in part.pieces:
+                name = os.fspath(part.source.folder / piece.file)
+                opened = partial(part.source.opened, piece.file)
+                yield FileSpan(opened, name, piece.start, piece.end - piece.start)
+
+
+def tensor_part(tensor: ExportTensor, dtype: torch.dtype) -> FilePart:
+    """A tensor as a part of a file.
+
+    Args:
+        tensor (`ExportTensor`): the tensor.
+        dtype (`torch.dtype`): the dtype to write.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.conversion.engines.export_tensor import ExportTensor, tensor_part
+    >>> part = tensor_part(ExportTensor("bias", (3,)), torch.float32)
+    >>> part.length, list(part.reads())
+    (12, [])
+
+    ```
+    """
+    length = tensor.numel * dtype.itemsize
+    return FilePart(length, partial(tensor_bytes, tensor, dtype), partial(tensor_reads, tensor))
+
+
+def _is_local(part: LazyTensor) -> bool:
+    return isinstance(part.source, LocalFiles)

@@ -31,7 +31,7 @@ from ..model_config import emo_config, read_model_config
 from ..released_shapes import check_released_shapes
 from ..source_folder import name_and_commit, source_folder
 from .backbone import OWN_SETTINGS, PARTS, SAME_KEYS, whole
-from .export_tensor import DTYPES, ExportTensor, tensor_bytes
+from .export_tensor import DTYPES, ExportTensor, tensor_part
 
 _OTHER_NAMES = {
     "input_layernorm": "pre_attention_layernorm",
@@ -121,10 +121,7 @@ def convert_qwen2_moe(
                         work / file,
                         [
                             FilePart.of(header_of({name: layouts[name] for name in names})),
-                            *(
-                                FilePart(length_of(layouts[n]), tensor_bytes(tensors[n], layouts[n][0]))
-                                for n in names
-                            ),
+                            *(tensor_part(tensors[name], layouts[name][0]) for name in names),
                         ],
                         done=bar.update,
                     )

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...checkpoints.lazy_tensor import LazyTensor
-from ...checkpoints.writing.long_files import FilePart
+from ...checkpoints.writing.long_files import FilePart, Piece
 from ...configuration import EmoConfig
 from ...imports.optional_packages import require
 from .backbone import (
@@ -29,7 +30,8 @@ from .backbone import (
     router,
     shared_expert,
 )
-from .export_tensor import DTYPES, ExportTensor, tensor_bytes
+from .export_tensor import DTYPES, ExportTensor, tensor_bytes, tensor_reads
+from .gguf_blocks import BLOCK, BLOCK_BYTES, q8_0_blocks
 from .gguf_tokenizer import add_tokenizer
 from .qwen2_moe import GATE
 from .routing_shape import RoutingShape
@@ -75,19 +77,15 @@ class GGUFTensor:
     def length(self) -> int:
         """`int`: its bytes."""
         if self.type == "q8_0":
-            return self.tensor.numel // 32 * 34  # 32 numbers of a byte, and their scale in float16
+            return self.tensor.numel // BLOCK * BLOCK_BYTES
         return self.tensor.numel * DTYPES[self.type].itemsize
 
-    def pieces(self) -> Iterator[memoryview]:
+    def pieces(self) -> Iterator[Piece]:
         """Its bytes, piece by piece."""
         if self.type != "q8_0":
-            return tensor_bytes(self.tensor, DTYPES[self.type])()
-        from gguf import GGMLQuantizationType, quants
-
-        return (
-            quants.quantize(chunk.numpy(), GGMLQuantizationType.Q8_0).data.cast("B")
-            for chunk in self.tensor.chunks(torch.float32)
-        )
+            return tensor_bytes(self.tensor, DTYPES[self.type])
+        chunks = self.tensor.chunks(torch.float32)
+        return (q8_0_blocks(chunk, self.tensor.name).numpy().data for chunk in chunks)
 
 
 def architecture(shape: RoutingShape) -> str:
@@ -147,7 +145,7 @@ def gguf_tensors(
         if match and heads:
             tensor = replace(tensor, parts=(_interleaved(tensor.parts[0], heads[match[1]]),))
         is_small = tensor.role != "weight"
-        fits = kind != "q8_0" or tensor.shape[-1] % 32 == 0
+        fits = kind != "q8_0" or tensor.shape[-1] % BLOCK == 0
         found.append(GGUFTensor(tensor, "f32" if is_small else kind if fits else "f16"))
     return found
 
@@ -183,17 +181,15 @@ def gguf_parts(
     parts = [FilePart.of(header)]
     for tensor in tensors:
         padding = -tensor.length % _ALIGNMENT
-        parts.append(FilePart(tensor.length + padding, _padded(tensor, padding)))
+        reads = partial(tensor_reads, tensor.tensor)
+        parts.append(FilePart(tensor.length + padding, partial(_padded, tensor, padding), reads))
     return parts
 
 
-def _padded(tensor: GGUFTensor, padding: int) -> Callable[[], Iterator[memoryview]]:
-    def pieces() -> Iterator[memoryview]:
-        yield from tensor.pieces()
-        if padding:
-            yield memoryview(bytes(padding))
-
-    return pieces
+def _padded(tensor: GGUFTensor, padding: int) -> Iterator[Piece]:
+    yield from tensor.pieces()
+    if padding:
+        yield memoryview(bytes(padding))
 
 
 def _tensors(

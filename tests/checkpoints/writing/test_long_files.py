@@ -1,12 +1,17 @@
 """Files that are written part by part, and continued."""
 
+import errno
 import hashlib
+import os
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers_emo import CheckpointError
+from transformers_emo.checkpoints.local_files import LocalFiles
 from transformers_emo.checkpoints.writing import long_files
-from transformers_emo.checkpoints.writing.long_files import FilePart, remove_notes, write_parts
+from transformers_emo.checkpoints.writing.long_files import FilePart, FileSpan, remove_notes, write_parts
 
 
 class KilledError(Exception):
@@ -76,6 +81,58 @@ def test_a_file_that_lost_its_end_starts_again(tmp_path):
         file.truncate(8)
     write_parts(tmp_path / "f", parts_of([[b"first"], [b"second"]]))
     assert (tmp_path / "f").read_bytes() == b"firstsecond"
+
+
+def _span(folder, start, length):
+    return FileSpan(partial(LocalFiles(folder).opened, "source"), "source", start, length)
+
+
+@pytest.fixture(params=["copy_file_range", "not between these files", "not on this system"])
+def copying(request, monkeypatch):
+    """The ways to copy from file to file: the system's own, and ours where it has none."""
+
+    def refused(*span):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if request.param == "copy_file_range" and not hasattr(os, "copy_file_range"):
+        pytest.skip("this system has no copy_file_range")
+    if request.param == "not between these files":
+        monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
+    if request.param == "not on this system":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+
+
+@pytest.mark.usefixtures("copying")
+def test_spans_of_other_files_are_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_files, "_STEP_BYTES", 7)
+    source = bytes(range(256))
+    (tmp_path / "source").write_bytes(source)
+    spans = [_span(tmp_path, 250, 6), _span(tmp_path, 3, 100), _span(tmp_path, 5, 0)]
+    part = FilePart(106 + 2, lambda: [spans[0], memoryview(b"--"), *spans[1:]], lambda: spans)
+    told = []
+    digest = write_parts(tmp_path / "f", [FilePart.of(b"head"), part], done=told.append)
+    expected = b"head" + source[250:] + b"--" + source[3:103]
+    assert (tmp_path / "f").read_bytes() == expected
+    assert digest == hashlib.sha256(expected).hexdigest()
+    assert sum(told) == len(expected)
+
+
+@pytest.mark.usefixtures("copying")
+def test_a_span_that_ends_early_is_refused(tmp_path):
+    (tmp_path / "source").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="source ends at byte 5, expected 9"):
+        write_parts(tmp_path / "f", [FilePart(6, lambda: [_span(tmp_path, 3, 6)])])
+
+
+def test_other_errors_of_copying_are_told(tmp_path, monkeypatch):
+    def failing(*span):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", failing, raising=False)
+    (tmp_path / "source").write_bytes(b"source")
+    with pytest.raises(OSError, match="No space left"):
+        write_parts(tmp_path / "f", [FilePart(6, lambda: [_span(tmp_path, 0, 6)])])
 
 
 def test_a_part_of_another_length_is_refused(tmp_path):
