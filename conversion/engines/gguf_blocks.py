@@ -1,7 +1,7 @@
 """Numbers as the blocks of a GGUF in 8 bits, `q8_0`: 32 whole numbers and the scale that they share.
 
-The `gguf` package does the same with NumPy in one thread. There it takes most of an export's time. The format is `block_q8_0` in
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+The `gguf` package does the same with NumPy in one thread. There it takes most of the time of an export. The
+format is `block_q8_0` in https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
 
 import torch

@@ -20,7 +20,7 @@ BLOCK = re.compile(
     r"^(?:<!-- test: (?P<mark>[\w .]+) -->\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```", re.M | re.S
 )
 # Beside `slow`: tests/tools and tests/engines run these, in environments that have the tools.
-NOT_HERE = {"other tools", "other engines", "llama.cpp"}
+NOT_HERE = {"other tools", "vLLM", "MLX", "llama.cpp"}
 
 
 def blocks_of(page):

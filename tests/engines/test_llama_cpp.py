@@ -16,6 +16,7 @@ import torch
 from engines.engine_models import TINY, TOKENS, greedy, small_model
 from engines.environments import BUILD
 from engines.exports import random_prompts
+from engines.manual import run_commands
 from transformers import AutoTokenizer
 from transformers_emo import EmoForCausalLM
 from transformers_emo.conversion import export_model
@@ -186,3 +187,12 @@ def _documents(each: int) -> list[str]:
     for path in sorted((TINY / "documents").rglob("*.jsonl")):
         lines += path.read_text().splitlines()[:each]
     return [json.loads(line)["text"] for line in lines]
+
+
+def test_the_commands_of_the_manual_run(tmp_path, monkeypatch, engine_environment):
+    monkeypatch.chdir(tmp_path)
+    printed = run_commands("llama.cpp", tmp_path, _binaries(), engine_environment)
+    assert "Lemma plus_comm :" in printed
+    assert (tmp_path / "coq-q4.gguf").stat().st_size < (
+        tmp_path / "coq-gguf" / "coq-gguf.gguf"
+    ).stat().st_size

@@ -2,7 +2,9 @@
 
 import pytest
 from engines.engine_models import small_model
+from engines.environments import BUILD
 from engines.exports import ids_in, ids_of_emo_tiny, ids_of_small_model
+from engines.manual import run_commands
 from transformers_emo.conversion import export_model
 
 pytestmark = pytest.mark.engines
@@ -33,3 +35,9 @@ def test_a_scaled_rope_is_refused_by_mlx_and_not_ignored(tmp_path, engine_enviro
     export_model(tmp_path / "model", tmp_path / "m", progress=False)
     with pytest.raises(AssertionError, match="rope_scaling must contain"):
         ids_in("mlx", tmp_path / "m", [[5, 6]], engine_environment)
+
+
+def test_the_commands_of_the_manual_run(tmp_path, monkeypatch, engine_environment, coq_answer):
+    monkeypatch.chdir(tmp_path)
+    printed = run_commands("MLX", tmp_path, BUILD / "mlx" / "bin", engine_environment)
+    assert coq_answer.strip() in printed

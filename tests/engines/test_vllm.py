@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import load_test
 from engines.engine_models import PROMPTS, SMALL, TINY, TOKENS, greedy, small_model
+from engines.manual import run_commands
 from transformers_emo import ExpertSubset, extract_subset, select_experts
 from transformers_emo.conversion import shard_experts
 
@@ -396,3 +397,10 @@ def test_only_the_bytes_of_kept_experts_are_read(engine_environment):
     assert part[1] < 0.4 * whole[1]
     kept = ExpertSubset.load(TINY / "subsets" / "coq.json")
     assert all(ids is not None and len(ids) == 16 for ids in kept.experts)
+
+
+def test_the_commands_of_the_manual_run(tmp_path, monkeypatch, engine_environment, coq_answer):
+    monkeypatch.chdir(tmp_path)
+    variables = engine_environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    printed = run_commands("vLLM", tmp_path, Path(sys.executable).parent, variables)
+    assert json.loads(printed)["choices"][0]["text"] == coq_answer
