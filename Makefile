@@ -143,6 +143,7 @@ $(TOOLS)/.installed: pyproject.toml constraints.txt constraints-tools.txt
 
 test-tools: $(TOOLS)/.installed  ## lm_eval, `transformers serve` and `chat`, TRL, torchrun through `emo run`
 	$(TOOLS)/bin/python -m pytest -m tools tests/tools
+	$(TOOLS)/bin/python -m pytest tests/training/test_trl.py tests/api/test_autoload.py
 
 # Each engine has an environment of its own under build/engines; tests/engines/environments.py says of what.
 # ENGINES="vllm" runs a part.
