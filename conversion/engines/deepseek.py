@@ -29,6 +29,19 @@ CORRECTION = 10.0
 """Added to the score, at most 1, of an expert that every token takes."""
 
 
+CONFIG_CODE = "configuration_deepseek.py"
+"""The file that tells vLLM's Transformers about the config: `--trust-remote-code` lets it read that."""
+CONFIG_TEXT = '''"""The config of a DeepSeek-MoE (v1), which Transformers does not know."""
+
+from transformers import PretrainedConfig
+
+
+class DeepseekConfig(PretrainedConfig):
+    model_type = "deepseek"
+    n_shared_experts = None
+'''
+
+
 def deepseek_config(config: EmoConfig, shape: RoutingShape) -> dict[str, Any]:
     """The `config.json` of an EMO as a DeepSeek-MoE.
 
@@ -52,6 +65,7 @@ def deepseek_config(config: EmoConfig, shape: RoutingShape) -> dict[str, Any]:
     content = {
         "architectures": ["DeepseekForCausalLM"],
         "model_type": "deepseek",
+        "auto_map": {"AutoConfig": f"{CONFIG_CODE.removesuffix('.py')}.DeepseekConfig"},
         **common_config(config, shape),
         "n_routed_experts": shape.routed,
         "first_k_dense_replace": len(shape.dense),

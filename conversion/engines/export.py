@@ -34,7 +34,7 @@ from ...subsets.loading.weights_check import check_whole
 from ...subsets.rewriting.expert_tensors import released_tensors
 from ..from_olmo_core import PROVENANCE
 from .backbone import OWN_SETTINGS
-from .deepseek import deepseek_config, deepseek_tensors
+from .deepseek import CONFIG_CODE, CONFIG_TEXT, deepseek_config, deepseek_tensors
 from .export_card import Exported, export_card, licence_of
 from .export_tensor import DTYPES, tensor_part
 from .gguf_file import TYPES, gguf_parts, gguf_tensors
@@ -207,6 +207,8 @@ def _write_safetensors(job: _Job, to: str, shard_bytes: int, verify: bool) -> di
     write_index(job.folder, shards, layouts)
     content = config_of(job.config, job.shape) | {"dtype": str(dtype).removeprefix("torch.")}
     write_json(job.folder / "config.json", content)
+    if to == "deepseek":
+        (job.folder / CONFIG_CODE).write_text(CONFIG_TEXT, encoding="utf-8")
     if not verify:
         return {"sha256": hashes}
     verify_tensors(job.folder, planned, dtype, progress=job.progress)

@@ -49,7 +49,8 @@ def test_emo_tiny_answers_as_here(tmp_path, prompts, engine_environment):
         for layout in LAYOUTS:
             out = tmp_path / f"{subset}-{layout}"
             export_model(TINY, out, to=layout, expert_subset=subset, type="f32", progress=False)
-            jobs.append({"model": str(out), "prompts": prompts})
+            options = {"trust_remote_code": layout == "deepseek"}
+            jobs.append({"model": str(out), "prompts": prompts, "options": options})
         model = EmoForCausalLM.from_pretrained(TINY, expert_subset=subset, dtype="float32")
         expected += [[greedy(model, prompt) for prompt in prompts]] * len(LAYOUTS)
     assert ids_in_vllm(jobs, engine_environment) == expected
@@ -66,5 +67,6 @@ def test_every_variant_answers_as_here(tmp_path, engine_environment, layout):
         texts = random_prompts(model.config.vocab_size)
         expected[name] = [greedy(model, ids) for ids in texts]
         options = {"skip_tokenizer_init": True, "max_model_len": 256}
+        options |= {"trust_remote_code": layout == "deepseek"}
         jobs.append({"model": str(out), "prompts": texts, "options": options})
     assert dict(zip(expected, ids_in_vllm(jobs, engine_environment), strict=True)) == expected
