@@ -311,7 +311,8 @@ def emo_experts_forward(
     The results are those of `eager` within the tolerance of the dtype. Gradients are dense, and written once.
     bfloat16 and float32 run compiled code (`native_library.find_kernels`), which gives the same bits with any
     number of threads. With neither AMX nor AVX-512, gradients and float32 with very many tokens for each
-    expert run PyTorch's products. On other devices, for activations other than SiLU and for quantised experts, Transformers' `grouped_mm` runs.
+    expert run PyTorch's products. On other devices, for activations other than SiLU and for quantised
+    experts, Transformers' `grouped_mm` runs.
 
     Args:
         self (`nn.Module`): stacked experts, `gate_up_proj` (E, 2F, D) with gate above up, and `down_proj` (E,
