@@ -1,6 +1,6 @@
 """One expert block on a CPU: "emo" against an authors-style loop and the backends of Transformers.
 
-    python benchmarks/experts.py [--quick] [--native] [--threads N] [--experts 128 16] [--dtypes bfloat16 ...]
+    python benchmarks/experts.py [--quick] [--native] [--sorted] [--threads N] [--experts 128 16] ...
 
 Claim: on a CPU a block of experts runs faster with this package than any other way.
 
@@ -16,6 +16,11 @@ runs. MB are how far the process grows during a call, by Linux's own peak.
 
 `--native` lets the kernels take part as compiled for the very machine, too, and begins each line with the
 ratio of the package's times to theirs: to be within 3 % of 1.
+
+`--sorted` lets `emo_sorted` take part, which multiplies by PyTorch, and shows the ratio to it. It is what the
+choice between compiled code and PyTorch rests on (`HAS_PANELS` in `native/panels.h`, `_MANY_ROWS` in
+`expert_kernels.py`), with `EMO_KERNELS` for each instruction set. The choice looks at the instruction set and
+the shapes, never at a clock, so that results are the same bits in every run.
 """
 
 import argparse
@@ -39,6 +44,7 @@ FORWARD, TRAINING = (1, 8, 64, 512, 2048, 8192), (256, 1024, 4096)
 # `batched_mm` copies the weights of every pick: too much for most machines from so many bytes on.
 MOST_COPIED = 4 << 30
 NATIVE = "emo -march=native"
+SORTED = "emo_sorted"
 
 
 class LoopExperts(nn.Module):
@@ -65,7 +71,7 @@ class LoopExperts(nn.Module):
 
 
 def contenders(
-    experts: EmoExperts, tokens: int, native: Kernels | None, *, training: bool
+    experts: EmoExperts, tokens: int, native: Kernels | None, *, training: bool, by_torch: bool = False
 ) -> dict[str, Callable]:
     """What takes part: calls of (hidden, index, weights)."""
 
@@ -84,6 +90,8 @@ def contenders(
                 return found["emo"](*inputs)
 
         found[NATIVE] = call
+    if by_torch:
+        found[SORTED] = choose(SORTED)
     found["authors' loop"] = LoopExperts(experts)
     found["grouped_mm"] = choose("grouped_mm")
     if not training:
@@ -129,14 +137,14 @@ def compare(experts: EmoExperts, tokens: int, args: argparse.Namespace, *, train
 
         return run
 
-    found = contenders(experts, tokens, args.kernels, training=training)
+    found = contenders(experts, tokens, args.kernels, training=training, by_torch=args.sorted)
     calls = {name: step(call) for name, call in found.items()}
     clock = time.process_time if args.threads == 1 else time.perf_counter
     times = measure(calls, args.seconds, clock)
     memory = {name: peak_megabytes(call) for name, call in calls.items()}
     middle = {name: statistics.median(each) for name, each in times.items()}
     fastest = {name: min(each) for name, each in times.items()}
-    ours = ("emo", NATIVE)
+    ours = ("emo", NATIVE, SORTED)
     ratio, least = (
         each["emo"] / min(v for n, v in each.items() if n not in ours) for each in (middle, fastest)
     )
@@ -145,6 +153,7 @@ def compare(experts: EmoExperts, tokens: int, args: argparse.Namespace, *, train
     what = "forward+backward" if training else "forward"
     print(
         f"{beside[0]} ({beside[1]}) of -march=native; " if beside else "",
+        f"{middle['emo'] / middle[SORTED]:.2f} of {SORTED}; " if SORTED in middle else "",
         f"{ratio:.2f} ({least:.2f})  times the time of the best other: {what} of {tokens} tokens, "
         f"{len(experts.down_proj)} experts, {str(dtype).removeprefix('torch.')}: {shown}",
         sep="",
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--forward", type=int, nargs="*", default=FORWARD, help="numbers of tokens")
     parser.add_argument("--training", type=int, nargs="*", default=TRAINING, help="numbers of tokens")
     parser.add_argument("--native", action="store_true", help="compile for this machine, and compare")
+    parser.add_argument("--sorted", action="store_true", help="compare with PyTorch's products, too")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each line, at least")
     args = parser.parse_args()
     if args.quick:

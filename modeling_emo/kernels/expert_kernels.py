@@ -24,8 +24,8 @@ from .private_torch import private_torch
 _is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
 _COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-# Without AMX, PyTorch's float32 products are as fast as the kernel from so many rows an expert on. For
-# gradients they are always as fast (both measured).
+# With neither AMX nor AVX-512, PyTorch's float32 products are as fast as the kernel from so many rows an
+# expert on. For gradients they are always as fast (both measured).
 _MANY_ROWS = 192
 
 
@@ -144,10 +144,13 @@ def _kernels_for(x, gate_up, down, index, *, backward: bool = False) -> Kernels 
     if gate_up.is_neg() or down.is_neg():  # a view whose memory holds other numbers
         return None
     kernels = find_kernels()
-    if kernels is None or kernels.fits_tiles(*down.shape[1:]):
+    sizes = down.shape[1:]
+    if kernels is None or kernels.fits_tiles(*sizes):
         return kernels
+    if backward:
+        return kernels if kernels.has_panels and kernels.fits_gradients(*sizes) else None
     many_rows = x.dtype == torch.float32 and index.numel() >= _MANY_ROWS * len(down)
-    return None if backward or many_rows else kernels
+    return None if many_rows and not kernels.has_panels else kernels
 
 
 def _compute(x, gate_up, down, weights, index, native: bool, save: bool):
@@ -307,8 +310,9 @@ def emo_experts_forward(
 
     The results are those of `eager` within the tolerance of the dtype. Gradients are dense, and written once.
     bfloat16 and float32 run compiled code (`native_library.find_kernels`), which gives the same bits with any
-    number of threads. float32 with very many tokens for each expert runs PyTorch's products. On other
-    devices, for activations other than SiLU and for quantised experts, Transformers' `grouped_mm` runs.
+    number of threads. With neither AMX nor AVX-512, gradients and float32 with very many tokens for each
+    expert run PyTorch's products. On other devices, for activations other than SiLU and for quantised
+    experts, Transformers' `grouped_mm` runs.
 
     Args:
         self (`nn.Module`): stacked experts, `gate_up_proj` (E, 2F, D) with gate above up, and `down_proj` (E,

@@ -136,6 +136,7 @@ class Kernels:
     Attributes:
         path (`Path`): the compiled library.
         has_tiles (`bool`): whether it uses AMX here.
+        has_panels (`bool`): whether its vectors are faster than PyTorch for many rows too (`panels.h`).
 
     Raises:
         KernelsError: if the file cannot be loaded as a library here, or is not of this version.
@@ -159,10 +160,15 @@ class Kernels:
         self._rotate.argtypes = [number, *[pointer] * 4, *[size] * 4, number]
         self._rms_norm.restype = self._rotate.restype = None
         self.has_tiles = bool(library.emo_has_tiles())
+        self.has_panels = bool(library.emo_has_panels())
 
     def fits_tiles(self, *sizes: int) -> bool:
         """Whether products along these sizes (of experts: hidden size and width) run on AMX here."""
         return self.has_tiles and all(size % 32 == 0 for size in sizes)
+
+    def fits_gradients(self, *sizes: int) -> bool:
+        """Whether the kernels can compute gradients of experts of these sizes, hidden size and width."""
+        return all(size % 32 == 0 for size in sizes)
 
     def experts(
         self,
@@ -229,7 +235,7 @@ class Kernels:
         saved_P2F: torch.Tensor,
         wants: Sequence[bool] = (True, True, True, True),
     ) -> list[torch.Tensor | None]:
-        """Gradients of `experts`, for sizes that `fits_tiles` accepts.
+        """Gradients of `experts`, for sizes that `fits_gradients` accepts.
 
         Args:
             grad_TD (`torch.Tensor`): (T, D), the gradient of the output of `experts`.
@@ -241,13 +247,13 @@ class Kernels:
             `list`: gradients of x, gate_up, down and weights (float32); `None` for those not wanted.
 
         Raises:
-            ValueError: if `fits_tiles` refuses the sizes, or as `experts`.
+            ValueError: if `fits_gradients` refuses the sizes, or as `experts`.
         """
         _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK)
         (tokens, hidden), top_k, (experts, _, width) = x_TD.shape, index_TK.shape[1], down_EDF.shape
-        if not self.fits_tiles(hidden, width):
+        if not self.fits_gradients(hidden, width):
             raise ValueError(
-                f"Gradients of sizes {hidden} and {width} need AMX and multiples of 32: use the experts "
+                f"Gradients of sizes {hidden} and {width} need multiples of 32: use the experts "
                 'implementation "emo_sorted", which computes them for all sizes.'
             )
         expected = (tokens, hidden), (tokens * top_k, 2 * width)

@@ -2,10 +2,11 @@
 //
 // Compiled when the package is installed, once for each of several instruction sets (`instruction_sets.py`);
 // plain C functions, so that one build serves every version of Python and torch. Weights are read as they are
-// stored, [out, in] with `in` contiguous: nothing is repacked, and nothing held twice. There are two kinds of
-// inner loop:
+// stored, [out, in] with `in` contiguous: nothing is repacked, and nothing held twice. There are three kinds
+// of inner loop:
 //
 //   * dot products along `in` with vectors of whatever width the machine has, for float32 and bfloat16;
+//   * for many rows, panels of tokens whose numbers lie side by side, with vectors of AVX-512;
 //   * AMX tiles where the machine has them. A tile of weights is 16 stored rows as they are; the
 //     other factor, the few tokens, is what is brought into the pairwise order that AMX wants. So a product
 //     comes out transposed, 16 outputs by 16 tokens, and SiLU(gate) * up leaves it in just the order that the
@@ -17,8 +18,9 @@
 // T tokens, K picks each, P = T * K picks, E experts, D hidden size, F expert width. Picks are kept by
 // expert.
 //
-// `vectors.h`, `dot_products.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks; `experts.h`,
-// `gradients.h`, `linear.h` and `elementwise.h` are the operations; `processor.h` says what runs here.
+// `vectors.h`, `dot_products.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks;
+// `experts.h`, `gradients.h`, `linear.h` and `elementwise.h` are the operations; `processor.h` says what runs
+// here.
 
 #include "elementwise.h"
 #include "experts.h"
@@ -51,10 +53,13 @@ void experts(const void* x, const void* gate_up, const void* down, const float* 
   if (use_tiles && fits_tiles(s) && routing.pick.size() > few * routing.experts.size())
     return job.run_tiles(threads);
 #endif
+  // More rows than a stream of weights has registers for: it pays to bring the tokens into order.
+  if constexpr (HAS_PANELS)
+    if (routing.pick.size() > STREAM_ROWS * routing.experts.size() && fits_units<T>(s.D) && fits_units<T>(s.F))
+      return job.run_panels(threads);
   job.run(threads);
 }
 
-#if defined(EMO_AMX)
 template <class T>
 void gradients(const void* grad, const void* x, const void* gate_up, const void* down, const float* weights,
                const index_t* index, const void* saved, void* grad_x, void* grad_gate_up, void* grad_down,
@@ -72,9 +77,12 @@ void gradients(const void* grad, const void* x, const void* gate_up, const void*
                          (T*)grad_down,
                          grad_weights,
                          routing};
-  job.run(useful_threads(std::max<index_t>(routing.pick.size(), s.E) * s.D * s.F, threads));
-}
+  threads = useful_threads(std::max<index_t>(routing.pick.size(), s.E) * s.D * s.F, threads);
+#if defined(EMO_AMX)
+  if (fits_tiles(s)) return job.run(threads);
 #endif
+  job.run_panels(threads);
+}
 
 }  // namespace
 
@@ -90,6 +98,8 @@ int emo_processor_features() { return processor_features(); }
 
 int emo_has_tiles() { return amx_allowed(); }
 
+int emo_has_panels() { return HAS_PANELS; }
+
 int emo_experts(int is_bf16, const void* x, const void* gate_up, const void* down, const float* weights,
                 const int64_t* index, void* out, void* saved, int64_t T, int64_t K, int64_t E, int64_t D,
                 int64_t F, int threads, int use_tiles) try {
@@ -100,16 +110,14 @@ int emo_experts(int is_bf16, const void* x, const void* gate_up, const void* dow
   return 1;
 }
 
-// Only with tiles, and for sizes that are multiples of 32. Gradients not wanted are null.
+// Only for sizes that are multiples of 32. Gradients not wanted are null.
 int emo_experts_backward(int is_bf16, const void* grad, const void* x, const void* gate_up, const void* down,
                          const float* weights, const int64_t* index, const void* saved, void* grad_x,
                          void* grad_gate_up, void* grad_down, float* grad_weights, int64_t T, int64_t K,
                          int64_t E, int64_t D, int64_t F, int threads) try {
-#if defined(EMO_AMX)
   (is_bf16 ? gradients<bf16> : gradients<float>)(grad, x, gate_up, down, weights, index, saved, grad_x,
                                                  grad_gate_up, grad_down, grad_weights, {T, K, E, D, F},
                                                  threads);
-#endif
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -3,6 +3,7 @@
 
 #include "dot_products.h"
 #include "memory.h"
+#include "panels.h"
 #include "routing.h"
 #include "threads.h"
 #include "tiles.h"
@@ -198,6 +199,126 @@ struct Experts {
     }
   }
 #endif
+
+  // Tokens of an expert that lie in one panel.
+  struct Block {
+    const Routing::Expert* expert;
+    index_t place, count, vectors, first;  // first: vectors of the blocks before
+  };
+  std::vector<Block> panel_blocks() const {
+    std::vector<Block> blocks;
+    index_t first = 0;
+    for (const auto& expert : routing.experts) {
+      const index_t rows = expert.end - expert.begin, vectors = (rows + LANES - 1) / LANES;
+      const index_t most = PANEL_TOKENS / LANES, count = (vectors + most - 1) / most;
+      for (index_t i = 0, done = 0; i < count; ++i) {  // as equal as can be: few vectors are slower
+        const index_t some = (vectors - done + count - i - 1) / (count - i);
+        const index_t place = expert.begin + done * LANES;
+        blocks.push_back({&expert, place, std::min(some * LANES, expert.end - place), some, first});
+        first += some, done += some;
+      }
+    }
+    return blocks;
+  }
+
+  // As `dot_gate_up`, from panels of tokens to panels of activations.
+  void panel_gate_up(const Block& block, index_t from, index_t to, unit<T>* panel,
+                     unit<T>* activations) const {
+    constexpr int TOGETHER = Unit<T>::numbers;
+    const T* base = gate_up + block.expert->id * 2 * s.F * s.D;
+    const T* rows[PANEL_TOKENS];
+    const index_t width = block.vectors * LANES, steps = s.F / TOGETHER;
+    alignas(64) float gate[PANEL_OUTPUTS * PANEL_TOKENS], up[PANEL_OUTPUTS * PANEL_TOKENS];
+    for (index_t m = 0; m < block.count; ++m) rows[m] = x + routing.token[block.place + m] * s.D;
+    fill_panel(rows, block.count, s.D, panel);
+    activations += block.first * LANES * steps;
+    for (index_t f = from; f < to; f += PANEL_OUTPUTS) {
+      const index_t outs = std::min(PANEL_OUTPUTS, to - f);
+      times_panel(base + f * s.D, s.D, outs, s.D, panel, block.vectors, gate);
+      times_panel(base + (s.F + f) * s.D, s.D, outs, s.D, panel, block.vectors, up);
+      if (saved)
+        for (index_t part = 0; part < 2; ++part)
+          use_lines(part ? up : gate, outs, block, [&](index_t place, index_t n, vec line, index_t count) {
+            put_some(line, count, saved + place * 2 * s.F + part * s.F + f + n);
+          });
+      for (index_t v = 0; v < block.vectors; ++v) {
+        const PanelPlace place = in_panel(v, block.vectors, steps);
+        for (index_t n = 0; n < outs; n += TOGETHER) {
+          vec h[TOGETHER];
+          for (int i = 0; i < TOGETHER; ++i) {
+            const index_t at = (n + i) * width + v * LANES;
+            h[i] = silu(load(gate + at)) * load(up + at);
+          }
+          put_unit(h, activations + place.begin + (f + n) / TOGETHER * place.width);
+        }
+      }
+    }
+  }
+
+  // Hands use(place, out, line, count) each token's outputs, up to a vector of them at a time.
+  template <class Use>
+  static void use_lines(const float* sums, index_t outs, const Block& block, Use use) {
+    vec lines[LANES];
+    const index_t width = block.vectors * LANES;
+    for (index_t m = 0; m < block.count; m += LANES)
+      for (index_t n = 0; n < outs; n += LANES) {
+        const index_t count = std::min<index_t>(LANES, outs - n);
+        turn_square(sums + n * width + m, width, count, lines);
+        for (index_t i = 0; i < std::min<index_t>(LANES, block.count - m); ++i)
+          use(block.place + m + i, n, lines[i], count);
+      }
+  }
+  static void put_some(vec line, index_t count, T* to) {
+    if (count == LANES) return put(to, line);
+    for (index_t i = 0; i < count; ++i) store(to + i, line[i]);
+  }
+
+  void panel_down(index_t from, index_t to, const std::vector<Block>& blocks, const unit<T>* activations,
+                  float* sums) const {
+    alignas(64) float found[PANEL_OUTPUTS * PANEL_TOKENS];
+    for (const Block& block : blocks) {
+      const T* base = down + block.expert->id * s.D * s.F;
+      const unit<T>* panel = activations + block.first * LANES * (s.F / Unit<T>::numbers);
+      for (index_t d = from; d < to; d += PANEL_OUTPUTS) {
+        const index_t outs = std::min(PANEL_OUTPUTS, to - d);
+        times_panel(base + d * s.F, s.F, outs, s.F, panel, block.vectors, found);
+        use_lines(found, outs, block, [&](index_t place, index_t n, vec line, index_t count) {
+          float* sum = sums + routing.token[place] * (to - from) + d - from + n;
+          const float weight = weights[routing.pick[place]];
+          if (count == LANES) return put(sum, load(sum) + line * weight);
+          for (index_t i = 0; i < count; ++i) sum[i] += line[i] * weight;
+        });
+      }
+    }
+  }
+
+  void run_panels(int threads) const {
+    const auto blocks = panel_blocks();
+    const index_t vectors = blocks.empty() ? 0 : blocks.back().first + blocks.back().vectors;
+    const index_t units = (PANEL_TOKENS + LANES) * s.D / Unit<T>::numbers;
+    // Few blocks are cut along their outputs, and their tokens brought into order for each part.
+    const index_t cuts = std::clamp<index_t>(8 * threads / std::max<index_t>(1, blocks.size()), 1,
+                                             std::max<index_t>(1, s.F / (2 * PANEL_OUTPUTS)));
+    const index_t part = ((s.F + cuts - 1) / cuts + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS * PANEL_OUTPUTS;
+    const index_t parts = (s.F + part - 1) / part;
+    const index_t share = (s.D / (4 * threads) + 15) / 16 * 16, wide = std::clamp<index_t>(share, 64, 256);
+    Buffer<unit<T>> activations(vectors * LANES * s.F / Unit<T>::numbers), panels(threads * units);
+    Buffer<float> sums(threads * s.T * wide);
+#pragma omp parallel num_threads(threads)
+    {
+      const int me = omp_get_thread_num();
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < blocks.size() * parts; ++i) {
+        const index_t from = i % parts * part;
+        panel_gate_up(blocks[i / parts], from, std::min(s.F, from + part), panels.p + me * units,
+                      activations.p);
+      }
+#pragma omp for schedule(dynamic)
+      for (index_t from = 0; from < s.D; from += wide)
+        add_columns(s, from, std::min(s.D, from + wide), sums.p + me * s.T * wide, out,
+                    [&](index_t to, float* into) { panel_down(from, to, blocks, activations.p, into); });
+    }
+  }
 
   // Columns of outputs at a time. Each reads all activations: many where there are many of those.
   index_t down_block(int threads, index_t most) const {

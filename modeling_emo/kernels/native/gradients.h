@@ -6,15 +6,16 @@
 //   u]
 //
 // Both products with weights run along the weights' outer dimension, both gradients of weights along tokens.
-// By tiles alone: without them PyTorch's own products were faster than vectors here.
+// By tiles, or by panels (`panels.h`) of columns: of weights, or of what the tokens have. Sizes are multiples
+// of 32.
 #pragma once
 
 #include "memory.h"
+#include "panels.h"
 #include "routing.h"
 #include "threads.h"
 #include "tiles.h"
 
-#if defined(EMO_AMX)
 namespace {
 
 template <class T>
@@ -28,8 +29,8 @@ struct Gradients {
   const Routing& routing;
 
   // 32 numbers of a row from d h: d a, d u and w h. Returns their part of <d h, h>.
-  float activate(const float* grad_act, index_t place, index_t f, float* to_gate, float* to_up,
-                 float* to_act) const {
+  template <class To>
+  float activate(const float* grad_act, index_t place, index_t f, To* to_gate, To* to_up, To* to_act) const {
     const T *gate = saved + place * 2 * s.F + f, *up = gate + s.F;
     const float weight = weights[routing.pick[place]];
     vec dots = {};
@@ -66,6 +67,159 @@ struct Gradients {
         if (grad_down) memset(grad_down + e * s.D * s.F, 0, s.D * s.F * sizeof(T));
       }
   }
+
+  // ---- by panels ------------------------------------------------------------------------------------------
+
+  // What is multiplied, in rows: as stored, or as float32 where bfloat16 cannot be.
+  using Stored = typename std::conditional<Unit<T>::numbers == 2, T, float>::type;
+  static constexpr index_t SOME = 64;                // columns of a panel
+  static constexpr index_t READ = 256 / sizeof(T);   // columns of weights read at a time
+  static constexpr index_t LEFT = 64 * PANEL_ROWS;   // rows of a weight's gradient at a time
+  struct Rows {
+    const Stored* p;
+    index_t width;
+    const unit<T>* operator()(index_t row) const { return (const unit<T>*)(p + row * width); }
+  };
+  struct Found {
+    Stored *both, *acts;  // by place: (P, 2F) and (P, F)
+    float* dots;
+    index_t blocks;
+  };
+
+  static void widen(const T* from, index_t count, Stored* to) {
+    for (index_t i = 0; i < count; i += LANES) put(to + i, load(from + i));
+  }
+
+  // use(row, first sum) of `count` rows times panels of `columns` columns that lie one after the other.
+  template <class Row, class Use>
+  static void rows_times_panels(index_t count, Row row, index_t steps, const unit<T>* panels, index_t columns,
+                                Use use) {
+    alignas(64) float sums[PANEL_ROWS * SOME];
+    for (index_t c = 0; c < columns; c += SOME, panels += SOME * steps) {
+      const index_t some = std::min(SOME, columns - c), vectors = some / LANES;
+      for (index_t m = 0; m < count; m += PANEL_ROWS) {
+        const unit<T>* rows[PANEL_ROWS];
+        const int together = std::min<index_t>(PANEL_ROWS, count - m);
+        for (int r = 0; r < together; ++r) rows[r] = row(m + r);
+        panel_some_rows<T>(rows, together, panels, vectors, steps, 0, sums, some);
+        for (int r = 0; r < together; ++r) use(m + r, c, some, sums + r * some);
+      }
+    }
+  }
+
+  void panel_activations(const Part& part, const Rows& grads, const Found& to, unit<T>* panels) const {
+    const T* weight = down + part.expert->id * s.D * s.F + part.from;
+    const index_t width = part.to - part.from, steps = s.D / Unit<T>::numbers, first = part.expert->begin;
+    fill_columns<T>(s.D, [&](index_t d) { return weight + d * s.F; }, width, SOME, panels);
+    rows_times_panels(
+        part.rows, [&](index_t m) { return grads(routing.token[first + m]); }, steps, panels, width,
+        [&](index_t m, index_t c, index_t some, const float* sums) {
+          Stored *both = to.both + (first + m) * 2 * s.F, *acts = to.acts + (first + m) * s.F;
+          for (index_t i = 0; i < some; i += 32) {
+            const index_t f = part.from + c + i;
+            to.dots[(first + m) * to.blocks + f / 32] =
+                activate(sums + i, first + m, f, both + f, both + s.F + f, acts + f);
+          }
+        });
+  }
+
+  // As `outer`: rows are turned to run along the tokens.
+  template <class Left, class Right>
+  static void panel_outer(const Part& part, Left left, Right right, index_t columns, T* out, unit<T>* turned,
+                          unit<T>* panel) {
+    const index_t steps = (part.rows + Unit<T>::numbers - 1) / Unit<T>::numbers;
+    const index_t wide = turned_width(part.rows);
+    fill_turned<T>(part.rows, left, part.from, part.to, wide, turned);
+    for (index_t c = 0; c < columns; c += SOME) {
+      const index_t width = std::min(SOME, columns - c);
+      fill_columns<T>(part.rows, [&](index_t t) { return right(t) + c; }, width, SOME, panel);
+      rows_times_panels(
+          part.to - part.from, [&](index_t m) { return turned + m * wide; }, steps, panel, width,
+          [&](index_t m, index_t, index_t some, const float* sums) {
+            T* to = out + (part.from + m) * columns + c;
+            for (index_t i = 0; i < some; i += 32) put_32(sums + i, to + i);
+          });
+    }
+  }
+  static index_t turned_width(index_t rows) { return (rows / Unit<T>::numbers + 16) / 16 * 16 + 16; }
+  static void put_32(const float* from, T* to) {
+#if defined(__AVX512BF16__)
+    stream_32(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), to);
+#else
+    for (index_t i = 0; i < 32; i += LANES) put(to + i, load(from + i));
+#endif
+  }
+
+  void panel_x_gradient(index_t from, index_t to, const Found& found, float* sums, unit<T>* panels) const {
+    const index_t width = to - from, steps = 2 * s.F / Unit<T>::numbers;
+    const Rows both{found.both, 2 * s.F};
+    for (const auto& expert : routing.experts) {
+      const T* weight = gate_up + expert.id * 2 * s.F * s.D + from;
+      fill_columns<T>(2 * s.F, [&](index_t f) { return weight + f * s.D; }, width, SOME, panels);
+      rows_times_panels(
+          expert.end - expert.begin, [&](index_t m) { return both(expert.begin + m); }, steps, panels, width,
+          [&](index_t m, index_t c, index_t some, const float* add) {
+            float* line = sums + routing.token[expert.begin + m] * width + c;
+            for (index_t i = 0; i < some; i += LANES) put(line + i, load(line + i) + load(add + i));
+          });
+    }
+  }
+
+  void run_panels(int threads) const {
+    const index_t places = routing.pick.size(), blocks = s.F / 32;
+    const auto inner = cut(routing, s.F, READ, 1);
+    const auto down_parts = cut(routing, grad_down ? s.D : 0, LEFT, 1);
+    const auto gate_up_parts = cut(routing, grad_gate_up ? 2 * s.F : 0, LEFT, 1);
+    index_t most = 0;
+    for (const auto& expert : routing.experts) most = std::max(most, expert.end - expert.begin);
+    const index_t turned = LEFT * turned_width(most);
+    const index_t room = std::max(READ * std::max(s.D, 2 * s.F), turned + SOME * (most + 2));
+    const bool widens = sizeof(Stored) != sizeof(T);
+    Buffer<Stored> both(places * 2 * s.F), acts(places * s.F), wide(widens ? 2 * s.T * s.D : 0);
+    Buffer<unit<T>> rooms(threads * room);
+    Buffer<float> dots(places * blocks), sums(grad_x ? threads * s.T * READ : 0);
+    const Rows grads{widens ? wide.p : (const Stored*)grad, s.D};
+    const Found found{both.p, acts.p, dots.p, blocks};
+#pragma omp parallel num_threads(threads)
+    {
+      const int me = omp_get_thread_num();
+      unit<T>* mine = rooms.p + me * room;
+      if (widens)
+#pragma omp for
+        for (index_t t = 0; t < s.T; ++t) widen(grad + t * s.D, s.D, wide.p + t * s.D);
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < inner.size(); ++i) panel_activations(inner[i], grads, found, mine);
+      if (grad_weights) weight_gradients(dots.p, blocks);
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < down_parts.size(); ++i) {
+        const Part& part = down_parts[i];
+        const index_t first = part.expert->begin;
+        panel_outer(
+            part, [&](index_t t) { return grad + routing.token[first + t] * s.D; },
+            [&](index_t t) { return acts.p + (first + t) * s.F; }, s.F,
+            grad_down + part.expert->id * s.D * s.F, mine, mine + turned);
+      }
+#pragma omp for schedule(dynamic)
+      for (size_t i = 0; i < gate_up_parts.size(); ++i) {
+        const Part& part = gate_up_parts[i];
+        const index_t first = part.expert->begin;
+        panel_outer(
+            part, [&](index_t t) { return both.p + (first + t) * 2 * s.F; },
+            [&](index_t t) { return x + routing.token[first + t] * s.D; }, s.D,
+            grad_gate_up + part.expert->id * 2 * s.F * s.D, mine, mine + turned);
+      }
+      if (grad_x)
+#pragma omp for schedule(dynamic)
+        for (index_t from = 0; from < s.D; from += READ)
+          add_columns(s, from, std::min(s.D, from + READ), sums.p + me * s.T * READ, grad_x,
+                      [&](index_t to, float* into) { panel_x_gradient(from, to, found, into, mine); });
+      clear_what_no_token_took();
+      finish_streams();
+    }
+  }
+
+#if defined(EMO_AMX)
+  // ---- by tiles -------------------------------------------------------------------------------------------
 
   static constexpr int N = PARTS<T>;
   static constexpr index_t BLOCK = 512;                 // tokens at a time
@@ -257,7 +411,7 @@ struct Gradients {
       finish_streams();
     }
   }
+#endif
 };
 
 }  // namespace
-#endif

@@ -110,6 +110,29 @@ inline float sum(float __attribute__((vector_size(4 * N))) v) {
   }
 }
 
+#if defined(__AVX512F__)
+// Lines of 16 become columns.
+inline void transpose(const __m512i (&a)[16], __m512i (&out)[16]) {
+  __m512i b[16], c[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i lo0 = _mm512_unpacklo_epi32(a[i], a[i + 1]), hi0 = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    const __m512i lo1 = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]),
+                  hi1 = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
+    b[i] = _mm512_unpacklo_epi64(lo0, lo1), b[i + 1] = _mm512_unpackhi_epi64(lo0, lo1);
+    b[i + 2] = _mm512_unpacklo_epi64(hi0, hi1), b[i + 3] = _mm512_unpackhi_epi64(hi0, hi1);
+  }
+  for (int i = 0; i < 4; ++i) {  // b[4g + i] has column 4j + i of rows 4g..4g+3 in its j-th quarter
+    c[i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), c[4 + i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    c[8 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+    c[12 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    out[i] = _mm512_shuffle_i32x4(c[i], c[8 + i], 0x88),
+    out[8 + i] = _mm512_shuffle_i32x4(c[i], c[8 + i], 0xdd);
+    out[4 + i] = _mm512_shuffle_i32x4(c[4 + i], c[12 + i], 0x88);
+    out[12 + i] = _mm512_shuffle_i32x4(c[4 + i], c[12 + i], 0xdd);
+  }
+}
+#endif
+
 // What one step along `in` takes: so many numbers of each factor, and their products added to a vector of
 // sums, of which each takes PAIRED numbers.
 template <class T>

@@ -177,6 +177,18 @@ def test_very_many_rows_are_the_same():
     assert_same(make_experts(), *make_inputs(800, index))
 
 
+@needs_kernels
+def test_compiled_gradients_run_where_they_are_faster():
+    kernels, index = find_kernels(), torch.zeros(2, 1, dtype=torch.int64)
+
+    def chosen(hidden, width):
+        weights = torch.zeros(EXPERTS, 2 * width, hidden), torch.zeros(EXPERTS, hidden, width)
+        return expert_kernels._kernels_for(torch.zeros(2, hidden), *weights, index, backward=True)
+
+    assert chosen(64, 96) is (kernels if kernels.has_tiles or kernels.has_panels else None)
+    assert chosen(64, 8) is None  # a size that the kernels refuse
+
+
 def test_inputs_and_weights_need_not_be_contiguous():
     experts = make_experts()
     hidden, index, weights = make_inputs(9)

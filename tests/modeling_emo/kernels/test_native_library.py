@@ -24,9 +24,6 @@ _CHOSEN = os.environ.get("EMO_KERNELS")
 VARIANT = pytest.mark.parametrize(
     "variant", [] if KERNELS is None else [_CHOSEN] if _CHOSEN else runnable_sets()
 )
-WITH_TILES = pytest.mark.skipif(
-    KERNELS is None or not KERNELS.has_tiles, reason="gradients are compiled for AMX, which is not here"
-)
 DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
 # What each operation may be off, relative to the largest number.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}
@@ -73,7 +70,7 @@ def expert_calls(draw):
     experts = draw(st.integers(1, 6))
     width = st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 96, 160]))
     return {
-        "tokens": draw(st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65, 300]))),
+        "tokens": draw(st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65, 150, 300]))),
         "experts": experts,
         "top_k": draw(st.integers(1, experts)),
         "hidden": draw(st.one_of(width, st.sampled_from([1024, 1056, 2049]))),
@@ -110,7 +107,7 @@ def test_experts_are_near_float64(variant, call):
     assert torch.equal(again, out) and len(nothing) == 0
 
 
-@WITH_TILES
+@VARIANT
 @settings(max_examples=40, deadline=None)
 @given(
     tokens=st.one_of(st.integers(0, 12), st.sampled_from([31, 64, 65, 97, 300])),
@@ -122,7 +119,7 @@ def test_experts_are_near_float64(variant, call):
     dtype=DTYPE,
     threads=st.sampled_from([1, 2, 3]),
 )
-def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants, dtype, threads):
+def test_gradients_are_near_float64(variant, tokens, experts, data, hidden, width, wants, dtype, threads):
     """Sizes on both sides of every block; experts of no token and of all; picks of other ranks."""
     top_k = data.draw(st.integers(1, experts))
     torch.manual_seed(tokens)
@@ -134,7 +131,7 @@ def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants,
     inputs = [tensor.double().requires_grad_() for tensor in (x, gate_up, down, weights)]
     out, _ = experts_in_float64(*inputs, index)
     expected = torch.autograd.grad(out, inputs, grad.double(), materialize_grads=True)
-    kernels, before = KERNELS, torch.get_num_threads()
+    kernels, before = load_kernels(variant), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         _, saved = kernels.experts(x, gate_up, down, weights, index, save=True)
@@ -147,7 +144,6 @@ def test_gradients_are_near_float64(tokens, experts, data, hidden, width, wants,
             assert_near(gradient, value, dtype, slack=10)  # a sum may be small where its terms are large
 
 
-@WITH_TILES
 def test_gradients_of_experts_without_tokens_are_zeros():
     x, gate_up, down = torch.ones(3, 32), torch.ones(4, 64, 32), torch.ones(4, 32, 32)
     index, weights = torch.full((3, 1), 2), torch.ones(3, 1)
@@ -160,7 +156,6 @@ def test_gradients_of_experts_without_tokens_are_zeros():
         of_down.fill_(5)
 
 
-@WITH_TILES
 def test_gradients_without_what_was_saved_are_refused():
     """They would be read past the end of it."""
     x, gate_up, down = torch.ones(3, 32), torch.ones(2, 64, 32), torch.ones(2, 32, 32)
@@ -302,20 +297,18 @@ def test_nan_stays_nan():
 
 
 def _calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
-    """Every compiled function, with inputs that fit (gradients: where there are tiles)."""
+    """Every compiled function, with inputs that fit."""
     kernels, x = load_kernels(), torch.randn(3, 32)
     routing = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)
     experts = [x, torch.randn(4, 64, 32), torch.randn(4, 32, 32), *routing]
-    calls = {
+    _, saved = kernels.experts(*experts, save=True)
+    return {
         "experts": (kernels.experts, experts),
+        "experts_backward": (kernels.experts_backward, [torch.randn(3, 32), *experts, saved]),
         "linear": (kernels.linear, [x, torch.randn(5, 32), torch.randn(5)]),
         "rms_norm": (lambda *inputs: kernels.rms_norm(*inputs, 1e-6), [x, torch.randn(32)]),
         "rotate": (kernels.rotate, [torch.randn(3, 2, 16), torch.randn(3, 16), torch.randn(3, 16)]),
     }
-    if kernels.fits_tiles(32, 32):
-        _, saved = kernels.experts(*experts, save=True)
-        calls["experts_backward"] = (kernels.experts_backward, [torch.randn(3, 32), *experts, saved])
-    return calls
 
 
 def _spoilt() -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
@@ -332,10 +325,7 @@ def _spoilt() -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
 @pytest.mark.parametrize("name", ["experts", "experts_backward", "linear", "rms_norm", "rotate"])
 def test_inputs_on_other_devices_or_of_other_types_are_refused(name):
     """Compiled code would read at an address of a device, at null, or numbers for other ones."""
-    # Elsewhere PyTorch computes them, and there is no compiled function to refuse anything.
-    if name not in (calls := _calls()):
-        pytest.skip("gradients are compiled where there is AMX")
-    call, inputs = calls[name]
+    call, inputs = _calls()[name]
     call(*inputs)
     for place in range(len(inputs)):
         for found, spoil in _spoilt():
