@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from ..checkpoints.writing.durable_files import sync_folder, sync_tree
 from ..imports.transformers_versions import private_names
-from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
+from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel, step_seed
 from ..subsets.loading.adapter_record import check_adapter_config
 from .fine_tuning import KeepFrozenRows
 
@@ -80,6 +80,8 @@ class EmoTrainer(Trainer):
     """`Trainer`, as EMO was trained.
 
     - Weight decay is for everything but the input embedding (`Trainer` leaves out norms and biases instead).
+    - The sizes of pools are drawn from the seed, the step and the document (`step_seed`): the number of
+      processes changes nothing, and neither does how a step is cut into micro-batches.
     - The balance loss counts over all micro-batches of an optimiser step, as `accumulate_balance`.
     - The logs report `ce_loss`, `balance_loss`, `router_z_loss`, `lm_z_loss` (without their coefficients,
       means over the steps since the last report), `pool_size` (mean number of routed experts in a pool) and
@@ -103,7 +105,9 @@ class EmoTrainer(Trainer):
 
     Raises:
         ValueError: if there is no `EmoForCausalLM` in the model (classifiers train with `Trainer`), or with
-            `label_smoothing_factor`, which makes `Trainer` drop what the model adds to the cross entropy.
+            `label_smoothing_factor`, which makes `Trainer` drop what the model adds to the cross entropy;
+            on training, if sequences are split among processes and the config has pools or attention within
+            documents.
         SubsetError: if the model has an adapter whose config `lora_config` made for other experts.
 
     Example:
@@ -149,7 +153,21 @@ class EmoTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train; see `Trainer.train`."""
         self._begin_report()  # drop what an earlier run did not report
-        return super().train(*args, **kwargs)
+        self._refuse_split_sequences()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            _causal_lm(self.model).model.pool_seed = None  # type: ignore[arg-type]
+
+    def _refuse_split_sequences(self) -> None:
+        config = _causal_lm(self.model).config  # type: ignore[arg-type]
+        parts = self.get_cp_size() * self.get_sp_size()
+        for name in ("document_pool_min", "attention_within_documents"):
+            if parts > 1 and getattr(config, name):
+                raise ValueError(
+                    f"{parts} processes split sequences, and `config.{name}` wants whole documents: "
+                    "train without it, or shard parameters instead (`fsdp`)."
+                )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and have it shard on CPUs too; see `Trainer`."""
@@ -179,6 +197,9 @@ class EmoTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        model = _causal_lm(self.model).model  # type: ignore[arg-type]
+        if model.pool_generator is None:  # else the caller wants other sizes
+            model.pool_seed = step_seed(self.args.seed, self.state.global_step, device)
         self._step_counts = BalanceCounts()
         # They are counted later: on resuming, the random state that draws pools is restored after this call.
         self._uncounted = batches if self.exact_balance and len(batches) > 1 else []
