@@ -326,7 +326,22 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "size_as_str",
         ),
     ],
+    "shares of a stream": [
+        PrivateName(
+            "accelerate.data_loader:prepare_data_loader",
+            "puts batches on the device, and skips those trained on",
+            "dataloader device num_processes process_index",
+            "put_on_device dispatch_batches",
+        ),
+    ],
     "trainer": [
+        PrivateName(f"{_TRAINER}._save_rng_state", "saves where a stream stands", "output_dir"),
+        PrivateName(f"{_TRAINER}._save_checkpoint", "the same", mentions="_save_rng_state"),
+        PrivateName(f"{_TRAINER}._load_optimizer_and_scheduler", "goes on from there", "checkpoint"),
+        PrivateName(
+            f"{_TRAINER}._prepare_for_training", "the same", mentions="_load_optimizer_and_scheduler"
+        ),
+        PrivateName(f"{_TRAINER}.get_train_dataloader", "a share of a stream", mentions="_train_batch_size"),
         PrivateName(
             _TRAINER,
             "the base of `EmoTrainer`",
