@@ -169,7 +169,7 @@ class PositionCollator:
     Example: `EmoTrainer` uses it for a `PackedStream`.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]):
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
         self.collate = collate
 
     def __call__(self, windows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -259,9 +259,10 @@ class EmoTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches if self._share is not None else ():
-            position = batch.pop(POSITION)
-            self._share.positions[position.worker] = position
+        if (share := self._share) is not None:
+            for batch in batches:
+                position = batch.pop(POSITION)
+                share.positions[position.worker] = position
         model = _causal_lm(self.model).model  # type: ignore[arg-type]
         if model.pool_generator is None:  # else the caller wants other sizes
             model.pool_seed = step_seed(self.args.seed, self.state.global_step, device)
