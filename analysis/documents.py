@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints.hub.names import existing_folder
+from ..tokenization.beginnings import encode_beginnings
 
 _SPLITS = ("calibration", "test")
 
@@ -138,8 +139,7 @@ def encode_documents(
 
     ```
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=window)["input_ids"]
-    return [torch.tensor(ids, dtype=torch.long) for ids in encoded]
+    return [torch.tensor(ids, dtype=torch.long) for ids in encode_beginnings(tokenizer, texts, window)]
 
 
 def draw(documents: Collection, num: int, seed: int, domain: str) -> list:

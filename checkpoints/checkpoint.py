@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .distributed_files import DistributedFiles, blocks_of_processes
 from .errors import CheckpointError
 from .lazy_tensor import LazyTensor
 from .local_files import LocalFiles, file_inside
@@ -53,7 +54,9 @@ class Checkpoint:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, *, variant: str | None = None) -> Checkpoint:
-        """Read the headers of a model's folder: one file, or shards with an index.
+        """Read the headers of a model's folder: one file, shards with an index, or the blocks of processes.
+
+        The last is what `save_pretrained(distributed_checkpoint=True)` writes; see `DistributedFiles`.
 
         Args:
             folder (`str` or `os.PathLike`): the folder.
@@ -73,6 +76,9 @@ class Checkpoint:
         if index.is_file():
             weight_map = read_index(index)
             return cls.from_index(weight_map, set(weight_map.values()), LocalFiles(folder))
+        if blocks_of_processes(folder):
+            blocks = DistributedFiles(folder)
+            return cls(blocks, blocks.tensors)
         if not folder.is_dir():
             raise CheckpointError(f"There is no folder '{folder}' (seen from {os.getcwd()}): check the path.")
         pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)

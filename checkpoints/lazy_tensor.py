@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from types import EllipsisType
 
 import torch
@@ -22,8 +22,8 @@ _STAGED = 64 << 20  # on their way to a device, so many bytes at a time are in t
 class LazyTensor:
     """A tensor that is read when it is indexed. Transformers' loader can take it in place of a tensor.
 
-    Its bytes are those of its pieces, one after the other, which may lie in several files. Indexing with a
-    slice of the first dimension reads only those rows.
+    Its bytes are those of its pieces, one after the other, which may lie in several files. Indexing with
+    slices, one for each dimension, reads only what they hold: so each of several processes reads its share.
 
     Args:
         source (`Source`): gives the bytes.
@@ -79,8 +79,23 @@ class LazyTensor:
         parts = index if isinstance(index, tuple) else (index,)
         if parts and isinstance(parts[0], slice) and parts[0].step in (None, 1) and self.shape:
             start, stop, _ = parts[0].indices(self.shape[0])
-            return self._read_rows(start, max(start, stop))[(slice(None), *parts[1:])]
+            stop = max(start, stop)
+            block = self._inner_block(parts)
+            if block is not None:
+                return self._read_block([(start, stop), *block])
+            return self._read_rows(start, stop)[(slice(None), *parts[1:])]
         return self._read_rows(0, self.shape[0] if self.shape else 1)[index]
+
+    def _inner_block(self, parts: tuple) -> list[tuple[int, int]] | None:
+        """What an index takes of the dimensions behind the first; `None` if that is all, or no block."""
+        if len(parts) > len(self.shape) or not all(
+            isinstance(part, slice) and part.step in (None, 1) for part in parts
+        ):
+            return None
+        bounds = [part.indices(size)[:2] for part, size in zip(parts[1:], self.shape[1:], strict=False)]
+        bounds += [(0, size) for size in self.shape[len(parts) :]]
+        bounds = [(start, max(start, stop)) for start, stop in bounds]
+        return None if bounds == [(0, size) for size in self.shape[1:]] else bounds
 
     def take(self, rows: Sequence[int]) -> LazyTensor:
         """Some rows of the first dimension as a lazy tensor of their own.
@@ -101,7 +116,7 @@ class LazyTensor:
         ```
         """
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        offsets = [0, *accumulate(piece.end - piece.start for piece in self.pieces)]
+        offsets = self._offsets
         parts: list[TensorSpan] = []
         for row in rows:
             begin, end = row * row_bytes, (row + 1) * row_bytes
@@ -128,6 +143,7 @@ class LazyTensor:
             and spans
             and self.cast_to in (None, self.dtype)
             and isinstance(self.source, LocalFiles)
+            and self.source.can_map
         ):
             rows = map_spans(self.source, spans)
         if rows is None:
@@ -138,6 +154,65 @@ class LazyTensor:
                 self._fill(rows[begin:end], span.file, span.start)
                 begin = end
         return rows.reshape(stop - start, *row_shape) if self.shape else rows.reshape(())
+
+    def _read_block(self, bounds: list[tuple[int, int]]) -> torch.Tensor:
+        """Read a part of every dimension, one slice of the first dimension after the other."""
+        shape = [stop - start for start, stop in bounds]
+        block = empty(math.prod(shape), self.cast_to or self.dtype) if self.device is None else None
+        if block is None:
+            block = torch.empty(math.prod(shape), dtype=self.cast_to or self.dtype, device=self.device)
+        if not block.numel():
+            return block.reshape(shape)
+        rows = block.view(shape[0], -1)
+        raw = None
+        if self.device is not None or block.dtype != self.dtype:
+            raw = torch.empty(rows.shape[1], dtype=self.dtype, device="cpu")
+        for number, row in enumerate(range(*bounds[0])):
+            self._read_part(row, bounds[1:], rows[number] if raw is None else raw)
+            if raw is not None:
+                rows[number].copy_(raw)  # waits for the copy, since `raw` is filled again
+        return block.reshape(shape)
+
+    def _read_part(self, row: int, bounds: list[tuple[int, int]], into: torch.Tensor) -> None:
+        """Read a part of one slice of the first dimension: runs of bytes, at equal distances."""
+        buffer, sizes = _bytes_of(into), self.shape[1:]
+        steps = [math.prod(sizes[number + 1 :]) * self.dtype.itemsize for number in range(len(sizes))]
+        # The last dimension of which not all is taken: what lies behind it is whole, and one run.
+        last = max(number for number, size in enumerate(sizes) if bounds[number] != (0, size))
+        run = (bounds[last][1] - bounds[last][0]) * steps[last]
+        first = row * math.prod(sizes) * self.dtype.itemsize + bounds[last][0] * steps[last]
+        outer = [range(*bound) for bound in bounds[: max(last - 1, 0)]]
+        done = 0
+        for index in product(*outer):
+            start = first + sum(place * step for place, step in zip(index, steps, strict=False))
+            stride, count = run, 1
+            if last:
+                stride, count = steps[last - 1], bounds[last - 1][1] - bounds[last - 1][0]
+                start += bounds[last - 1][0] * stride
+            self._read_runs(start, stride, run, buffer[done : done + count * run])
+            done += count * run
+
+    def _read_runs(self, start: int, stride: int, run: int, buffer: memoryview) -> None:
+        """Fill `buffer` with runs of bytes of the whole tensor, each `stride` after the one before."""
+        offsets, done = self._offsets, 0
+        while done < len(buffer):
+            number = bisect_right(offsets, start) - 1
+            piece, room = self.pieces[number], offsets[number + 1] - start
+            inside = piece.start + start - offsets[number]
+            if room < run:  # its end lies in the next piece
+                for span in self._spans(start, start + run):
+                    self.source.read_into(span.file, span.start, buffer[done : done + span.end - span.start])
+                    done += span.end - span.start
+                start += stride
+                continue
+            count = min((room - run) // stride + 1, (len(buffer) - done) // run)
+            read_strided(self.source, piece.file, inside, stride, run, buffer[done : done + count * run])
+            done, start = done + count * run, start + count * stride
+
+    @property
+    def _offsets(self) -> list[int]:
+        """Where each piece begins in the whole tensor, and where the last one ends."""
+        return [0, *accumulate(piece.end - piece.start for piece in self.pieces)]
 
     def _read_to_device(self, spans: list[TensorSpan], numel: int) -> torch.Tensor:
         rows = torch.empty(numel, dtype=self.cast_to or self.dtype, device=self.device)
@@ -199,6 +274,39 @@ def wanted_ranges(tensors: Iterable[LazyTensor], *, gap: int = 0) -> dict[str, l
         for piece in tensor.pieces:
             spans.setdefault(piece.file, []).append((piece.start, piece.end))
     return {file: merge_ranges(ranges, gap=gap) for file, ranges in spans.items()}
+
+
+def read_strided(source: Source, file: str, start: int, stride: int, run: int, buffer: memoryview) -> None:
+    """Fill `buffer` with runs of bytes of a file, at equal distances, and read nothing between them.
+
+    Args:
+        source (`Source`): gives the bytes.
+        file (`str`): the file.
+        start (`int`): where the first run begins.
+        stride (`int`): from the beginning of one run to that of the next.
+        run (`int`): the bytes of a run.
+        buffer (`memoryview`): as many whole runs.
+
+    Raises:
+        CheckpointError: as `source.read_into`.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.lazy_tensor import read_strided
+    >>> from transformers_emo.checkpoints.local_files import LocalFiles
+    >>> _ = (tmp_path / "letters").write_bytes(b"abcdefghij")
+    >>> two = bytearray(4)
+    >>> read_strided(LocalFiles(tmp_path), "letters", 1, 5, 2, memoryview(two))
+    >>> two
+    bytearray(b'bcgh')
+
+    ```
+    """
+    if isinstance(source, LocalFiles):
+        return source.read_strided(file, start, stride, run, buffer)
+    for number in range(len(buffer) // run):
+        source.read_into(file, start + number * stride, buffer[number * run : (number + 1) * run])
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

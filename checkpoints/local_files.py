@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import threading
@@ -13,6 +14,8 @@ from .errors import CheckpointError
 from .small_files import open_regular, read_json
 
 _MOST_OPEN = 256  # files kept open: there may be thousands of expert shards, and a process may open 1024
+_PAGE = mmap.PAGESIZE
+_READ_AHEAD = 128 << 10  # for one call Linux may read only the beginning, but at least so many bytes
 _MAX_READ = 1 << 30  # one read call takes at most 2 GiB on Linux
 
 
@@ -116,6 +119,8 @@ class LocalFiles:
     ```
     """
 
+    can_map = True  # names of files are those on the disk
+
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self._open: dict[str, int] = {}
@@ -145,6 +150,26 @@ class LocalFiles:
                         "it again when it is whole."
                     )
                 filled += got
+
+    def read_strided(self, file: str, start: int, stride: int, run: int, buffer: memoryview) -> None:
+        """Fill `buffer` with runs of bytes, each `stride` after the one before; as `read_into`."""
+        end = start + (len(buffer) // run - 1) * stride + run
+        with self.opened(file) as descriptor:
+            if stride - run < _PAGE and hasattr(os, "posix_fadvise"):
+                # Every page is needed: reading ahead in order is far faster than page by page.
+                for ahead in range(start, end, _READ_AHEAD):
+                    size = min(_READ_AHEAD, end - ahead)
+                    os.posix_fadvise(descriptor, ahead, size, os.POSIX_FADV_WILLNEED)
+            place = 0
+            for offset in range(start, end, stride):
+                part = buffer[place : place + run]
+                try:
+                    whole = os.preadv(descriptor, [part], offset) == run
+                except OSError:
+                    whole = False
+                if not whole:
+                    self.read_into(file, offset, part)  # a long run, or an error that it words
+                place += run
 
     def close(self) -> None:
         """Close the files. They are opened again when they are needed."""

@@ -87,25 +87,8 @@ def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
 
     ```
     """
-    size = source.size(file)
-    if size < 8:
-        raise CheckpointError(
-            f"{file} is {size} bytes long, too short for a safetensors file: download it again."
-        )
-    prefix = bytearray(8)
-    source.read_into(file, 0, memoryview(prefix))
-    (length,) = struct.unpack("<Q", prefix)
-    if length > min(size - 8, MAX_HEADER_BYTES):
-        raise CheckpointError(
-            f"{file} is damaged or no safetensors file: its header would be {length} bytes long, and the "
-            f"file has {size}. Download it again."
-        )
-    raw = bytearray(length)
-    source.read_into(file, 8, memoryview(raw))
+    header, size, length = _read_json(source, file)
     try:
-        header = parse_json(raw.decode("utf-8"))
-        if not isinstance(header, dict):
-            raise ValueError(f"expected an object, got a {type(header).__name__}")
         header.pop("__metadata__", None)
         spans = {name: _span(file, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -126,6 +109,63 @@ def read_header(source: Source, file: str) -> dict[str, TensorSpan]:
             "again."
         )
     return spans
+
+
+def read_metadata(source: Source, file: str) -> dict[str, str]:
+    """Read what a safetensors file says of itself.
+
+    Args:
+        source (`Source`): gives the file's size and its first bytes.
+        file (`str`): the file's name.
+
+    Returns:
+        `dict[str, str]`: its `__metadata__`, empty if it has none.
+
+    Raises:
+        CheckpointError: if the header is damaged.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.checkpoints.local_files import LocalFiles
+    >>> from transformers_emo.checkpoints.safetensors_header import read_metadata
+    >>> read_metadata(LocalFiles("model_cards/toy-emo"), "model.safetensors")
+    {'format': 'pt'}
+
+    ```
+    """
+    metadata = _read_json(source, file)[0].get("__metadata__") or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file} has damaged metadata: expected names and texts. Download it again.")
+    return metadata
+
+
+def _read_json(source: Source, file: str) -> tuple[dict, int, int]:
+    """The header of a file as it is written, the file's size, and the length of the header."""
+    size = source.size(file)
+    if size < 8:
+        raise CheckpointError(
+            f"{file} is {size} bytes long, too short for a safetensors file: download it again."
+        )
+    prefix = bytearray(8)
+    source.read_into(file, 0, memoryview(prefix))
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{file} is damaged or no safetensors file: its header would be {length} bytes long, and the "
+            f"file has {size}. Download it again."
+        )
+    raw = bytearray(length)
+    source.read_into(file, 8, memoryview(raw))
+    try:
+        header = parse_json(raw.decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError(f"expected an object, got a {type(header).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header ({type(error).__name__}: {error}): download it again."
+        ) from error
+    return header, size, length
 
 
 def _span(file: str, entry: dict, data_start: int) -> TensorSpan:

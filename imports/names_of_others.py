@@ -114,7 +114,20 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "_supports_flex_attn _supports_attention_backend _can_compile_fullgraph _can_record_outputs "
             "_keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _tied_weights_keys "
             "_tp_plan _pp_plan _fsdp_plan config_class base_model_prefix supports_gradient_checkpointing "
-            "tp_size is_remote_code _hf_peft_config_loaded",
+            "is_remote_code _hf_peft_config_loaded",
+        ),
+        PrivateName(f"{_MODELS}.init_parallel_plans", "plans of other versions", mentions="_ep_plan"),
+        PrivateName(
+            f"{_MODELS}.maybe_distribute_model", "refuses what cannot be shared", "model distributed_config *"
+        ),
+        PrivateName(f"{_MODELS}.from_pretrained", "the same", mentions="maybe_distribute_model"),
+        PrivateName(
+            "transformers.distributed.configuration_utils:DistributedConfig",
+            "the same",
+            takes="tp_size tp_plan pp_size enable_expert_parallel",
+        ),
+        PrivateName(
+            "transformers.integrations.tensor_parallel:ALL_PARALLEL_STYLES", "tells versions by their plans"
         ),
         PrivateName(
             "transformers.configuration_utils:PreTrainedConfig",
@@ -281,6 +294,8 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "generation_config from_auto_class from_pipeline pretrained_model_name_or_path",
             "cache_dir force_download proxies local_files_only token revision subfolder trust_remote_code",
         ),
+        PrivateName("transformers.integrations:is_deepspeed_zero3_enabled", "leaves the files to DeepSpeed"),
+        PrivateName(f"{_MODELS}._load_pretrained_model", "the same", mentions="is_deepspeed_zero3_enabled"),
         PrivateName("transformers.utils:SAFE_WEIGHTS_NAME", "the name of a file"),
         PrivateName("transformers.utils:SAFE_WEIGHTS_INDEX_NAME", "the name of a file"),
     ],
@@ -311,11 +326,26 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "size_as_str",
         ),
     ],
+    "shares of a stream": [
+        PrivateName(
+            "accelerate.data_loader:prepare_data_loader",
+            "puts batches on the device, and skips those trained on",
+            "dataloader device num_processes process_index",
+            "put_on_device dispatch_batches",
+        ),
+    ],
     "trainer": [
+        PrivateName(f"{_TRAINER}._save_rng_state", "saves where a stream stands", "output_dir"),
+        PrivateName(f"{_TRAINER}._save_checkpoint", "the same", mentions="_save_rng_state"),
+        PrivateName(f"{_TRAINER}._load_optimizer_and_scheduler", "goes on from there", "checkpoint"),
+        PrivateName(
+            f"{_TRAINER}._prepare_for_training", "the same", mentions="_load_optimizer_and_scheduler"
+        ),
+        PrivateName(f"{_TRAINER}.get_train_dataloader", "a share of a stream", mentions="_train_batch_size"),
         PrivateName(
             _TRAINER,
             "the base of `EmoTrainer`",
-            takes="train log get_tp_size",
+            takes="train log get_tp_size get_cp_size get_sp_size",
         ),
         PrivateName(
             f"{_TRAINER}._run_epoch",

@@ -1,4 +1,4 @@
-from .document_pool import draw_pool_sizes, pool_mask
+from .document_pool import pool_mask
 from .losses import BalanceCounts, document_pool_losses, lm_z_loss, load_balancing_loss
 from .modeling_emo import (
     EmoForCausalLM,
@@ -7,6 +7,7 @@ from .modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
+from .pool_sizes import draw_pool_sizes, step_seed
 from .segments import (
     flatten_segments,
     lengths_from_segments,
@@ -32,4 +33,5 @@ __all__ = [
     "segments_from_eos",
     "segments_from_lengths",
     "segments_from_positions",
+    "step_seed",
 ]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..configuration.configuration_emo import EmoConfig
+from .pool_sizes import document_numbers, draw_pool_sizes
 from .segments import (
     count_segments,
     flatten_segments,
@@ -22,59 +23,6 @@ from .segments import (
     segments_from_lengths,
     segments_from_positions,
 )
-
-
-def draw_pool_sizes(
-    shape: tuple[int, ...],
-    smallest: int,
-    largest: int,
-    *,
-    rank: int = 0,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Draw pool sizes uniformly from `smallest` to `largest`, both included.
-
-    Data-parallel ranks that share a seed draw different sizes. Rank k takes the uniform numbers of rank 0,
-    adds k times the golden ratio and keeps the part after the point. Each number stays uniform, and the ranks
-    are spread evenly.
-
-    Args:
-        shape (`tuple[int, ...]`): such as (L, N).
-        smallest (`int`): the smallest pool, at least 1.
-        largest (`int`): the largest pool.
-        rank (`int`, defaults to 0): data-parallel rank.
-        generator (`torch.Generator`, *optional*): a generator of any device. One of the CPU draws there, and
-            the host waits while the sizes are copied. By default the global generator of the device, which
-            checkpoints of a training run store and restore.
-        device (`torch.device` or `str`, *optional*): the device of the result.
-
-    Returns:
-        `torch.Tensor`: int64 sizes.
-
-    Raises:
-        ValueError: if the range is empty or begins below 1.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.modeling_emo import draw_pool_sizes
-    >>> sizes = draw_pool_sizes((2, 500), 8, 128, generator=torch.Generator().manual_seed(0))
-    >>> sizes.shape, sizes.min() >= 8, sizes.max() <= 128
-    (torch.Size([2, 500]), tensor(True), tensor(True))
-
-    ```
-    """
-    if not 1 <= smallest <= largest:
-        raise ValueError(
-            f"Pool sizes from {smallest} to {largest} are impossible: give 1 <= smallest <= largest."
-        )
-    golden_ratio = 0.6180339887498949
-    drawn_on = device if generator is None else generator.device
-    uniform = torch.rand(shape, generator=generator, device=drawn_on).to(device)
-    uniform = (uniform + rank * golden_ratio % 1.0) % 1.0
-    return (smallest + uniform * (largest - smallest + 1)).long().clamp_(max=largest)
 
 
 def pool_mask(
@@ -232,7 +180,8 @@ def document_pools(
     input_ids: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    rank: int = 0,
+    inputs_embeds: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> list[DocumentPools] | None:
     """The documents of a batch and the sizes of their pools in every layer, or `None` for no pools.
@@ -246,8 +195,10 @@ def document_pools(
         request (`PoolRequest`): what the caller said.
         training (`bool`): whether the model is in training mode.
         input_ids, position_ids, attention_mask: of the forward, (B, S) each.
-        rank (`int`, defaults to 0): data-parallel rank; ranks draw different sizes.
-        generator (`torch.Generator`, *optional*): for the sizes.
+        inputs_embeds (`torch.Tensor`, *optional*): (B, S, D); they tell documents where there are no ids.
+        seed (`torch.Tensor`, *optional*): an int64 scalar that sizes are drawn from, as `step_seed` gives.
+        generator (`torch.Generator`, *optional*): draws the seed, where there is none. It may be of any
+            device; by default it is the global one of the documents' device.
 
     Returns:
         `list[DocumentPools]`, *optional*: one for each layer.
@@ -289,11 +240,13 @@ def document_pools(
         )
 
     eos_opens = config.document_boundaries == "eos"
-    segment_T = flatten_segments(find_segments(config, request, input_ids, position_ids, eos_opens=eos_opens))
-    token_mask_T = None
+    segments_BS = find_segments(config, request, input_ids, position_ids, eos_opens=eos_opens)
+    segment_T = flatten_segments(segments_BS)
+    token_mask_BS = None
     if attention_mask is not None and attention_mask.dim() == 2:
         length = segment_T.shape[0] // attention_mask.shape[0]
-        token_mask_T = attention_mask[:, -length:].bool().flatten()  # without what is in a cache
+        token_mask_BS = attention_mask[:, -length:].bool()  # without what is in a cache
+    token_mask_T = None if token_mask_BS is None else token_mask_BS.flatten()
     num_layers, num_segments = config.num_hidden_layers, count_segments(segment_T)
     if sizes is not None:
         size_LN = sizes.to(segment_T.device)
@@ -307,14 +260,13 @@ def document_pools(
                 f"{num_segments} segments): give one size for each document in each layer."
             )
     elif size is True and smallest is not None and largest is not None:
-        size_LN = draw_pool_sizes(
-            (num_layers, num_segments),
-            smallest,
-            largest,
-            rank=rank,
-            generator=generator,
-            device=segment_T.device,
-        )
+        if seed is None:
+            place = segment_T.device if generator is None else generator.device
+            seed = torch.randint(1 << 32, (), generator=generator, device=place)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        shape = segments_BS.shape if tokens is None else tokens.shape[:2]
+        documents_N = document_numbers(segment_T, num_segments, tokens, token_mask_BS, (shape[0], shape[1]))
+        size_LN = draw_pool_sizes(documents_N, num_layers, smallest, largest, seed=seed)
     else:
         size_LN = torch.full((num_layers, num_segments), size, device=segment_T.device)
     return [DocumentPools(segment_T, size_N, token_mask_T) for size_N in size_LN]

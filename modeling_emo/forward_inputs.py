@@ -18,6 +18,7 @@ with private_names("network"):
 
 from ..configuration.configuration_emo import EmoConfig
 from .document_pool import PoolRequest, document_pools, find_segments
+from .parallel import refuse_split_sequences
 from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, row_pools
 from .segments import flatten_segments, lengths_from_segments, segments_from_positions
 from .transformers_differences import CACHE
@@ -198,7 +199,7 @@ def pools_that_hold(
     prompt_pool: PromptPool | None,
     masks: list[torch.Tensor | None],
     *,
-    rank: int = 0,
+    seed: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[list[FrozenPool] | None, Sequence[Pools] | None]:
     """The pools of each layer: those of prompts or of the cache, or else those of documents.
@@ -208,8 +209,8 @@ def pools_that_hold(
         request (`PoolRequest`): what the caller said of documents and pools.
         prompt_pool (`PromptPool`, *optional*): what pools of prompts are chosen from.
         masks (`list[torch.Tensor | None]`): for each layer the experts (E,) that may be used.
-        rank (`int`, defaults to 0): the process among those that see different data, for drawn sizes.
-        generator (`torch.Generator`, *optional*): draws the sizes.
+        seed (`torch.Tensor`, *optional*): what sizes are drawn from.
+        generator (`torch.Generator`, *optional*): draws the seed, where there is none.
 
     Returns:
         `tuple`: pools that are kept in the cache, `None` if there are none; and the pools of each layer,
@@ -233,7 +234,8 @@ def pools_that_hold(
         input_ids=inputs.input_ids,
         position_ids=inputs.position_ids.expand(batch, length),
         attention_mask=inputs.attention_mask,
-        rank=rank,
+        inputs_embeds=inputs.inputs_embeds,
+        seed=seed,
         generator=generator,
     )
     return frozen, pools
@@ -273,6 +275,7 @@ def attention_inputs(
         )
     same_document = None
     if within_documents:
+        refuse_split_sequences()
         # Here an EOS closes its own document: the token after it starts the next one.
         segments_BS = find_segments(config, request, inputs.input_ids, inputs.position_ids, eos_opens=False)
         segments_BS = segments_BS.expand(inputs.inputs_embeds.shape[:2])

@@ -35,7 +35,7 @@ with private_names("network"):  # the versions are looked at before anything can
         GradientCheckpointingLayer,
     )
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.flex_olmo.modeling_flex_olmo import (
         FlexOlmoAttention,
         FlexOlmoRMSNorm,
@@ -63,6 +63,7 @@ from .forward_inputs import (
 )
 from .generation import EmoGenerationMixin
 from .losses import BalanceCounts, RouterStatistics, total_loss
+from .parallel import refuse_split_sequences
 from .pretrained import PartialModel
 from .prompt_pool import FrozenPool, Pools, PromptPool, keep_pools
 from .segments import ids_on
@@ -240,6 +241,7 @@ class EmoTopKRouter(nn.Module):
     def __init__(self, config: EmoConfig, layer: LayerExperts):
         super().__init__()
         self.layer = layer
+        self.num_experts = layer.num_experts  # which older versions of Transformers share among processes
         self.norm_topk_prob = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(layer.num_experts, config.hidden_size))
 
@@ -540,13 +542,6 @@ def _has_hooks(model: "EmoModel") -> bool:
     return any(getattr(hook, "__module__", "") != OutputRecorder.__module__ for hook in hooks)
 
 
-def _data_parallel_rank(model: PreTrainedModel) -> int:
-    """This process's number among those that see different data (tensor-parallel ones see the same)."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return 0
-    return torch.distributed.get_rank() // (model.tp_size or 1)
-
-
 def _init_truncated_normal(weight: torch.Tensor, std: float) -> None:
     """Initialise as OLMo-core did for EMO: a normal distribution cut off at three standard deviations."""
     init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
@@ -664,7 +659,9 @@ class EmoModel(EmoPreTrainedModel):
         # What compiled code sees of open `use_experts`; see `expert_masks`.
         self.compiled_masks: Masks = [None] * config.num_hidden_layers
         self.compiled_masks_differ = False
-        # Draws the pool sizes; the device's global generator when `None`.
+        # What sizes of pools in training are drawn from; `EmoTrainer` sets it (`step_seed`). Where it is
+        # `None`, each forward draws one from the generator: by default the device's global one.
+        self.pool_seed: torch.Tensor | None = None
         self.pool_generator: torch.Generator | None = None
         # Size of the pools where the caller says nothing of pools: `emo run --document-pool`.
         self.default_document_pool: int | None = None
@@ -787,7 +784,7 @@ class EmoModel(EmoPreTrainedModel):
             request,
             prompt_pool,
             expert_masks,
-            rank=_data_parallel_rank(self),
+            seed=self.pool_seed,
             generator=self.pool_generator,
         )
         hidden_states = inputs_embeds
@@ -795,6 +792,7 @@ class EmoModel(EmoPreTrainedModel):
         layers = self.layers[: self.config.num_hidden_layers]
         if pools is not None:
             check_layers(self)
+            refuse_split_sequences()
         for index, layer in enumerate(layers):
             is_last = index == len(layers) - 1
             output = layer(

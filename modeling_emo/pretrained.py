@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers.modeling_utils import PreTrainedModel
 
 from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, check_layers, package
-from .transformers_differences import check_peft
+from .parallel import check_distribution, refuse_in_pipeline
+from .transformers_differences import EP_ROUTER_PLAN, check_peft
 
 # The classes that a saved config.json points to, in the files written by `save_code`.
 AUTO_MAP = {
@@ -32,6 +33,8 @@ _FILES = [
     "modeling_emo/generation.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
+    "modeling_emo/parallel.py",
+    "modeling_emo/pool_sizes.py",
     "modeling_emo/pretrained.py",
     "modeling_emo/prompt_pool.py",
     "modeling_emo/segments.py",
@@ -115,6 +118,22 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             return hooks.load_weights(load, model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
+    def init_parallel_plans(self):
+        """The plans of the config, under the names of this version of Transformers."""
+        super().init_parallel_plans()
+        if self.base_model is self:
+            self._ep_plan = {**(self._ep_plan or {}), **EP_ROUTER_PLAN}
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        """Share a model among processes; see `PreTrainedModel`. What cannot be computed so is refused."""
+        if mesh is not None:
+            check_distribution(model.config, distributed_config)
+        model = super().maybe_distribute_model(model, distributed_config, mesh)
+        if mesh is not None and distributed_config.pp_size > 1:
+            model.register_forward_pre_hook(refuse_in_pipeline, with_kwargs=True)
+        return model
+
     def __setattr__(self, name, value):
         # PEFT shows the adapters that it puts on a model to it in this way alone.
         if name == "peft_config" and package.hooks is not None:
@@ -182,6 +201,9 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
                 5.
             args, kwargs: as for every Transformers model.
 
+        Raises:
+            ValueError: if the model is a stage of a pipeline (`pp_size`), which has a part of the layers.
+
         Example:
 
         ```python
@@ -192,6 +214,12 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
         ```
         """
         check_layers(self.base_model)
+        stages = getattr(getattr(self.config, "distributed_config", None), "pp_size", None) or 1
+        if stages > 1:
+            raise ValueError(
+                f"Each of the {stages} processes of a pipeline has a part of the layers, and what one saved "
+                "would lack the others: load the model without `pp_size` to save it."
+            )
         include_code = include_code or _with_code.get()
         with_code = include_code and not self.is_remote_code()  # which Transformers saves again by itself
         if with_code:

@@ -20,6 +20,7 @@ from packaging.version import parse
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -34,6 +35,14 @@ CUTS_BEHIND_CACHE = parse(transformers.__version__) >= parse("5.21")
 
 Older ones feed the network the beginning once more, and their text is wrong.
 """
+
+
+EP_ROUTER_PLAN = (
+    {}
+    if "ep_dispatch_experts" in ALL_PARALLEL_STYLES or not ALL_PARALLEL_STYLES
+    else {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
+)
+"""What expert parallelism calls router and experts in versions that do not send tokens to them."""
 
 
 def one_cache_name(kwargs: dict[str, Any], name: str = CACHE) -> dict[str, Any]:

@@ -182,11 +182,12 @@ class PackedStream(IterableDataset):
     Each shard of the documents is read by one worker of a `DataLoader`. Each worker drops its own last window
     if it is not full (or leaves it to be padded). Give at least as many shards as workers.
 
-    `state_dict` and `load_state_dict` work as in `datasets`: a stream that loads a state continues, bit for
-    bit, after the last window that was given out, and does not read the documents before it again. A state
-    belongs to the process that iterates. With workers, use a data loader that keeps the state of each
-    (`torchdata.stateful_dataloader`), or let `Trainer` skip the earlier batches, as it does by default. No
-    state holds the shuffle buffer of `IterableDataset.shuffle`: after a shuffle only skipping is exact.
+    `EmoTrainer` gives each process its own share of the documents, and its checkpoints say where each stands
+    (`training.stream_share`). For other loops `state_dict` and `load_state_dict` work as in `datasets`: a
+    stream that loads a state continues, bit for bit, after the last window that was given out, and does not
+    read the documents before it again. A state belongs to the process that iterates. With workers, use a data
+    loader that keeps the state of each (`torchdata.stateful_dataloader`). No state holds the shuffle buffer
+    of `IterableDataset.shuffle`: after a shuffle only reading once more is exact.
 
     Args:
         documents (`datasets.IterableDataset`): the documents.

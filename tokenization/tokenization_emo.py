@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..imports.transformers_versions import private_names
+from .beginnings import in_groups
 
 with private_names("tokenizer"):
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
@@ -120,17 +121,12 @@ class EmoTokenizer(TokenizersBackend):
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return []
-        texts = [_whole(text) for text in texts]
-        encoded = self(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return [ids + [self.eos_token_id] for ids in encoded["input_ids"]]
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False}
+        settings |= {"padding": False, "return_attention_mask": False, "verbose": False}
+        encoded: list[list[int]] = []
+        for group in in_groups(map(_whole, texts), lambda text: len(text) if isinstance(text, str) else 0):
+            encoded += (ids + [self.eos_token_id] for ids in self(group, **settings)["input_ids"])
+        return encoded
 
     def _save_pretrained(
         self, save_directory, file_names, legacy_format=None, filename_prefix=None

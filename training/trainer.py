@@ -5,6 +5,7 @@ Shape suffixes: R routed experts.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,17 +14,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..checkpoints.writing.durable_files import sync_folder, sync_tree
 from ..imports.transformers_versions import private_names
-from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel
+from ..modeling_emo import BalanceCounts, EmoForCausalLM, EmoPreTrainedModel, step_seed
 from ..subsets.loading.adapter_record import check_adapter_config
+from ..tokenization import PackedStream
 from .fine_tuning import KeepFrozenRows
+from .stream_share import POSITION, PositionCollator, StreamShare
 
 with private_names("trainer"):
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+_SHARE = "stream_share_{}.json"  # in a checkpoint, where each process stands in its share of a stream
 _LOSSES = {
     "ce_loss": "ce_loss",
     "aux_loss": "balance_loss",
@@ -80,6 +85,10 @@ class EmoTrainer(Trainer):
     """`Trainer`, as EMO was trained.
 
     - Weight decay is for everything but the input embedding (`Trainer` leaves out norms and biases instead).
+    - The sizes of pools are drawn from the seed, the step and the document (`step_seed`): the number of
+      processes changes nothing, and neither does how a step is cut into micro-batches.
+    - Of a stream (`PackedStream`) each process reads and encodes its own documents, without end: give
+      `max_steps`. Checkpoints say where each stands, and resuming encodes nothing again (`StreamShare`).
     - The balance loss counts over all micro-batches of an optimiser step, as `accumulate_balance`.
     - The logs report `ce_loss`, `balance_loss`, `router_z_loss`, `lm_z_loss` (without their coefficients,
       means over the steps since the last report), `pool_size` (mean number of routed experts in a pool) and
@@ -103,7 +112,9 @@ class EmoTrainer(Trainer):
 
     Raises:
         ValueError: if there is no `EmoForCausalLM` in the model (classifiers train with `Trainer`), or with
-            `label_smoothing_factor`, which makes `Trainer` drop what the model adds to the cross entropy.
+            `label_smoothing_factor`, which makes `Trainer` drop what the model adds to the cross entropy;
+            on training, if sequences are split among processes and the config has pools or attention within
+            documents.
         SubsetError: if the model has an adapter whose config `lora_config` made for other experts.
 
     Example:
@@ -140,6 +151,7 @@ class EmoTrainer(Trainer):
                 "the balance loss and the z-losses out: set it to 0."
             )
         self.exact_balance = exact_balance
+        self._share: StreamShare | None = None
         self._step_counts: BalanceCounts | None = None
         self._uncounted: list[Any] = []  # the step's micro-batches, until their picks are counted
         self._begin_report()
@@ -149,7 +161,21 @@ class EmoTrainer(Trainer):
     def train(self, *args, **kwargs):
         """Train; see `Trainer.train`."""
         self._begin_report()  # drop what an earlier run did not report
-        return super().train(*args, **kwargs)
+        self._refuse_split_sequences()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            _causal_lm(self.model).model.pool_seed = None  # type: ignore[arg-type]
+
+    def _refuse_split_sequences(self) -> None:
+        config = _causal_lm(self.model).config  # type: ignore[arg-type]
+        parts = self.get_cp_size() * self.get_sp_size()
+        for name in ("document_pool_min", "attention_within_documents"):
+            if parts > 1 and getattr(config, name):
+                raise ValueError(
+                    f"{parts} processes split sequences, and `config.{name}` wants whole documents: "
+                    "train without it, or shard parameters instead (`fsdp`)."
+                )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and have it shard on CPUs too; see `Trainer`."""
@@ -167,6 +193,60 @@ class EmoTrainer(Trainer):
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
         self.is_fsdp_enabled = True
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches of this process; see `Trainer`. Of a stream it reads its own share."""
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes with the same data
+        share = StreamShare(
+            self.train_dataset,
+            rank=self.args.process_index // alike,
+            ranks=max(self.args.world_size // alike, 1),
+            workers=self.args.dataloader_num_workers,
+        )
+        workers = share.workers
+        settings: dict[str, Any] = (
+            {"prefetch_factor": self.args.dataloader_prefetch_factor} if workers else {}
+        )
+        loader = DataLoader(
+            share,
+            batch_size=self._train_batch_size,
+            collate_fn=PositionCollator(self.data_collator),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
+            **settings,
+        )
+        self._share = share
+        with private_names("shares of a stream"):
+            from accelerate.data_loader import prepare_data_loader  # optional
+        # The share is of this process already: accelerate is not to divide it again.
+        return prepare_data_loader(
+            loader, self.accelerator.device, 1, 0, put_on_device=True, dispatch_batches=False
+        )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._share is not None and (state := self._share.state_dict()) is not None:
+            path = os.path.join(output_dir, _SHARE.format(self.args.process_index))
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(state, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = os.path.join(checkpoint or "", _SHARE.format(self.args.process_index))
+        if (
+            checkpoint is None
+            or self._share is None
+            or self.args.ignore_data_skip
+            or not os.path.isfile(path)
+        ):
+            return  # without it, `Trainer` reads the windows before once more
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        batches = self.state.global_step * self.args.gradient_accumulation_steps
+        self._share.load_state_dict(state, windows=batches * self._train_batch_size)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """`list[str]`: the parameters that weight decay is for, all but the input embedding."""
         embedding = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
@@ -179,6 +259,13 @@ class EmoTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if (share := self._share) is not None:
+            for batch in batches:
+                position = batch.pop(POSITION)
+                share.positions[position.worker] = position
+        model = _causal_lm(self.model).model  # type: ignore[arg-type]
+        if model.pool_generator is None:  # else the caller wants other sizes
+            model.pool_seed = step_seed(self.args.seed, self.state.global_step, device)
         self._step_counts = BalanceCounts()
         # They are counted later: on resuming, the random state that draws pools is restored after this call.
         self._uncounted = batches if self.exact_balance and len(batches) > 1 else []

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ...imports.optional_packages import import_optional
+from ...tokenization.beginnings import encode_beginnings, in_groups
 
 # A batch with padding holds no more tokens than this, but for a single text that does. At EMO's width
 # activations stay below half a gigabyte then.
@@ -42,12 +44,12 @@ class Example:
     """One text as token ids.
 
     Args:
-        ids (`list[int]`): the token ids.
-        counts (`list[bool]`): for each token whether it counts.
+        ids (`Sequence[int]` or `np.ndarray`): the token ids.
+        counts (`Sequence[bool]` or `np.ndarray`): for each token whether it counts.
     """
 
-    ids: list[int]
-    counts: list[bool]
+    ids: Sequence[int] | np.ndarray
+    counts: Sequence[bool] | np.ndarray
 
 
 def encode(
@@ -84,23 +86,28 @@ def encode(
         return _encode_answers(texts, answers, tokenizer, tokens, max_length)
     if texts and not isinstance(texts[0], str):
         return _encode_chats(texts, tokenizer, tokens, max_length)
-    texts = [text for text in texts if text]
-    encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
-    return [Example(ids, [True] * len(ids)) for ids in encoded if ids]
+    encoded = encode_beginnings(tokenizer, (text for text in texts if text), max_length)
+    return [Example(ids, np.ones(len(ids), dtype=bool)) for ids in encoded if len(ids)]
 
 
 def _encode_answers(texts, answers, tokenizer, tokens, max_length) -> list[Example]:
     # Prompt and answer are encoded apart, as the model meets them. So no token holds the end of a prompt and
     # the beginning of its answer.
-    prompts = tokenizer(list(texts))["input_ids"] if texts else []
-    if getattr(tokenizer, "add_eos_token", False):  # the prompt does not end here: its answer follows
-        prompts = [ids[:-1] for ids in prompts]
-    endings = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
     examples = []
-    for prompt, answer in zip(prompts, endings, strict=True):
-        counts = [tokens != "answer"] * len(prompt) + [tokens != "prompt"] * len(answer)
-        examples.append(Example((prompt + answer)[-max_length:], counts[-max_length:]))
-    return [example for example in examples if example.ids]
+    pairs = zip(texts, answers, strict=True)
+    for group in in_groups(pairs, lambda pair: len(pair[0]) + len(pair[1])):
+        prompts = tokenizer([prompt for prompt, _ in group])["input_ids"]
+        if getattr(tokenizer, "add_eos_token", False):  # the prompt does not end here: its answer follows
+            prompts = [ids[:-1] for ids in prompts]
+        endings = tokenizer([answer for _, answer in group], add_special_tokens=False)["input_ids"]
+        for prompt, answer in zip(prompts, endings, strict=True):
+            counts = [tokens != "answer"] * len(prompt) + [tokens != "prompt"] * len(answer)
+            examples.append(_last(prompt + answer, counts, max_length))
+    return [example for example in examples if len(example.ids)]
+
+
+def _last(ids: list[int], counts: list[bool], max_length: int) -> Example:
+    return Example(np.array(ids[-max_length:], dtype=np.int32), np.array(counts[-max_length:], dtype=bool))
 
 
 def _encode_chats(chats, tokenizer, tokens, max_length) -> list[Example]:
@@ -108,8 +115,8 @@ def _encode_chats(chats, tokenizer, tokens, max_length) -> list[Example]:
         raise ValueError("The tokenizer has no chat template: set `tokenizer.chat_template`, or give texts.")
     chats = [list(chat) for chat in chats if chat]
     if tokens == "all":
-        encoded = [tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats]
-        return [Example(ids[-max_length:], [True] * len(ids[-max_length:])) for ids in encoded]
+        encoded = (tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"] for chat in chats)
+        return [_last(ids, [True] * len(ids), max_length) for ids in encoded]
     datasets = import_optional("datasets", "Telling prompts and answers of chats apart needs")
     from ...tokenization import encode_answers  # imported here: only chats need jinja2, which it imports
 
@@ -152,11 +159,11 @@ def make_batches(examples: Sequence[Example], batch_size: int, weight_by: str) -
     for group in groups:
         # Padded here and not by the tokenizer, which may have no padding token.
         ids_BS, counts_BS, mask_BS = (
-            pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            for rows in (
-                [example.ids for example in group],
-                [example.counts for example in group],
-                [[True] * len(example.ids) for example in group],
+            pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+            for dtype, rows in (
+                (torch.int64, [example.ids for example in group]),
+                (torch.bool, [example.counts for example in group]),
+                (torch.bool, [[True] * len(example.ids) for example in group]),
             )
         )
         batches.append(Batch(ids_BS, mask_BS, _weights(counts_BS, weight_by)))

@@ -29,6 +29,7 @@ from .weights_check import check_fit, check_sizes, missing_parameters
 
 with private_names("loading"):
     from transformers.core_model_loading import WeightConverter
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils.hub import extract_commit_hash
 
 # With these, weights are of another form than the network's own.
@@ -192,7 +193,8 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
 
     Also used for whole models: experts are read straight into the stacked parameters, so that the peak of
     memory is the model itself and not twice that. Where Transformers has business of its own with the files
-    (quantised weights, offloading to disk, custom key mappings, adapters), whole models are left to it.
+    (quantised weights, offloading to disk, custom key mappings, adapters, DeepSpeed's ZeRO-3), whole models
+    are left to it.
 
     Args:
         load (`Callable`): Transformers' own `_load_pretrained_model`.
@@ -242,6 +244,8 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
         if getattr(load_config, "disable_mmap", None) is False:
             for tensor in tensors.values():
                 tensor.mapped = True
+        if is_deepspeed_zero3_enabled():  # it takes no lazy tensors
+            tensors = _tensors_of_first_process(tensors)
         # No files: Transformers would look up offloaded parameters there by name, and find the whole router.
         result = load(model, tensors, None, load_config, *args, **kwargs)
     finally:
@@ -277,6 +281,8 @@ def _tensors_of_files(
     on_disk = "disk" in (load_config.device_map or {}).values()
     if on_disk or load_config.hf_quantizer is not None or not _has_our_mapping(load_config):
         return None
+    if is_deepspeed_zero3_enabled():
+        return None
     folder = Path(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
     names = [os.path.relpath(os.path.abspath(file), folder) for file in files]
     known = None if loading is None else loading.checkpoint
@@ -295,6 +301,15 @@ def _is_of(checkpoint: Checkpoint, folder: Path, names: list[str]) -> bool:
     source = checkpoint.source
     same_folder = isinstance(source, LocalFiles) and source.folder.absolute() == folder
     return same_folder and {span.file for span in checkpoint.tensors.values()} == set(names)
+
+
+def _tensors_of_first_process(tensors: dict[str, LazyTensor]) -> dict[str, torch.Tensor]:
+    """What ZeRO-3 shares out: the first process has all values, the others know dtypes and shapes."""
+    reads = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return {
+        name: tensor[...] if reads else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
 
 
 def _cast_while_reading(tensors: dict[str, LazyTensor], model) -> None:

@@ -209,3 +209,40 @@ def test_a_device_is_filled_part_by_part(make_checkpoint, monkeypatch):
         assert max(reads) <= 1000 and sum(reads) == 2 * 24 * 32 * 4
         if device == "cpu":
             assert torch.equal(found, expected[...]) and torch.equal(lazy[1:], expected[1:])
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_slices_of_all_dimensions_read_only_what_they_hold(tmp_path_factory, data):
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    number = data.draw(st.integers(1, 3))  # pieces, one behind the other in the first dimension
+    folder = tmp_path_factory.mktemp("pieces")
+    pieces = {f"t{n}": torch.randn(shape) for n in range(number)}
+    save_file(pieces, folder / "model.safetensors")
+    whole = torch.cat(list(pieces.values()))
+    if data.draw(st.booleans()):  # some of whose boundaries lie within a row
+        whole = whole.view(1, *whole.shape)
+    source, reads = LocalFiles(folder), []
+    for name in ("read_into", "read_strided"):
+        read = getattr(source, name)
+        setattr(source, name, lambda *args, read=read: reads.append(len(args[-1])) or read(*args))
+    lazy = Checkpoint.from_files(folder, ["model.safetensors"], source).lazy(list(pieces), shape=whole.shape)
+    lazy.cast_to = data.draw(st.sampled_from([None, torch.float64]))
+    reads.clear()
+    dimensions = data.draw(st.integers(1, whole.dim()))
+    bounds = [
+        data.draw(st.tuples(st.integers(0, size), st.integers(0, size))) for size in whole.shape[:dimensions]
+    ]
+    index = tuple(slice(*bound) for bound in bounds)
+    expected = whole[index]
+    assert torch.equal(lazy[index], expected.to(lazy.cast_to or whole.dtype))
+    assert sum(reads) == expected.nbytes
+
+
+def test_a_part_of_inner_dimensions_goes_to_a_device(make_checkpoint):
+    lazy = Checkpoint.from_folder(make_checkpoint()).lazy(["model.layers.0.self_attn.q_proj.weight"])
+    whole = lazy[...]
+    lazy.device = torch.device("cpu")
+    assert torch.equal(lazy[:, 3:9], whole[:, 3:9])
+    lazy.device = torch.device("meta")
+    assert lazy[2:5, 3:9].is_meta and lazy[2:5, 3:9].shape == (3, 6)

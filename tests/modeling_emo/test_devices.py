@@ -19,7 +19,7 @@ from conftest import tiny_model
 from device_scenarios import LENGTH, POOLS, SCENARIOS, SUBSET, new_ids, new_model
 from host_waits import host_waits
 from transformers_emo import EmoForCausalLM
-from transformers_emo.modeling_emo import draw_pool_sizes, lengths_from_segments
+from transformers_emo.modeling_emo import lengths_from_segments
 
 TESTS = Path(__file__).parents[1]
 MASK = "expert_switching.use_experts: a tensor of Python numbers"
@@ -163,8 +163,10 @@ def test_masks_follow_the_model():
 
 
 def test_a_generator_may_be_of_another_device():
-    sizes = draw_pool_sizes((2, 3), 1, 9, generator=torch.Generator().manual_seed(0), device="meta")
-    assert sizes.is_meta and sizes.shape == (2, 3)
+    model = new_model("meta", "grouped_mm", **POOLS).train()
+    model.model.pool_generator = torch.Generator().manual_seed(0)
+    ids = new_ids("meta")
+    assert model(ids, labels=ids).document_pool_size.is_meta
 
 
 def test_a_model_made_on_the_device_has_nothing_elsewhere():

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from transformers_emo import EmoConfig
 from transformers_emo.configuration import LayerExperts
 from transformers_emo.modeling_emo import (
-    draw_pool_sizes,
     flatten_segments,
     lengths_from_segments,
     pool_mask,
@@ -166,21 +165,6 @@ class TestPools:
     def test_pool_as_large_as_the_layer_restricts_nothing(self):
         mask = pool_mask(torch.randn(6, 5), torch.zeros(6, dtype=torch.long), torch.tensor([5]))
         assert mask.all()
-
-    def test_sizes_are_uniform_reproducible_and_differ_between_ranks(self):
-        def draw(rank):
-            return draw_pool_sizes((1, 4000), 3, 6, rank=rank, generator=torch.Generator().manual_seed(1))
-
-        for rank in (0, 1, 7):
-            share = torch.bincount(draw(rank).flatten(), minlength=7)[3:] / 4000
-            assert (share - 0.25).abs().max() < 0.04
-        assert torch.equal(draw(1), draw(1))
-        assert (draw(0) == draw(1)).float().mean() < 0.5
-
-    @pytest.mark.parametrize(("smallest", "largest"), [(0, 3), (4, 3)])
-    def test_impossible_sizes_are_refused(self, smallest, largest):
-        with pytest.raises(ValueError, match="impossible"):
-            draw_pool_sizes((1, 1), smallest, largest)
 
 
 class TestModel:

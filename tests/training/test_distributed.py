@@ -1,42 +1,19 @@
 """Two gloo ranks on CPUs against one process: DDP, both ways to FSDP2, resuming, frozen rows, adapters."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import training_runs
+from ranks import launch
 from safetensors import safe_open
 from tolerances import TRAINING, assert_same_numbers, same_number
 from training_runs import SAME, SHARDED, run_adapter, run_same, same_model
 from transformers_emo import EmoConfig, EmoForCausalLM
+from transformers_emo.modeling_emo import step_seed
 from transformers_emo.training import accumulate_balance, load_adapter
 
 # What the logs say, apart from times.
 REPORTED = ["loss", "grad_norm", "ce_loss", "balance_loss", "router_z_loss", "lm_z_loss", "pool_size"]
 REPORTED += ["experts_used", "learning_rate", "epoch", "step"]
-LIMIT = 300  # seconds: a rank that fails is ended by torchrun, this is for ranks that wait for each other
-
-
-def launch(folder: Path) -> list[dict]:
-    """Have two ranks run `training_runs.py`; what came of it, for each rank."""
-    script = Path(training_runs.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    log = folder / "log"
-    with log.open("w") as file:
-        done = subprocess.run(
-            [*command, str(script), str(folder)],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=LIMIT,
-        )
-    assert done.returncode == 0, log.read_text()[-5_000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +32,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return launch(folder)
+    launch(training_runs.__file__, folder)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +101,7 @@ class TestAsOneProcess:
         """Ranks with different numbers of targets, each divided by its own: no one process does that."""
         results = [rank["own mean, unequal"] for rank in ranks]
         model = same_model().train()
+        model.model.pool_seed = step_seed(3, 0)  # of the run, and its first step
         of_step = [result["batches"][:2] for result in results]  # of the first step, of each rank
         targets = [sum((batch["labels"][:, 1:] != -100).sum() for batch in batches) for batches in of_step]
         assert targets[0] != targets[1]
@@ -162,8 +141,9 @@ class TestResuming:
 
 
 def test_ranks_draw_different_pools_from_one_seed(ranks):
-    first, second = (rank["drawn"]["pool_sizes"] for rank in ranks)
-    assert len(first) == 2 and not set(first) & set(second)
+    """For their windows are different ones. (That they draw what one process would: `TestAsOneProcess`.)"""
+    first, second = (rank["accumulated"]["pool_sizes"] for rank in ranks)
+    assert len(first) == len(second) == 4 and first != second
 
 
 class TestSavedModels:
