@@ -137,6 +137,7 @@ class Kernels:
         path (`Path`): the compiled library.
         has_tiles (`bool`): whether it uses AMX here.
         has_panels (`bool`): whether its vectors are faster than PyTorch for many rows too (`panels.h`).
+        library (`ctypes.CDLL`): the library, for functions that other modules call.
 
     Raises:
         KernelsError: if the file cannot be loaded as a library here, or is not of this version.
@@ -146,7 +147,7 @@ class Kernels:
 
     def __init__(self, path: Path, flags: Sequence[str] | None = None):
         library = _open(path, flags)
-        self.path = path
+        self.path, self.library = path, library
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._experts = library.emo_experts
         self._experts.argtypes = [number, *[pointer] * 7, *[size] * 5, number, number]
