@@ -7,6 +7,8 @@ from transformers_emo.modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
+from transformers_emo.quantization.calibrated import quantize_model
+from transformers_emo.quantization.packed_config import PackedConfig
 from transformers_emo.subsets import (
     ExpertSubset,
     SubsetError,
@@ -33,11 +35,13 @@ __all__ = [
     "EmoPreTrainedModel",
     "EmoTokenizer",
     "ExpertSubset",
+    "PackedConfig",
     "SubsetError",
     "SubsetOverlap",
     "WriteBack",
     "extract_subset",
     "mix",
+    "quantize_model",
     "select_experts",
     "subset_overlap",
     "write_back",

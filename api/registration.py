@@ -8,6 +8,7 @@ kernels, but no network.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections import UserDict
 from collections.abc import Callable
@@ -118,6 +119,10 @@ def _register_targets(constants: ModuleType) -> None:
             targets.setdefault("emo", list(targets["llama"]))
 
 
+def _register_quantiser(auto: ModuleType) -> None:
+    importlib.import_module("transformers_emo.quantization.quantizer")  # which does it
+
+
 def _complete_network(network: ModuleType) -> None:
     from transformers_emo.modeling_emo.expert_switching import package
 
@@ -155,6 +160,7 @@ _HOOK = AfterImport(
         "transformers.models.auto.modeling_auto": _or_told(_register_models),
         "transformers.models.auto.tokenization_auto": _or_told(_register_tokenizer),
         "transformers.integrations.moe": _or_told(_register_experts),
+        "transformers.quantizers.auto": _or_told(_register_quantiser),
         "peft.utils.constants": _or_told(_register_targets),
         _NETWORK: _complete_network,
     }

@@ -130,6 +130,29 @@ class LazyTensor:
                 begin, number = stop, number + 1
         return LazyTensor(self.source, parts, self.dtype, (len(rows), *self.shape[1:]), self.cast_to)
 
+    def cut(self, number: int, halves: int = 1) -> LazyTensor:
+        """One of the equal parts along the first dimension, as a lazy tensor of its own.
+
+        Args:
+            number (`int`): which part.
+            halves (`int`, defaults to 1): into how many parts each entry of the first dimension is cut.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo.checkpoints import Checkpoint
+        >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
+        >>> checkpoint.lazy(["model.embed_tokens.weight"]).cut(7).shape
+        (128,)
+
+        ```
+        """
+        count, *shape = self.shape
+        if halves > 1:
+            shape[0] //= halves
+        flat = LazyTensor(self.source, self.pieces, self.dtype, (count * halves, *shape))
+        return LazyTensor(self.source, flat.take([number]).pieces, self.dtype, shape)
+
     def _read_rows(self, start: int, stop: int) -> torch.Tensor:
         """Read rows `start` to `stop` of the first dimension. A scalar has one row."""
         row_shape = self.shape[1:]

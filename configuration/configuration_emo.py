@@ -6,6 +6,7 @@ https://arxiv.org/abs/2605.06663.
 
 import dataclasses
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,9 @@ from .layer_experts import LayerExperts
 # The name under which the first uploads of EMO were published. Their tensors are the same as those of `emo`.
 LEGACY_MODEL_TYPE = "flex_olmo_noqknorm_prenorm"
 _LEGACY_ARCHITECTURE = "FlexOlmoNoQKNormPrenormForCausalLM"
+
+prepare_config: ContextVar[Callable[[Any], None] | None] = ContextVar("prepare_config", default=None)
+"""What is to be done with a config that is read from a file, while a model is loaded."""
 
 _DENSE_TP_PLAN = {
     "layers.*.mlp.gate_proj": "colwise",
@@ -432,7 +436,10 @@ class EmoConfig(PreTrainedConfig):
             # saved beside weights that come without that code.
             config_dict.pop("auto_map", None)
         result = super().from_dict(config_dict, **kwargs)
-        (result[0] if isinstance(result, tuple) else result).check_heads()
+        config = result[0] if isinstance(result, tuple) else result
+        config.check_heads()
+        if (prepare := prepare_config.get()) is not None:
+            prepare(config)
         return result
 
     @classmethod

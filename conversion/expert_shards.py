@@ -30,6 +30,7 @@ from ..checkpoints.writing.output_folder import check_new, new_folder
 from ..checkpoints.writing.safetensors_writing import header_of, write_json
 from ..configuration import EmoConfig
 from ..modeling_emo.weight_names import EXPERT_MATRIX, STACKED_EXPERTS
+from ..quantization.packed_config import refuse_quantised
 from ..subsets.loading.wanted_tensors import lazy_parameters
 from ..subsets.loading.weights_check import check_whole
 from .from_olmo_core import PROVENANCE
@@ -94,6 +95,7 @@ def shard_experts(
     before = SourceFiles.of(source, patterns=ALL_FILES, subfolder=hub_kwargs.get("subfolder"))
     folder = source_folder(source, without=without, **hub_kwargs)
     config = EmoConfig.from_pretrained(folder)
+    refuse_quantised(config, os.fspath(source))
     checkpoint = Checkpoint.from_folder(folder)
     try:
         # Refuses a checkpoint in which a tensor is missing or has another shape.

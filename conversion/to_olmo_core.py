@@ -20,6 +20,7 @@ from ..checkpoints.source_files import SourceFiles
 from ..checkpoints.writing.output_folder import check_new, new_folder
 from ..checkpoints.writing.safetensors_writing import write_json
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
+from ..quantization.packed_config import refuse_quantised
 from .from_olmo_core import PROVENANCE, STEP_FILES
 from .model_config import TRAINING_SETTINGS, emo_config, read_model_config
 from .olmo_core.config_reader import read_config
@@ -120,6 +121,7 @@ def convert_to_olmo_core(
                 "`upgrade_checkpoint` first."
             )
         config = emo_config(found, {})
+        refuse_quantised(config, os.fspath(folder))
         padding = None
         base: dict[str, Any] = {}
         if original is not None:

@@ -26,6 +26,7 @@ from ..checkpoints.writing.output_folder import check_new, new_folder
 from ..checkpoints.writing.safetensors_writing import write_json
 from ..checkpoints.writing.tensor_writer import rename_tensors
 from ..configuration import LEGACY_MODEL_TYPE, EmoConfig
+from ..quantization.packed_config import refuse_quantised
 from .from_olmo_core import PROVENANCE, generation_config
 from .model_config import emo_config, read_model_config
 from .other_families import emo_name, emo_settings
@@ -100,6 +101,7 @@ def upgrade_checkpoint(
     weights.source.close()
     is_emo = content.get("model_type") in (EmoConfig.model_type, LEGACY_MODEL_TYPE)
     config = emo_config(content if is_emo else emo_settings(content, weights.tensors), settings or {})
+    refuse_quantised(config, os.fspath(repo))
     names = {name: name if is_emo else emo_name(content["model_type"], name) for name in weights.tensors}
     check_released_shapes({names[name]: span.shape for name, span in weights.tensors.items()}, config)
     if len(set(names.values())) < len(names):

@@ -334,6 +334,34 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "put_on_device dispatch_batches",
         ),
     ],
+    "quantisation": [
+        PrivateName(
+            "transformers.utils.quantization_config:QuantizationConfigMixin", "the base of `PackedConfig`"
+        ),
+    ],
+    "quantiser": [
+        PrivateName("transformers.quantizers.auto:AUTO_QUANTIZER_MAPPING", "whether it is registered"),
+        PrivateName("transformers.quantizers.auto:register_quantization_config", "registers", "method"),
+        PrivateName("transformers.quantizers.auto:register_quantizer", "the same", "name"),
+        PrivateName(
+            "transformers.quantizers.base:HfQuantizer",
+            "the base of the quantiser",
+            takes="get_state_dict_and_metadata is_serializable is_trainable is_qat_trainable dequantize",
+        ),
+        PrivateName(
+            "transformers.quantizers.base:HfQuantizer.preprocess_model",
+            "calls what is overridden",
+            mentions="_process_model_before_weight_loading",
+        ),
+        PrivateName(
+            "transformers.quantizers.base:HfQuantizer.postprocess_model",
+            "the same",
+            mentions="_process_model_after_weight_loading quantization_config",
+        ),
+        PrivateName(
+            "transformers.quantizers.base:HfQuantizer.dequantize", "the same", mentions="_dequantize"
+        ),
+    ],
     "trainer": [
         PrivateName(f"{_TRAINER}._save_rng_state", "saves where a stream stands", "output_dir"),
         PrivateName(f"{_TRAINER}._save_checkpoint", "the same", mentions="_save_rng_state"),
@@ -404,22 +432,6 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "it is shown to the model that it is put on",
             mentions="peft_config",
         ),
-    ],
-    "torchao": [
-        PrivateName("torchao.core.config:AOBaseConfig", "a kind of quantisation of our own"),
-        PrivateName(
-            "torchao.prototype.quantization.int4.int4_opaque_tensor:Int4OpaqueTensor.from_hp",
-            "experts in 4 bits",
-            "* block_size",
-        ),
-        PrivateName("torchao.quantization:FqnToConfig", "which weights"),
-        PrivateName("torchao.quantization:Int8WeightOnlyConfig", "8 bits", takes="granularity"),
-        PrivateName("torchao.quantization.granularity:PerGroup", "scales", "group_size"),
-        PrivateName("torchao.quantization.granularity:PerRow", "scales"),
-        PrivateName(
-            "torchao.quantization.transform_module:register_quantize_module_handler", "experts in 4 bits", "*"
-        ),
-        PrivateName("torchao.utils:TorchAOBaseTensor.implements", "single experts of a stack"),
     ],
 }
 """By who uses them. A name that two use stands with the one that is imported first."""

@@ -118,10 +118,6 @@ class PackageHooks(Protocol):
         """Complete a model card."""
         ...
 
-    def complete_quantised_experts(self) -> None:
-        """Let quantised experts have adapters."""
-        ...
-
     def rms_norm(self, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor | None:
         """Compute the norm by compiled code, or `None` to leave it to PyTorch; so do the next two."""
         ...

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +83,6 @@ from .weight_names import register_weight_names
 def _wants_router_logits(config: EmoConfig, training: bool) -> bool:
     """What the config says; `"training"` (what a released `true` is read as) asks in training only."""
     return training if config.output_router_logits == "training" else bool(config.output_router_logits)
-
-
-def _quantises_experts(quantization_config: Any) -> bool:
-    """Whether torchao is told to quantise the stacked parameters of the experts."""
-    quant_type = getattr(quantization_config, "quant_type", None)
-    return any("experts" in name for name in getattr(quant_type, "fqn_to_config", None) or ())
 
 
 def _resolve_output_router_logits(forward: Callable) -> Callable:
@@ -596,14 +590,19 @@ class EmoPreTrainedModel(PartialModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Transformers asks here which experts run; when nobody chose, the package's own do."""
-        quantised = getattr(self.config, "quantization_config", None) is not None
-        if requested_experts is None and self._cpu_experts in ALL_EXPERTS_FUNCTIONS and not quantised:
+        quantised = getattr(self.config, "quantization_config", None)
+        packed = quantised is not None and getattr(quantised, "quant_method", None) == "emo-packed"
+        if packed and requested_experts not in (None, "emo", "eager"):
+            raise ValueError(
+                f"`experts_implementation` is {requested_experts!r}, which experts in few bits have not: "
+                "leave it out."
+            )
+        if (
+            requested_experts is None
+            and self._cpu_experts in ALL_EXPERTS_FUNCTIONS
+            and (packed or not quantised)
+        ):
             return self._cpu_experts
-        ours = requested_experts in (None, "emo", "emo_sorted")
-        if ours and quantised and _quantises_experts(self.config.quantization_config):
-            if package.hooks is not None:
-                package.hooks.complete_quantised_experts()
-            return "eager"  # the others want operations that quantised stacks of experts do not have
         return super().get_correct_experts_implementation(requested_experts)
 
 

@@ -202,7 +202,8 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             args, kwargs: as for every Transformers model.
 
         Raises:
-            ValueError: if the model is a stage of a pipeline (`pp_size`), which has a part of the layers.
+            ValueError: if the model is a stage of a pipeline (`pp_size`), which has a part of the layers; or if
+                the code is asked for of a quantised model, which it cannot read.
 
         Example:
 
@@ -222,6 +223,11 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             )
         include_code = include_code or _with_code.get()
         with_code = include_code and not self.is_remote_code()  # which Transformers saves again by itself
+        if with_code and getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError(
+                "`include_code=True` saves code that cannot read quantised weights: leave it out, or save "
+                "the model before it is quantised."
+            )
         if with_code:
             save_code(save_directory)
             self.config.auto_map = AUTO_MAP

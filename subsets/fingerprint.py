@@ -32,6 +32,7 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.hub.names import is_repo_name
 from ..checkpoints.lazy_tensor import LazyTensor
 from ..modeling_emo.weight_names import ATTENTION_MATRIX
+from ..quantization.packed_files import first_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -90,7 +91,10 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor | LazyTensor], num_layers:
             tensor = attention.get(f"layers.{layer}.self_attn.{matrix}")
             if tensor is None or tensor.dtype not in _DTYPES:
                 return None
-            if isinstance(tensor, LazyTensor):
+            packed = first_numbers(tensor, _WEIGHTS)
+            if packed is not None:
+                weights = packed
+            elif isinstance(tensor, LazyTensor):
                 flat = LazyTensor(tensor.source, tensor.pieces, tensor.dtype, (_numel(tensor),))
                 weights = flat[:_WEIGHTS]
             elif type(tensor.data) is torch.Tensor and not tensor.is_meta:

@@ -18,6 +18,7 @@ LIGHT = [
     f"{CAUSAL}, AutoConfig, AutoTokenizer\nimport transformers_emo",
     f"import transformers_emo\n{CAUSAL}",
     "from transformers_emo import EmoConfig, EmoTokenizer, ExpertSubset, mix\nimport transformers",
+    "from transformers_emo import PackedConfig",
     "from transformers_emo.tokenization.tokenization_emo import EmoTokenizer",
     "from transformers_emo.modeling_emo.kernels.expert_kernels import emo_experts_forward",
 ]
@@ -26,6 +27,9 @@ ORDERS = [
     "from transformers import Trainer, pipeline\nimport transformers_emo",
     "from transformers_emo import EmoForCausalLM",
     "import transformers_emo.subsets.loading.model_hooks\nfrom transformers_emo import select_experts",
+    "import transformers_emo.quantization.quantizer",
+    "import transformers.quantizers.auto, transformers_emo",
+    "from transformers_emo import quantize_model",
 ]
 # No module of the package by its full name: Python 3.11 locks up where one thread imports a package, which
 # imports its module, and another that module, which first imports its package.
@@ -36,6 +40,7 @@ AT_ONCE = [
     "from transformers_emo import EmoForCausalLM",
     "from transformers_emo import select_experts",
     "from transformers_emo import EmoTokenizer",
+    "from transformers_emo import PackedConfig",
 ]
 
 
@@ -44,7 +49,10 @@ def check() -> None:
     import transformers
     import transformers_emo as emo
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["emo-packed"] is emo.PackedConfig
+    assert AUTO_QUANTIZER_MAPPING["emo-packed"].__name__ == "PackedQuantizer"
     assert {"emo", "emo_sorted"} <= set(ALL_EXPERTS_FUNCTIONS.valid_keys())
     assert type(transformers.AutoTokenizer.from_pretrained(TOY)) is emo.EmoTokenizer
     config = transformers.AutoConfig.from_pretrained(TOY)

@@ -129,6 +129,7 @@ def export_model(
     before = SourceFiles.of(model, subfolder=hub_kwargs.get("subfolder"))
     with ExitStack() as stack:
         source = stack.enter_context(ModelSource.open(model, **hub_kwargs))
+        source.refuse_quantised()
         kept, config = None, source.config
         if expert_subset is not None or exclude_experts is not None:
             kept = source.keep(_subset_of(expert_subset, source), exclude_experts)

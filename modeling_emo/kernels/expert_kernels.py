@@ -9,6 +9,7 @@ Shape suffixes: T tokens, K experts taken per token, P = T * K picks, E experts,
 width.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import integrations  # not its `moe`, which is still being imp
 from .gradient_memory import empty_gradient
 from .native_library import Kernels, find_kernels
 from .observers import is_observed, is_transformed
+from .packed_products import packed_experts
+from .packed_tensor import PackedTensor
 from .private_torch import private_torch
 
 _is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")
@@ -272,13 +275,17 @@ def _check_weights(self: nn.Module, hidden: torch.Tensor, gate_up: torch.Tensor,
     raise ValueError(
         f"Tokens and the weights of {self.num_experts} experts do not fit each other, or are not all on one "
         f"device and floating point of 16 to 64 bits: {found}. Change those that differ. "
-        "(`quantised_experts` keeps experts in fewer bits.)"
+        "(`quantization_config=PackedConfig(bits=4)` keeps experts in fewer bits.)"
     )
 
 
 def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native: bool) -> torch.Tensor:
     gate_up: torch.Tensor = self.gate_up_proj  # type: ignore[assignment]
     down: torch.Tensor = self.down_proj  # type: ignore[assignment]
+    if isinstance(gate_up, PackedTensor) and isinstance(down, PackedTensor):
+        return _packed_forward(self, hidden_states, gate_up, down, top_k_index, top_k_weights)
+    # An adapter on one of them makes numbers of it.
+    gate_up, down = (w.dequantize() if isinstance(w, PackedTensor) else w for w in (gate_up, down))
     is_ours = (
         hidden_states.device.type == "cpu"
         and self.config.hidden_act == "silu"  # type: ignore[union-attr]
@@ -301,6 +308,19 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
         return _compute(*inputs, native, save=False)[0].to(hidden_states.dtype)
     output_TD, _ = torch.ops.transformers_emo.experts(*inputs, native, save)
     return output_TD.to(hidden_states.dtype)
+
+
+def _packed_forward(
+    self: nn.Module, hidden_states, gate_up: PackedTensor, down: PackedTensor, top_k_index, top_k_weights
+) -> torch.Tensor:
+    if self.config.hidden_act != "silu":  # type: ignore[union-attr]
+        plain = inspect.unwrap(type(self).forward)
+        return plain(self, hidden_states, top_k_index, top_k_weights)
+    dtype = hidden_states.dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    output = packed_experts(hidden_states.to(dtype), gate_up.weight, down.weight, top_k_weights, top_k_index)
+    return output.to(hidden_states.dtype)
 
 
 def emo_experts_forward(

@@ -32,9 +32,8 @@ USES = {
     "torch._C._len_torch_function_stack": "tells modes that look at every function",
     "torch.overrides._get_current_function_mode_stack": "tells which modes these are",
     "torch.utils._device.DeviceContext": "tells a default device from other modes",
-    "torch.Tensor._make_wrapper_subclass": (
-        "makes the tensor that holds experts in 4 bits, as torchao makes its own"
-    ),
+    "torch._C.DisableTorchFunctionSubclass": "runs an operation on a weight in few bits as on any tensor",
+    "torch.Tensor._make_wrapper_subclass": "makes the tensor that stands for a weight in few bits",
 }
 """Each name, and what it is used for."""
 

@@ -7,6 +7,7 @@ the place where they stay (`weight_loading.py`).
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
 from .model_source import ModelSource
 from .tokenizer_copy import Origin, name_part
-from .weight_loading import LazyStateDict, whole_model
+from .weight_loading import LazyStateDict, prepare_packed, whole_model
 from .weights_check import check_finite
 
 with private_names("loading"):
@@ -74,7 +75,8 @@ def from_pretrained(
     afterwards = {name: kwargs.pop(name, None) for name in _AFTERWARDS}
     any_size = bool(kwargs.get("ignore_mismatched_sizes"))
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
-        source.refuse_quantised()
+        asked = kwargs.get("quantization_config")
+        packing = prepare_packed(copy.deepcopy(config), asked, os.fspath(base)) or source.packing
         # Before the subset: a damaged config would say that it does not fit.
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)
@@ -84,6 +86,9 @@ def from_pretrained(
         source.fetch(tensors.values(), progress=True)
         source.warn_if_chosen_elsewhere(kept, tensors)
         small = source.config_of(kept)
+        if packing is not None:
+            kwargs.pop("quantization_config", None)
+            small.quantization_config = packing.loading_dict()
         small.dtype = small.dtype or tensors.dtype  # which Transformers takes from the weights else
         model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
     if check_weights:

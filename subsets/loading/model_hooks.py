@@ -3,8 +3,6 @@
 `registration.py` imports it when the network first uses one of them.
 """
 
-import importlib
-
 from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rotate
 from ..publishing.cards import complete_card
 from .adapter_record import check_adapter_config, check_adapters
@@ -15,27 +13,11 @@ from .swapping import share_backbone, swap_experts
 from .tokenizer_copy import copy_tokenizer, tokenizer_to_push
 from .weight_loading import check_before_building, load_weights
 
-
-def complete_quantised_experts() -> None:
-    """Let quantised experts have adapters: importing the module tells torchao how.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.loading.model_hooks import complete_quantised_experts
-    >>> complete_quantised_experts()
-
-    ```
-    """
-    importlib.import_module("...modeling_emo.kernels.quantised_experts", __package__)
-
-
 __all__ = [
     "check_adapter_config",
     "check_adapters",
     "check_before_building",
     "complete_card",
-    "complete_quantised_experts",
     "copy_tokenizer",
     "few_rows_linear",
     "from_pretrained",

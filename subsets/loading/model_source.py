@@ -17,7 +17,6 @@ from typing import Any, Self
 import torch
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import HUB_KWARGS, is_hub_repo, pinned
 from ...checkpoints.hub.opening import fetch_ahead, open_part
 from ...checkpoints.hub.repository import HubFiles
@@ -25,6 +24,8 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import check_json_inside
 from ...checkpoints.side_files import GENERATION_CONFIG, identity_of, optional_file
 from ...configuration import EmoConfig
+from ...quantization.packed_config import PackedConfig, packing_of, refuse_quantised
+from ...quantization.packed_files import PackedCheckpoint
 from ..exclusion import named_exclusion, remaining_subset
 from ..expert_subset import ExpertSubset
 from ..fingerprint import attention_of, warn_if_chosen_elsewhere
@@ -102,11 +103,11 @@ class ModelSource:
 
         Raises:
             OSError: if there is neither such a folder nor such a repository.
-            CheckpointError: if the weights are quantised.
+            CheckpointError: if the weights are quantised in a way that is not read; see `packing_of`.
         """
         hub_kwargs = pinned(path, hub_kwargs)
         source = cls(path, EmoConfig.from_pretrained(path, **hub_kwargs), hub_kwargs)
-        source.refuse_quantised()
+        _ = source.packing
         return source
 
     @classmethod
@@ -132,14 +133,14 @@ class ModelSource:
         if self._checkpoint is not None:
             self._checkpoint.source.close()
 
+    @property
+    def packing(self) -> PackedConfig | None:
+        """`PackedConfig`, *optional*: how weights are packed; `CheckpointError` if otherwise quantised."""
+        return packing_of(self.config, os.fspath(self.path))
+
     def refuse_quantised(self) -> None:
-        """Raise `CheckpointError` if the weights are quantised: their experts cannot be taken apart."""
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise CheckpointError(
-                f"The weights of {os.fspath(self.path)} are quantised, and their experts cannot be taken "
-                "apart: give the unquantised model. (`from_pretrained` quantises a subset of it while "
-                "loading, with `quantization_config`.)"
-            )
+        """Raise `CheckpointError` if the weights are quantised, for what needs them as they are."""
+        refuse_quantised(self.config, os.fspath(self.path))
 
     @property
     def commit(self) -> str | None:
@@ -198,6 +199,8 @@ class ModelSource:
                 for name in ("config.json", GENERATION_CONFIG):
                     check_json_inside(folder, name)
                 self._checkpoint = Checkpoint.from_folder(folder, variant=self.variant)
+            if (packing := self.packing) is not None:
+                self._checkpoint = PackedCheckpoint(self._checkpoint, packing)
         assert self._opened_for in (None, kept), "a repository is opened for the experts that are read"
         return self._checkpoint
 

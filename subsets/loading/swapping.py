@@ -21,6 +21,8 @@ from ...checkpoints.errors import CheckpointError
 from ...configuration import EmoConfig, LayerExperts
 from ...modeling_emo.expert_switching import masked_by_anyone
 from ...modeling_emo.weight_names import EXPERT_PARAMETERS
+from ...quantization.packed_config import PackedConfig, packing_of
+from ...quantization.packed_files import QuantisedWhileRead, of_parts, parts_of
 from ..expert_subset import ExpertSubset
 from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts
@@ -54,23 +56,33 @@ class _Layer:
 
     def assemble(self, name: str, old: torch.Tensor) -> torch.Tensor:
         """The layer's parameter `name` as a new tensor (K, ...), from the old one and what was read."""
-        new = old.new_empty(self.experts.num_experts, *old.shape[1:])
-        for row, old_row in self.held:
-            new[row].copy_(old[old_row])
-        if self.new_rows:
-            new[torch.tensor(self.new_rows, device=new.device)] = self.read[name]
-        return new
+        read = parts_of(self.read[name]) if self.new_rows else {}
+        parts = {part: self._assembled(each, read.get(part)) for part, each in parts_of(old).items()}
+        return of_parts(parts, old)
 
     def write_into(self, name: str, old: torch.Tensor) -> None:
         """The same in place, for as many experts as there were."""
+        read = parts_of(self.read[name]) if self.new_rows else {}
+        for part, each in parts_of(old).items():
+            self._write(each, read.get(part))
+
+    def _assembled(self, old: torch.Tensor, read: torch.Tensor | None) -> torch.Tensor:
+        new = old.new_empty(self.experts.num_experts, *old.shape[1:])
+        for row, old_row in self.held:
+            new[row].copy_(old[old_row])
+        if read is not None:
+            new[torch.tensor(self.new_rows, device=new.device)] = read
+        return new
+
+    def _write(self, old: torch.Tensor, read: torch.Tensor | None) -> None:
         # Both orders are sorted by root id. So no expert lands on one that has yet to move, if those that
         # move up go first, from the first on, and then those that move down, from the last on.
         for row, old_row in [pair for pair in self.held if pair[0] < pair[1]]:
             old[row].copy_(old[old_row])
         for row, old_row in reversed([pair for pair in self.held if pair[0] > pair[1]]):
             old[row].copy_(old[old_row])
-        if self.new_rows:
-            old[torch.tensor(self.new_rows, device=old.device)] = self.read[name]
+        if read is not None:
+            old[torch.tensor(self.new_rows, device=old.device)] = read
 
 
 @torch.no_grad()
@@ -193,6 +205,7 @@ def _prepare(
         source, hub_kwargs = own.path, own.hub_kwargs
     with ModelSource.open(source, **hub_kwargs) as place:
         _check_config(model, place)
+        packing = _check_packing(model, place)
         try:
             kept = place.keep(expert_subset, exclude_experts)
         except SubsetError as error:
@@ -202,7 +215,7 @@ def _prepare(
         config = place.config_of(kept)
         layers = _plan(model, config, kept.subset)
         if any(layer.new_rows for layer in layers):
-            _read(model, layers, place, kept.local, progress, is_own)
+            _read(model, layers, place, kept.local, progress, is_own, packing)
             if check_weights:
                 for layer in layers:
                     _check_read(layer, kept.subset, os.fspath(source))
@@ -244,6 +257,27 @@ def _check_config(model: Any, place: ModelSource) -> None:
         )
 
 
+def _check_packing(model: Any, place: ModelSource) -> PackedConfig | None:
+    """How experts that are read are to be packed; `None` if they are as the model has them.
+
+    A model may have been quantised while it was loaded: its place is not.
+    """
+    ours, theirs = packing_of(model.config), place.packing
+    if theirs is None:
+        return ours
+    if ours is None or (ours.bits, ours.group_size, ours.symmetric) != (
+        theirs.bits,
+        theirs.group_size,
+        theirs.symmetric,
+    ):
+        held = "is not quantised" if ours is None else f"has {ours.bits} bits in groups of {ours.group_size}"
+        raise CheckpointError(
+            f"{os.fspath(place.path)} holds experts in {theirs.bits} bits in groups of {theirs.group_size}, "
+            f"and this model {held}: give a `source` that is kept alike or not quantised."
+        )
+    return None
+
+
 def _plan(model: Any, config: EmoConfig, subset: ExpertSubset) -> list[_Layer]:
     """Where each wanted expert is now."""
     layers = []
@@ -265,10 +299,12 @@ def _read(
     local: list[list[int] | None],
     progress: bool,
     is_own: bool,
+    packing: PackedConfig | None,
 ) -> None:
     """Read the experts and router rows that the model does not hold, in its dtype, to its device.
 
     `is_own`: the place that the model was loaded from. Another is first checked to have this model.
+    `packing`: how experts are packed that are not so in that place.
     """
     rows = {layer.index: layer.new_rows for layer in layers}
     # A layer without anything new is named by one expert, which is never read.
@@ -285,13 +321,15 @@ def _read(
     place.fetch([lazies[name] for name in names], progress=progress)
     for layer in tqdm(new, desc="Reading experts", unit="layer", delay=2, disable=not progress):
         for name, parameter in _parameters_of(model, layer.index).items():
-            lazy = lazies[f"layers.{layer.index}.mlp.{name}"]
+            lazy: Any = lazies[f"layers.{layer.index}.mlp.{name}"]
             if lazy.shape[1:] != tuple(parameter.shape[1:]):
                 raise CheckpointError(
                     f"{name} of layer {layer.index} has shape {lazy.shape} in {os.fspath(place.path)}, and "
                     f"{tuple(parameter.shape)} in the model: they are not of one model. Give the model "
                     "that this one was loaded from."
                 )
+            if packing is not None and parts_of(parameter).keys() != {""}:
+                lazy = QuantisedWhileRead(lazy, packing, f"{name} of layer {layer.index}")
             lazy.cast_to = parameter.dtype
             layer.read[name] = lazy[...].to(parameter.device)
 
@@ -319,7 +357,8 @@ def _check_same_model(model: Any, place: ModelSource) -> None:
 def _check_plain(model: Any, caller: str) -> None:
     """Check that the experts are plain tensors in memory: rows are taken from them and put into them."""
     what = None
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None and not isinstance(quantised, PackedConfig):
         what = "quantised: load the other subset instead"
     elif any(hasattr(module, "base_layer") for module in model.modules()):
         what = (
@@ -330,10 +369,14 @@ def _check_plain(model: Any, caller: str) -> None:
             for name, parameter in {} if layer.is_dense else _parameters_of(model, index).items():
                 if parameter.is_meta:
                     what = "offloaded: load the model with all of its weights in memory"
-                elif type(parameter.data) is not torch.Tensor or len(parameter) != layer.num_experts:
+                elif len(parameter) != layer.num_experts or not _is_plain_or_packed(parameter):
                     what = f"sharded or wrapped ({name} is a {type(parameter.data).__name__})"
     if what is not None:
         raise ValueError(f"{caller}() cannot change experts that are {what}.")
+
+
+def _is_plain_or_packed(parameter: nn.Parameter) -> bool:
+    return type(parameter.data) is torch.Tensor or parts_of(parameter).keys() != {""}
 
 
 def _parameters_of(model: Any, index: int) -> dict[str, nn.Parameter]:

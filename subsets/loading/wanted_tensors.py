@@ -7,6 +7,7 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...configuration import EmoConfig
 from ...modeling_emo.weight_names import EXPERT_MATRIX, EXPERT_PARAMETERS, ROUTER, STACKED_EXPERTS
+from ...quantization.packed_files import plain_name
 from .weights_check import check_sizes
 
 
@@ -27,7 +28,7 @@ def is_wanted(kept: list[list[int] | None], name: str) -> bool:
 
     ```
     """
-    match = EXPERT_MATRIX.fullmatch(name)
+    match = EXPERT_MATRIX.fullmatch(plain_name(name))
     if match is None or int(match["layer"]) >= len(kept):
         return True
     return int(match["expert"]) in (kept[int(match["layer"])] or ())

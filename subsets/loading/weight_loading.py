@@ -5,6 +5,7 @@ A subset comes as a `LazyStateDict`. A whole model comes as files: those are ope
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles, check_json_inside, file_inside
 from ...checkpoints.side_files import GENERATION_CONFIG, optional_file
 from ...configuration import EmoConfig
+from ...configuration.configuration_emo import prepare_config
 from ...imports.transformers_versions import private_names
+from ...quantization.packed_config import METHOD, ON_DISK, PackedConfig, packing_of
+from ...quantization.packed_files import LazyPacked, PackedCheckpoint, QuantisedWhileRead
+from ...quantization.quantizer import PackedQuantizer
 from .wanted_tensors import lazy_parameters
 from .weights_check import check_fit, check_sizes, missing_parameters
 
@@ -69,6 +74,7 @@ class _WholeModel:
     tells_missing: bool  # to the caller: `output_loading_info`
     ignore_mismatched: bool
     checkpoint: Checkpoint | None = None
+    packing: PackedConfig | None = None  # of the files
 
 
 # From `from_pretrained` of a whole model to the network's constructor and to `load_weights`.
@@ -76,7 +82,7 @@ _loading: ContextVar[_WholeModel | None] = ContextVar("loading", default=None)
 
 
 @contextmanager
-def whole_model(path: Any, kwargs: Mapping[str, Any], *, ignore_missing: bool = False) -> Iterator[None]:
+def whole_model(path: Any, kwargs: dict[str, Any], *, ignore_missing: bool = False) -> Iterator[None]:
     """Have a whole model loaded from files that are checked: by `check_before_building` and `load_weights`.
 
     The files of a folder are looked at before Transformers opens any. What is wrong with those of a
@@ -84,7 +90,7 @@ def whole_model(path: Any, kwargs: Mapping[str, Any], *, ignore_missing: bool = 
 
     Args:
         path (`str` or `os.PathLike`, *optional*): the folder or Hub repository.
-        kwargs (`Mapping[str, Any]`): of `from_pretrained`.
+        kwargs (`dict[str, Any]`): of `from_pretrained`. A config of packed weights is replaced.
         ignore_missing (`bool`, defaults to `False`): parameters that the files lack may be random numbers.
 
     Raises:
@@ -103,7 +109,15 @@ def whole_model(path: Any, kwargs: Mapping[str, Any], *, ignore_missing: bool = 
     loading = _WholeModel(where, label, ignore_missing, tells, any_size)
     if where is not None and os.path.isdir(path):
         loading.checkpoint = _local_checkpoint(path, where)
-    token = _loading.set(loading)
+    asked = kwargs.get("quantization_config")
+
+    def prepare(config: Any) -> None:
+        loading.packing = prepare_packed(config, asked, label)
+
+    if isinstance(kwargs.get("config"), EmoConfig):
+        kwargs["config"] = copy.deepcopy(kwargs["config"])
+        prepare(kwargs["config"])
+    token, preparing = _loading.set(loading), prepare_config.set(prepare)
     try:
         yield
     except CheckpointError:
@@ -118,8 +132,56 @@ def whole_model(path: Any, kwargs: Mapping[str, Any], *, ignore_missing: bool = 
         raise
     finally:
         _loading.reset(token)
+        prepare_config.reset(preparing)
         if loading.checkpoint is not None:
             loading.checkpoint.source.close()
+
+
+def prepare_packed(config: Any, asked: Any, label: str) -> PackedConfig | None:
+    """Have Transformers read packed weights with the quantiser of this package.
+
+    It has one for `compressed-tensors`, which knows nothing of stacked experts.
+
+    Args:
+        config (`EmoConfig`): the model's config; its `quantization_config` is changed.
+        asked: the caller's `quantization_config`.
+        label (`str`): what the model is called in messages.
+
+    Returns:
+        `PackedConfig`, *optional*: how the weights on disk are packed; `None` if they are not, or if they are
+        quantised in a way that is left to Transformers.
+
+    Raises:
+        CheckpointError: if they are quantised in a way that nobody reads rightly.
+        ValueError: if the caller asks for another way than that of the files.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig, PackedConfig
+    >>> from transformers_emo.subsets.loading.weight_loading import prepare_packed
+    >>> config = EmoConfig(quantization_config=PackedConfig(bits=8).to_dict())
+    >>> prepare_packed(config, None, "my-model").bits, config.quantization_config["quant_method"]
+    (8, 'emo-packed')
+
+    ```
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    content = found if isinstance(found, Mapping) else found.to_dict()
+    is_stacked = "experts" in str(content.get("quant_type", ""))
+    if content.get("quant_method") not in (ON_DISK, METHOD) and not is_stacked:
+        return None
+    packing = packing_of(config, label)
+    assert packing is not None
+    if asked is not None and asked != packing:
+        raise ValueError(
+            f"{label} is in {packing.bits} bits already (group_size {packing.group_size}), and "
+            "`quantization_config` asks for something else: leave it out, or give the unquantised model."
+        )
+    config.quantization_config = packing.loading_dict()
+    return packing
 
 
 # What others' readers raise for damaged files. It may have another reason: then the files are found whole.
@@ -170,7 +232,10 @@ def check_before_building(config: EmoConfig) -> None:
     if loading is None or loading.where is None:
         return
     where, loading.where = dict(loading.where), None  # a network inside this one is checked with it
-    if not config.name_or_path or getattr(config, "quantization_config", None) is not None:
+    if not config.name_or_path:
+        return
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and not isinstance(quantised, PackedConfig):
         return
     if loading.checkpoint is None:
         variant = where.pop("variant")
@@ -184,6 +249,8 @@ def check_before_building(config: EmoConfig) -> None:
             check_json_inside(snapshot, name)
         loading.checkpoint = Checkpoint.from_folder(snapshot, variant=variant)
         loading.checkpoint.source.close()
+    if loading.packing is not None:
+        loading.checkpoint = PackedCheckpoint(loading.checkpoint, loading.packing)
     if not loading.ignore_mismatched:
         check_sizes(loading.checkpoint.tensors, config, ignore_missing=loading.ignore_missing)
 
@@ -226,17 +293,27 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
             loading is None or loading.ignore_missing or loading.tells_missing or state_dict == {}
         )
         if tensors is None:
+            if loading is not None and isinstance(load_config.hf_quantizer, PackedQuantizer):
+                raise ValueError(
+                    f"{label} can only be read in few bits from safetensors files of its own layout: leave "
+                    "out `state_dict`, `gguf_file`, `key_mapping`, `use_safetensors=False` and a "
+                    "`device_map` to the disk, or `quantization_config`."
+                )
             result = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
             if loading is not None:  # else it is an adapter
                 _check_fit(model, label, result[0], load_config, ignore_missing)
             return result
-    if not ignore_missing and load_config.hf_quantizer is None:  # before any is read
+    quantiser = load_config.hf_quantizer
+    is_ours = quantiser is None or isinstance(quantiser, PackedQuantizer)
+    if isinstance(quantiser, PackedQuantizer):
+        tensors = _to_be_quantised(tensors, quantiser, model, load_config)
+    if not ignore_missing and is_ours:  # before any is read
         names = model.state_dict()
         lacking = (name for name in names if not any(each in tensors for each in _names_of(name, model)))
         check_fit(label, missing_parameters(model, lacking))
     source = next(tensor.source for tensor in tensors.values())
     try:
-        if load_config.hf_quantizer is None:
+        if is_ours:
             _cast_while_reading(tensors, model)
             if getattr(load_config, "device_mesh", None) is None:  # else each process takes its part of it
                 _read_to_devices(tensors, model, load_config.device_map or {})
@@ -279,7 +356,9 @@ def _tensors_of_files(
     if state_dict is not None or not files or not all(file.endswith(".safetensors") for file in files):
         return None
     on_disk = "disk" in (load_config.device_map or {}).values()
-    if on_disk or load_config.hf_quantizer is not None or not _has_our_mapping(load_config):
+    quantiser = load_config.hf_quantizer
+    is_ours = quantiser is None or isinstance(quantiser, PackedQuantizer)
+    if on_disk or not is_ours or not _has_our_mapping(load_config):
         return None
     if is_deepspeed_zero3_enabled():
         return None
@@ -290,10 +369,47 @@ def _tensors_of_files(
         known = None
     try:
         checkpoint = known or Checkpoint.from_files(folder, names)
+        if (
+            isinstance(quantiser, PackedQuantizer)
+            and quantiser.pre_quantized
+            and not isinstance(checkpoint, PackedCheckpoint)
+        ):
+            checkpoint = PackedCheckpoint(checkpoint, quantiser.quantization_config)
         any_size = loading is not None and loading.ignore_mismatched
         return lazy_parameters(checkpoint, config, None, sizes_checked=known is not None or any_size)
     except CheckpointError:  # not of this very network: Transformers reports what is missing or different
+        if quantiser is not None:
+            raise
         return None
+
+
+def _to_be_quantised(
+    tensors: dict[str, Any], quantiser: PackedQuantizer, model: Any, load_config: Any
+) -> dict[str, Any]:
+    """The tensors, those that the quantiser packs wrapped for it."""
+    if getattr(load_config, "device_mesh", None) is not None:
+        raise ValueError(
+            "Weights in few bits cannot be divided among processes: load the model without `tp_plan` and "
+            "such, or without `quantization_config`."
+        )
+    if quantiser.pre_quantized:
+        head = next((name for name in _names_of("lm_head.weight", model) if name in tensors), None)
+        if model.config.tie_word_embeddings and isinstance(tensors.get(head or ""), LazyPacked):
+            raise CheckpointError(
+                "config.json ties the head to the embeddings, and the weights have a quantised head of its "
+                "own: download both again."
+            )
+        return tensors
+    packed = {
+        key: QuantisedWhileRead(tensors[key], quantiser.quantization_config, key)
+        for name in model.state_dict()
+        if quantiser.quantization_config.converts(name)
+        for key in _names_of(name, model)
+        if key in tensors
+    }
+    for tensor in packed.values():
+        quantiser.quantization_config.group_of(tensor.shape[-1])
+    return tensors | packed
 
 
 def _is_of(checkpoint: Checkpoint, folder: Path, names: list[str]) -> bool:

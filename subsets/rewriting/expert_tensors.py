@@ -59,9 +59,9 @@ def released_tensors(parameters: dict[str, LazyTensor]) -> dict[str, LazyTensor]
             gate_up, down = parameters[name], parameters[f"{experts}.down_proj"]
             for number in range(gate_up.shape[0]):
                 of_expert = f"{experts}.{number}"
-                tensors[f"{of_expert}.gate_proj.weight"] = _matrix(gate_up, 2 * number, 2)
-                tensors[f"{of_expert}.up_proj.weight"] = _matrix(gate_up, 2 * number + 1, 2)
-                tensors[f"{of_expert}.down_proj.weight"] = _matrix(down, number, 1)
+                tensors[f"{of_expert}.gate_proj.weight"] = gate_up.cut(2 * number, 2)
+                tensors[f"{of_expert}.up_proj.weight"] = gate_up.cut(2 * number + 1, 2)
+                tensors[f"{of_expert}.down_proj.weight"] = down.cut(number)
     return tensors
 
 
@@ -105,20 +105,11 @@ def parts_of_model(parameters: dict[str, LazyTensor], config: EmoConfig) -> dict
         elif match := ROUTER.fullmatch(name):
             index = int(match["layer"])
             for local, root in enumerate(present[index]):
-                row = _matrix(tensor, local, 1)
+                row = tensor.cut(local)
                 parts[f"{name}[{root}]"] = PartOfModel("router", index, row)
         else:
             parts[name] = PartOfModel("backbone", None, tensor)
     return parts
-
-
-def _matrix(tensor: LazyTensor, number: int, halves: int) -> LazyTensor:
-    """One of the equal parts along the first dimension, where each entry of it counts as `halves`."""
-    count, *shape = tensor.shape
-    if halves > 1:
-        shape[0] //= halves
-    flat = LazyTensor(tensor.source, tensor.pieces, tensor.dtype, (count * halves, *shape))
-    return LazyTensor(tensor.source, flat.take([number]).pieces, tensor.dtype, shape)
 
 
 def _place(name: str) -> tuple[int, int]:

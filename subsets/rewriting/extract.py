@@ -23,6 +23,8 @@ from ...checkpoints.writing.safetensors_writing import (
     write_index,
 )
 from ...configuration import EmoConfig
+from ...quantization.packed_config import PackedConfig
+from ...quantization.packed_files import QuantisedPart, QuantisedWhileRead
 from ..expert_subset import ExpertSubset
 from ..loading.model_source import ModelSource
 from ..loading.weights_check import check_whole
@@ -38,6 +40,7 @@ def extract_subset(
     *,
     max_shard_size: int | str = "5GB",
     dtype: str | torch.dtype | None = None,
+    quantization_config: PackedConfig | None = None,
     progress: bool = True,
     **hub_kwargs: Any,
 ) -> EmoConfig:
@@ -55,6 +58,8 @@ def extract_subset(
         max_shard_size (`int` or `str`, defaults to `"5GB"`): bytes of one file at most, if tensors allow.
         dtype (`str` or `torch.dtype`, *optional*): convert the weights to it, such as `"bfloat16"`; by
             default every tensor keeps its own.
+        quantization_config (`PackedConfig`, *optional*): quantise the weights, as `from_pretrained` does.
+            A model that is in few bits already stays so without.
         progress (`bool`, defaults to `True`): show a progress bar.
         hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
@@ -63,8 +68,10 @@ def extract_subset(
 
     Raises:
         SubsetError: if the subset does not fit the model.
-        CheckpointError: if the checkpoint is damaged, incomplete, quantised or no safetensors.
-        ValueError: if `dtype` is not a floating-point dtype, or `max_shard_size` is not a size.
+        CheckpointError: if the checkpoint is damaged, incomplete, no safetensors, or quantised in a way that
+            is not read.
+        ValueError: if `quantization_config` does not fit the model, `dtype` is not a floating-point dtype,
+            or `max_shard_size` is not a size.
         FileExistsError: if `out` exists.
         OSError: if the disk has no room for it.
         SourceChangedError: if the folder of the model changed meanwhile. Nothing is written then.
@@ -86,20 +93,34 @@ def extract_subset(
     before = SourceFiles.of(model, subfolder=hub_kwargs.get("subfolder"))
     with ModelSource.open(model, **hub_kwargs) as source:
         kept = source.keep(ExpertSubset.of(subset, *source.library))
-        parameters = source.parameters(kept.local)
-        tensors = released_tensors(parameters)
-        small = source.config_of(kept)
+        parameters: dict[str, Any] = source.parameters(kept.local)
+        small, before_packing = source.config_of(kept), parameters
         check_whole(parameters, small, os.fspath(model))
+        packing = source.packing
+        if packing is None and quantization_config is not None:
+            packing = quantization_config.for_model(small)
+            parameters = _to_be_quantised(parameters, packing, cast_to)
+        elif quantization_config not in (None, packing):
+            assert packing is not None
+            raise ValueError(
+                f"{os.fspath(model)} is in {packing.bits} bits already (group_size {packing.group_size}), "
+                "and `quantization_config` asks for something else: leave it out, or give the unquantised "
+                "model."
+            )
+        if packing is not None:
+            small.quantization_config = packing.to_dict()
+        tensors = _on_disk(released_tensors(parameters))
         if cast_to is not None:
             small.dtype = cast_to
         elif small.dtype is None:
             small.dtype = next(iter(tensors.values())).dtype
         for tensor in tensors.values():
-            tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
+            if isinstance(tensor, LazyTensor):
+                tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
         check_space(out, sum(map(length_of, _layouts(tensors).values())))
         companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **source.hub_kwargs)
         source.fetch(tensors.values(), progress=progress)
-        source.warn_if_chosen_elsewhere(kept, tensors)
+        source.warn_if_chosen_elsewhere(kept, before_packing)
         with new_folder(out, sources=[before]) as work:
             _write(tensors, work, shard_bytes, progress)
             small.save_pretrained(work)
@@ -107,12 +128,34 @@ def extract_subset(
     return small
 
 
-def _layouts(tensors: Mapping[str, LazyTensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _to_be_quantised(
+    parameters: dict[str, Any], packing: PackedConfig, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    packed = {
+        name: QuantisedWhileRead(tensor, packing, name)
+        for name, tensor in parameters.items()
+        if packing.converts(name)
+    }
+    for tensor in packed.values():
+        tensor.cast_to = dtype
+        packing.group_of(tensor.shape[-1])
+    return parameters | packed
+
+
+def _on_disk(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors, packed ones in the parts that they are on disk."""
+    parts: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        parts |= dict(tensor.on_disk(name)) if hasattr(tensor, "on_disk") else {name: tensor}
+    return parts
+
+
+def _layouts(tensors: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtypes and shapes as written."""
     return {name: (tensor.cast_to or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
-def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, progress: bool) -> None:
+def _write(tensors: Mapping[str, Any], folder: Path, shard_bytes: int, progress: bool) -> None:
     layouts = _layouts(tensors)
     shards = divide(((name, length_of(layout)) for name, layout in layouts.items()), shard_bytes)
     buffer = memoryview(bytearray(_BUFFER_BYTES))
@@ -124,6 +167,10 @@ def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, pr
             with open(folder / file, "xb", buffering=0) as to:
                 _write_all(to, memoryview(header_of({name: layouts[name] for name in names})))
                 for name in names:
+                    if isinstance(tensors[name], QuantisedPart):
+                        _write_all(to, _bytes_of(tensors[name].read()))
+                        bar.update(length_of(layouts[name]))
+                        continue
                     for piece in tensors[name].pieces:
                         for start in range(piece.start, piece.end, _BUFFER_BYTES):
                             part = buffer[: min(_BUFFER_BYTES, piece.end - start)]
@@ -131,6 +178,10 @@ def _write(tensors: Mapping[str, LazyTensor], folder: Path, shard_bytes: int, pr
                             _write_all(to, _converted(part, tensors[name]))
                             bar.update(len(part))
     write_index(folder, shards, layouts)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _converted(part: memoryview, tensor: LazyTensor) -> memoryview:

@@ -192,6 +192,7 @@ def _open(model: str | os.PathLike | PreTrainedModel, *, whole: bool = False, **
             )
         source = ModelSource.open(model, **hub_kwargs)
         try:
+            source.refuse_quantised()
             files = source.checkpoint().source
             if isinstance(files, HubFiles):  # all of it will be read
                 files.download(span.file for span in source.checkpoint().tensors.values())
