@@ -14,7 +14,7 @@ namespace {
 
 constexpr index_t PANEL_FROM = 4;    // rows, from which panels are faster
 constexpr index_t PANEL = 32;        // outputs
-constexpr int PANEL_ROWS = 6;        // as many as the registers hold
+constexpr int HELD_ROWS = 6;         // as many as the registers hold
 constexpr index_t PANEL_CHUNKS = 2;  // vectors of a row at a time, which stay in the first cache
 
 template <class Matrix>
@@ -126,7 +126,7 @@ struct Panels {
     for (int m = 0; m < ROWS; ++m)
       for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + m * PANEL + v * 16, acc[m][v]);
   }
-  template <int ROWS = PANEL_ROWS>
+  template <int ROWS = HELD_ROWS>
   void multiply(const ReadyRow* x, int rows, index_t first, index_t count, float* sums) const {
     if (rows == ROWS) return multiply<ROWS>(x, first, count, sums);
     if constexpr (ROWS > 1) multiply<ROWS - 1>(x, rows, first, count, sums);
@@ -134,7 +134,7 @@ struct Panels {
 
   // sums[row][32] of all rows with outputs from n on.
   void products(const ReadyRow* x, index_t rows, index_t n, float* sums) {
-    const index_t chunks = (weights.in + CHUNK - 1) / CHUNK, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    const index_t chunks = (weights.in + CHUNK - 1) / CHUNK, blocks = (rows + HELD_ROWS - 1) / HELD_ROWS;
     std::fill(sums, sums + rows * PANEL, 0.0f);
     take_scales(n);
     for (index_t c = 0; c < chunks; c += PANEL_CHUNKS) {
