@@ -41,7 +41,7 @@ demo: $(VENV)/.installed  ## choose experts for a domain, load only those, gener
 
 # A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-ORDINARY := not slow and not tools and not engines and not gpu and not docs
+ORDINARY := not slow and not tools and not engines and not gpu and not docs and not report
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL)
 
