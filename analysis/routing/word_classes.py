@@ -28,6 +28,7 @@ _CLASSES = {
     "VZ=preposition|VG=conjunction|TW=number|LET=punctuation|TSW=interjection",
 }
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+_BEYOND = 200  # characters behind the last token that are read, so that its sentence is tagged whole
 _SENTENCE_WORDS = 60  # the most words that are tagged together: the tagger takes long sentences as a whole
 
 
@@ -100,7 +101,7 @@ class WordClasses:
         language = self.languages.get(domain)
         if language is None:
             return [None] * len(spans)
-        words = list(_tagged(text, language))
+        words = list(_tagged(text[: spans[-1][1] + _BEYOND] if spans else "", language))
         found: list[str] = []
         place = 0
         for start, end in spans:
