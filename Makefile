@@ -192,6 +192,7 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 	$(BIN)/python $(TINY)/fine_tuned.py $(CARDS) --out out/results/fine-tuned
 	$(BIN)/python $(TINY)/ablations.py out/results/ablations
 	$(BIN)/python $(TINY)/publish.py cards
+	$(MAKE) report
 
 # Some minutes on two cores. The page lies in build/, its pictures with emo-tiny.
 REPORT := build/report
@@ -201,6 +202,9 @@ report: $(VENV)/.installed-report  ## what the experts of emo-tiny and std-tiny 
 	  --languages english=en scripture=en german=de --retention model_cards/emo-tiny/results/retention \
 	  --title "What the experts of emo-tiny and std-tiny learned" --work $(REPORT)/data \
 	  --pictures model_cards/emo-tiny/results/report --out $(REPORT)/index.html
+	mkdir -p model_cards/std-tiny/results/report
+	cp model_cards/emo-tiny/results/report/*.png model_cards/std-tiny/results/report/
+	$(BIN)/python $(TINY)/publish.py text
 
 $(VENV)/.installed-report: $(NEEDED) | $(VENV)/.installed
 	$(if $(only_files),,$(INSTALL) --editable '.[report]')

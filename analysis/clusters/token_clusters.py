@@ -118,8 +118,10 @@ def cluster_tokens(
     require("Clusters need", "sklearn")
     from sklearn.decomposition import PCA
 
-    draws = Draws(statistics.documents()["domain"], num=num_draws, seed=seed)
+    documents = statistics.documents()
+    draws = Draws(documents["domain"], num=num_draws, seed=seed)
     tokens = _tokens(statistics)
+    place_S = np.searchsorted(documents["document"], tokens["document"])
     number = len(tokens["document"])
     stride = max(1, -(-number // max_tokens))
     some_SP = _vectors(statistics, stride)
@@ -141,16 +143,14 @@ def cluster_tokens(
         tokens["document"],
         tokens["position"],
         tokens["piece"],
-        draws.domain_N[tokens["document"]],
+        draws.domain_N[place_S],
         draws.names,
         cluster_S,
         plane_S2=plane_S2,
     )
     labels = {name: tokens[name] for name in ("token", "characters", "part_of_speech")}
     labels["domain"] = found.domain_S
-    numbers = cluster_numbers(
-        cluster_S, labels, draws, tokens["document"], some_SD, cluster_S[::stride], seed
-    )
+    numbers = cluster_numbers(cluster_S, labels, draws, place_S, some_SD, cluster_S[::stride], seed)
     return TokenClusters(**{**found.__dict__, "numbers": numbers})
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from .measured import Sampled
 from .profiles import entropy_of
 
+_MOST_CELLS = 1 << 23  # up to so many, counting in a table is quicker than sorting
+
 
 @dataclass(frozen=True)
 class Picks:
@@ -27,24 +29,20 @@ class Picks:
     expert_SK: np.ndarray
     weight_WS: np.ndarray
 
-    def codes(self, *labels_S: np.ndarray) -> np.ndarray:
-        """A number for each combination of labels, int64 (S,)."""
-        code_S = np.zeros(len(self.expert_SK), dtype=np.int64)
-        for label_S in labels_S:
-            code_S = code_S * (int(label_S.max(initial=0)) + 1) + label_S
-        return np.unique(code_S, return_inverse=True)[1]
-
     def entropies(self, *labels_S: np.ndarray, with_expert: bool = False) -> np.ndarray:
         """The entropy of labels, or of labels and the expert, in each draw, (W,)."""
-        code_S = self.codes(*labels_S)
-        if not with_expert:
-            return np.array([entropy_of(np.bincount(code_S, weights=weight)) for weight in self.weight_WS])
-        experts, picks = int(self.expert_SK.max(initial=0)) + 1, self.expert_SK.shape[1]
-        code = (code_S[:, None] * experts + self.expert_SK).ravel()
-        code = np.unique(code, return_inverse=True)[1]
-        # Each pick is a draw of an expert: a token counts as often as it has picks.
+        code, size, times = np.zeros((1, len(self.expert_SK)), dtype=np.int64), 1, 1
+        for label_S in labels_S:
+            own = int(label_S.max(initial=0)) + 1
+            code, size = code * own + label_S, size * own
+        if with_expert:  # each pick is a draw of an expert: a token counts as often as it has picks
+            own, times = int(self.expert_SK.max(initial=0)) + 1, self.expert_SK.shape[1]
+            code, size = code * own + self.expert_SK.T, size * own
+        if len(self.weight_WS) == 1 and (self.weight_WS == 1).all():
+            return np.array([entropy_of(_counts(code.ravel(), size))])
+        code = np.unique(code, return_inverse=True)[1].reshape(-1)
         return np.array(
-            [entropy_of(np.bincount(code, weights=np.repeat(weight, picks))) for weight in self.weight_WS]
+            [entropy_of(np.bincount(code, weights=np.tile(weight_S, times))) for weight_S in self.weight_WS]
         )
 
 
@@ -53,7 +51,7 @@ def information(
     label_S: np.ndarray,
     given_S: np.ndarray | None = None,
     *,
-    num_shuffled: int = 10,
+    num_shuffled: int = 5,
     seed: int = 0,
 ) -> tuple[Sampled, Sampled]:
     """What a label says about the expert, in bits: their mutual information.
@@ -66,7 +64,7 @@ def information(
         picks (`Picks`): the experts.
         label_S (`np.ndarray`): int (S,), from 0, such as the token's id.
         given_S (`np.ndarray`, *optional*): int (S,), from 0, such as the domain.
-        num_shuffled (`int`, defaults to 10): how often to shuffle (C).
+        num_shuffled (`int`, defaults to 5): how often to shuffle (C).
         seed (`int`, defaults to 0): the seed of that.
 
     Returns:
@@ -99,6 +97,14 @@ def information(
         [told(_shuffled(label_S, given_S, rng), once, expert_W[:1])[0] for _ in range(num_shuffled)]
     )
     return Sampled(float(told_W[0]), told_W[1:], chance_C), Sampled(float(expert_W[0]), expert_W[1:])
+
+
+def _counts(code: np.ndarray, size: int) -> np.ndarray:
+    """How often each of the codes below `size` is there, without those that are not."""
+    if size > _MOST_CELLS:
+        return np.unique(code, return_counts=True)[1]
+    counts = np.bincount(code, minlength=size)
+    return counts[counts > 0]
 
 
 def _shuffled(label_S: np.ndarray, given_S: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:

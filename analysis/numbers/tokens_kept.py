@@ -24,7 +24,7 @@ class KeptTokens:
     Args:
         statistics (`RoutingStatistics`): where they are.
         stride (`int`): every so-many-th token is taken.
-        document_S (`np.ndarray`): int (S,), the document of each.
+        document_S (`np.ndarray`): int (S,), the place of each one's document among all.
         labels (`dict[str, np.ndarray]`): int (S,) for each of `LABELS`; -1 for a token without that label.
         names (`dict[str, list[str]]`): what the labels mean.
 
@@ -74,7 +74,8 @@ def kept_tokens(statistics: RoutingStatistics, draws: Draws, max_tokens: int = 2
             columns.setdefault(name, []).append(values[(-skipped) % stride :: stride])
         skipped += len(part["token"])
     joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-    labels = {"domain": draws.domain_N[joined["document"]]}
+    place_S = np.searchsorted(statistics.documents()["document"], joined["document"])
+    labels = {"domain": draws.domain_N[place_S]}
     names = {"domain": draws.names}
     labels["token"] = np.unique(joined["token"], return_inverse=True)[1]
     names["token"] = []
@@ -83,4 +84,4 @@ def kept_tokens(statistics: RoutingStatistics, draws: Draws, max_tokens: int = 2
         label_S = np.full(len(present), -1)
         values, label_S[present] = np.unique(joined[name][present].astype(str), return_inverse=True)
         labels[name], names[name] = label_S, [str(value) for value in values]
-    return KeptTokens(statistics, stride, joined["document"], labels, names)
+    return KeptTokens(statistics, stride, place_S, labels, names)

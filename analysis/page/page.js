@@ -341,7 +341,7 @@ function startWords() {
       const numbers = known.map(([name]) => numberOf(model, name, layer) ?? { value: null, low: null, high: null });
       known.forEach(([name], place) => rows.push([model.name, name, numbers[place].value, numbers[place].low, numbers[place].high]));
       return {
-        type: "bar", name: model.name, x: known.map(([, label]) => label), y: numbers.map((one) => 100 * one.value), marker: { color: modelColour(index) },
+        type: "bar", name: model.name, x: known.map(([, label]) => label), y: numbers.map((one) => (one.value === null ? null : 100 * one.value)), marker: { color: modelColour(index) },
         error_y: { type: "data", array: numbers.map((one) => 100 * (one.high - one.value)), color: colour("text"), thickness: 1.2, width: 4 },
         hovertemplate: "%{x}: %{y:.1f} %<extra>%{fullData.name}</extra>",
       };

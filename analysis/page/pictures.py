@@ -1,4 +1,4 @@
-"""The main figures of a page as PNG and SVG, and their data as CSV."""
+"""The main figures of a page as PNG and SVG, their data as CSV, and all numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from ..files import write_text
 from ..plots import COLOURS, new_figure, save_figure
 
+_FIELDS = ("name", "layer", "unit", "value", "low", "high", "chance", "chance_low", "chance_high")
 _TOLD = {
     "domain": "domain",
     "token": "token",
@@ -25,7 +26,7 @@ _TOLD = {
 
 
 def write_pictures(content: dict[str, Any], folder: str | os.PathLike) -> list[Path]:
-    """Write the main figures as PNG and SVG, and the data of each as CSV.
+    """Write the main figures as PNG and SVG, the data of each as CSV, and all numbers.
 
     Args:
         content (`dict[str, Any]`): from `page_content`.
@@ -52,7 +53,22 @@ def write_pictures(content: dict[str, Any], folder: str | os.PathLike) -> list[P
             save_figure(figure, folder / f"{name}.{ending}")
         write_text(folder / f"{name}.csv", _csv(head, rows))
         written += [folder / f"{name}.{ending}" for ending in ("png", "svg", "csv")]
-    return written
+    write_text(folder / "numbers.csv", _csv(["model", *_FIELDS], _numbers(content)))
+    return [*written, folder / "numbers.csv"]
+
+
+def _numbers(content: dict[str, Any]) -> list[list[Any]]:
+    """All numbers of all models. Those of clusters are called so."""
+    rows = []
+    for model in content["models"]:
+        clusters = [one | {"name": f"clusters: {one['name']}"} for one in model["clusters"]["numbers"]]
+        for one in [*model["numbers"], *clusters]:
+            rows.append([model["name"], *(_shown(one.get(field, "")) for field in _FIELDS)])
+    return rows
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _maps(content: dict[str, Any]) -> tuple[Any, list[str], list[list[Any]]]:
@@ -85,7 +101,7 @@ def _words(content: dict[str, Any]) -> tuple[Any, list[str], list[list[Any]]]:
         axes, [(m["name"], [_number(m["numbers"], name) for name in names]) for m in content["models"]]
     )
     axes.set_xticks(range(len(names)), [_TOLD[name] for name in names], fontsize=9)
-    axes.set_ylabel("told of the choice of experts, %")
+    axes.set_ylabel("known of the choice of experts, %")
     return figure, ["model", "what is known", "share", "low", "high"], rows
 
 
@@ -101,7 +117,7 @@ def _clusters(content: dict[str, Any]) -> tuple[Any, list[str], list[list[Any]]]
     )
     labels = [name.removeprefix("agreement with ").replace(" by ", "\nby ") for name in names]
     axes.set_xticks(range(len(names)), labels, fontsize=9)
-    axes.set_ylabel("agreement of clusters with it, %")
+    axes.set_ylabel("agreement of clusters with ..., %")
     return figure, ["model", "label", "agreement", "low", "high"], rows
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import TOY
 from transformers_emo.analysis.numbers import routing_numbers
-from transformers_emo.analysis.routing import documents_of, router_statistics
+from transformers_emo.analysis.routing import Document, documents_of, router_statistics
 
 SETTINGS = {"window": 64, "prefixes": (8, 16), "progress": False}
 
@@ -127,6 +127,24 @@ def test_a_limit_of_tokens_takes_them_evenly(statistics, tmp_path):
     assert some.document_S.tolist() == all_tokens.document_S[:: some.stride].tolist()
     whole, part = (tokens.picks(2, draws).expert_SK for tokens in (all_tokens, some))
     assert part.tolist() == whole[:: some.stride].tolist()
+
+
+def test_a_document_without_tokens_moves_no_other(tmp_path):
+    from transformers_emo.analysis.clusters import cluster_tokens
+
+    documents = list(documents_of(TOY / "documents"))[::5]
+    domains = {document.domain for document in documents}
+    assert len(domains) > 1
+    with_empty = [Document("", "empty"), *documents]
+    found = [
+        router_statistics(TOY, texts, tmp_path / name, **SETTINGS)
+        for name, texts in (("all", documents), ("empty", with_empty))
+    ]
+    assert found[1].documents()["document"].tolist() == list(range(1, len(documents) + 1))
+    plain, empty = (routing_numbers(one, num_draws=3, progress=False) for one in found)
+    assert [one.value for one in empty.numbers] == pytest.approx([one.value for one in plain.numbers])
+    plain, empty = (cluster_tokens(one, num_clusters=4, num_draws=3) for one in found)
+    assert empty.domain_S.tolist() == plain.domain_S.tolist()
 
 
 def test_numbers_are_saved_and_shown(numbers, tmp_path):

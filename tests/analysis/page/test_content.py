@@ -105,6 +105,14 @@ def test_pictures_come_with_their_data(content, tmp_path):
     exact = next(n for n in content["models"][1]["numbers"] if n["name"] == "token" and "layer" not in n)
     found = next(row for row in rows if row["model"] == "twin" and row["what is known"] == "token")
     assert float(found["share"]) == exact["value"]
+    rows = list(csv.DictReader((tmp_path / "numbers.csv").open()))
+    number = content["models"][1]["clusters"]["numbers"][0]
+    found = next(
+        row for row in rows if (row["model"], row["name"]) == ("twin", f"clusters: {number['name']}")
+    )
+    assert float(found["value"]) == pytest.approx(number["value"], rel=1e-5) and found["layer"] == ""
+    layers = [n for model in content["models"] for n in model["numbers"] if "layer" in n]
+    assert sum(row["layer"] != "" for row in rows) == len(layers)
     rows = list(csv.DictReader((tmp_path / "domains_by_experts.csv").open()))
     assert len(rows) == 2 * len(content["domains"]) * 31
 

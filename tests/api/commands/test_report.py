@@ -20,7 +20,7 @@ def test_a_page_of_two_models_with_pictures(tmp_path, capsys, monkeypatch):
     assert cli.main([*words, "--pictures", str(pictures), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bytes"] == len(page.read_bytes()) and set(told["numbers"]) == {"one", "two"}
-    assert len(told["pictures"]) == len(list(pictures.iterdir())) == 9
+    assert len(told["pictures"]) == len(list(pictures.iterdir())) == 10
     content = content_of(page)
     assert [model["name"] for model in content["models"]] == ["one", "two"]
     assert content["retention"] is None
