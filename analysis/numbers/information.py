@@ -40,9 +40,9 @@ class Picks:
             code, size = code * own + self.expert_SK.T, size * own
         if len(self.weight_WS) == 1 and (self.weight_WS == 1).all():
             return np.array([entropy_of(_counts(code.ravel(), size))])
-        code = np.unique(code, return_inverse=True)[1].reshape(-1)
+        place = np.unique(code, return_inverse=True)[1].reshape(-1)
         return np.array(
-            [entropy_of(np.bincount(code, weights=np.tile(weight_S, times))) for weight_S in self.weight_WS]
+            [entropy_of(np.bincount(place, weights=np.tile(weight_S, times))) for weight_S in self.weight_WS]
         )
 
 

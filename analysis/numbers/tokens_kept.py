@@ -75,7 +75,7 @@ def kept_tokens(statistics: RoutingStatistics, draws: Draws, max_tokens: int = 2
         skipped += len(part["token"])
     joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
     place_S = np.searchsorted(statistics.documents()["document"], joined["document"])
-    labels = {"domain": draws.domain_N[place_S]}
+    labels: dict[str, np.ndarray] = {"domain": draws.domain_N[place_S]}
     names = {"domain": draws.names}
     labels["token"] = np.unique(joined["token"], return_inverse=True)[1]
     names["token"] = []

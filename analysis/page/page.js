@@ -219,13 +219,20 @@ function startRetention() {
   options(byId("retention-domain"), found.domains.map((name) => [name, name]));
   const names = [...new Set(found.curves.map((curve) => curve.model))];
   const methods = [...new Set(found.curves.map((curve) => curve.method))];
+  const first = methods.find((method) => method !== "random");
+  const pair = first && methods.includes("random") && methods.length > 2 ? [["pair", `${first}, random`]] : [];
+  options(byId("retention-method"), [...pair, ["all", "all ways"], ...methods.map((method) => [method, method])]);
+  const isChosen = (method) => {
+    const chosen = byId("retention-method").value;
+    return chosen === "all" || chosen === method || (chosen === "pair" && [first, "random"].includes(method));
+  };
   const dashes = ["solid", "dash", "dot", "dashdot"];
   const { draw } = figure(byId("figure-retention"), "retention curve", () => {
     const domain = byId("retention-domain").value;
     const what = byId("retention-shown").value;
     const traces = [];
     const rows = [];
-    found.curves.forEach((curve) => {
+    found.curves.filter((curve) => isChosen(curve.method)).forEach((curve) => {
       const own = modelColour(names.indexOf(curve.model));
       const points = curve.points[domain].filter((point) => point[what] !== null);
       const random = curve.method === "random";
@@ -254,7 +261,7 @@ function startRetention() {
       },
     };
   });
-  onChange(["retention-domain", "retention-shown"], draw);
+  onChange(["retention-domain", "retention-method", "retention-shown"], draw);
 }
 
 // ---------- maps and matrices ----------

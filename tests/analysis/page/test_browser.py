@@ -86,6 +86,7 @@ def test_it_opens_and_nothing_sticks_out(opened, width, scheme):
 
 
 CONTROLS = [
+    ("retention-method", "random", "figure-retention"),
     ("retention-shown", "loss", "figure-retention"),
     ("maps-layer", "3", "figure-maps"),
     ("maps-scale", "share", "figure-maps"),
