@@ -197,7 +197,7 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 # Some minutes on two cores. The page lies in build/, its pictures with emo-tiny.
 REPORT := build/report
 PAIR := model_cards/emo-tiny model_cards/std-tiny
-report: $(VENV)/.installed-report  ## what the experts of emo-tiny and std-tiny learned, as a page: build/report/index.html
+report: $(VENV)/.installed-dev  ## what the experts of emo-tiny and std-tiny learned, as a page: build/report/index.html
 	$(BIN)/emo report $(PAIR) --texts model_cards/emo-tiny/documents --dtype float32 \
 	  --languages english=en scripture=en german=de --retention model_cards/emo-tiny/results/retention \
 	  --title "What the experts of emo-tiny and std-tiny learned" --work $(REPORT)/data \
@@ -205,10 +205,6 @@ report: $(VENV)/.installed-report  ## what the experts of emo-tiny and std-tiny 
 	mkdir -p model_cards/std-tiny/results/report
 	cp model_cards/emo-tiny/results/report/*.png model_cards/std-tiny/results/report/
 	$(BIN)/python $(TINY)/publish.py text
-
-$(VENV)/.installed-report: $(NEEDED) | $(VENV)/.installed
-	$(if $(only_files),,$(INSTALL) --editable '.[report]')
-	touch $@
 
 # In a real Chromium (Debian: `apt install chromium`). Where there is none, the tests say so and are skipped.
 test-report: $(VENV)/.installed-dev  ## the page of `emo report` in a headless browser
