@@ -8,7 +8,7 @@ CODE := api $(ROOMS) benchmarks docs examples plugins tests setup.py
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo report test test-report torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -41,7 +41,7 @@ demo: $(VENV)/.installed  ## choose experts for a domain, load only those, gener
 
 # A file of tests stays on one processor: what its tests share is made once. `tests/conftest.py` orders the files.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-ORDINARY := not slow and not tools and not engines and not gpu and not docs
+ORDINARY := not slow and not tools and not engines and not gpu and not docs and not report
 test: $(VENV)/.installed-dev  ## all tests but the slow ones
 	$(BIN)/python -m pytest -m '$(ORDINARY)' $(PARALLEL)
 
@@ -193,6 +193,24 @@ emo-tiny: $(VENV)/.installed-dev  ## train emo-tiny and std-tiny anew, measure t
 	$(BIN)/python $(TINY)/fine_tuned.py $(CARDS) --out out/results/fine-tuned
 	$(BIN)/python $(TINY)/ablations.py out/results/ablations
 	$(BIN)/python $(TINY)/publish.py cards
+	$(MAKE) report
+
+# Some minutes on two cores. The page lies in build/, its pictures with emo-tiny.
+REPORT := build/report
+PAIR := model_cards/emo-tiny model_cards/std-tiny
+report: $(VENV)/.installed-dev  ## what the experts of emo-tiny and std-tiny learned, as a page: build/report/index.html
+	$(BIN)/emo report $(PAIR) --texts model_cards/emo-tiny/documents --dtype float32 \
+	  --languages english=en scripture=en german=de --retention model_cards/emo-tiny/results/retention \
+	  --title "What the experts of emo-tiny and std-tiny learned" --work $(REPORT)/data \
+	  --pictures model_cards/emo-tiny/results/report --out $(REPORT)/index.html
+	mkdir -p model_cards/std-tiny/results/report
+	cp model_cards/emo-tiny/results/report/*.png model_cards/std-tiny/results/report/
+	$(BIN)/python $(TINY)/publish.py text
+
+# In a real Chromium (Debian: `apt install chromium`). Where there is none, the tests say so and are skipped.
+test-report: $(VENV)/.installed-dev  ## the page of `emo report` in a headless browser
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
+	$(BIN)/python -m pytest -m report tests/analysis/page
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(TOOLS) build dist *.egg-info modeling_emo/kernels/native/*.so \

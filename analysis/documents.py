@@ -95,11 +95,30 @@ def _read_split(folder: Path, name: str, split: str, apart: bool) -> tuple[str, 
     path = folder / split / f"{name}.jsonl" if apart else folder / f"{name}.jsonl"
     if not path.is_file():
         return ()
-    documents = _read_lines(path)
+    documents = read_lines(path)
     return tuple(d["text"] for d in documents if d["text"] and (apart or d.get("split") == split))
 
 
-def _read_lines(path: Path) -> Iterator[dict]:
+def read_lines(path: Path, column: str = "text") -> Iterator[dict]:
+    """Read a JSON Lines file of documents, line by line. Empty lines are skipped.
+
+    Args:
+        path (`Path`): the file.
+        column (`str`, defaults to `"text"`): what holds a document's text.
+
+    Raises:
+        ValueError: if a line is no object with a text.
+
+    Example:
+
+    ```python
+    >>> from pathlib import Path
+    >>> from transformers_emo.analysis.documents import read_lines
+    >>> next(read_lines(Path("model_cards/toy-emo/documents/python.jsonl")))["split"]
+    'calibration'
+
+    ```
+    """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -110,8 +129,8 @@ def _read_lines(path: Path) -> Iterator[dict]:
                 raise ValueError(
                     f"{os.fspath(path)!r}, line {number} is no JSON: {error}. Correct it."
                 ) from error
-            if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-                raise ValueError(f"{os.fspath(path)!r}, line {number}: expected an object with a `text`.")
+            if not isinstance(document, dict) or not isinstance(document.get(column), str):
+                raise ValueError(f"{os.fspath(path)!r}, line {number}: expected an object with a `{column}`.")
             yield document
 
 

@@ -18,7 +18,9 @@ from .commands.convert import conversions
 from .commands.export import export
 from .commands.extract import extract
 from .commands.push import push
+from .commands.report import report
 from .commands.retention import retention
+from .commands.routing import routing
 from .commands.run import EPILOG, RunCommand, run
 from .commands.select import select
 from .commands.shard import shard
@@ -39,6 +41,8 @@ _GO_ON = {  # after Ctrl-C
     "shard": _CONTINUED,
     "export": _CONTINUED,
     "retention": _CONTINUED,
+    "routing": _CONTINUED,
+    "report": _CONTINUED,
     "push": "What was sent is not sent again: the same command goes on.",
     "run": "The program was not started: call it again.",
     "train": "The same command with --resume goes on from the last whole checkpoint.",
@@ -93,7 +97,9 @@ add_command(
     epilog=EPILOG,
     context_settings={"allow_interspersed_args": False},
 )
-add_command(app, retention, "retention", panel="Training and programs")
+add_command(app, retention, "retention", panel="What experts learned")
+add_command(app, routing, "routing", panel="What experts learned")
+add_command(app, report, "report", panel="What experts learned")
 app.add_typer(conversions(), name="convert", rich_help_panel="Checkpoints")
 add_command(app, export, "export", panel="Checkpoints")
 add_command(app, shard, "shard", panel="Checkpoints")

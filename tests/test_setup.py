@@ -72,6 +72,8 @@ def said(printed: str) -> list[str]:
 def test_without_a_compiler_the_wheel_is_for_every_platform(build, tmp_path):
     wheel, printed = build(PATH=str(tmp_path))
     assert wheel.name.endswith("-py3-none-any.whl") and not libraries(wheel)
+    page = {f"transformers_emo/analysis/page/page.{ending}" for ending in ("html", "css", "js")}
+    assert page <= set(zipfile.ZipFile(wheel).namelist())
     (line,) = said(printed)
     assert "no C++ compiler was found" in line and "several times as long" in line
 

@@ -3,13 +3,16 @@ results, card.
 
     python examples/emo_tiny/publish.py weights [--runs out] [--texts corpus] [--cards model_cards]
     python examples/emo_tiny/publish.py cards [--results out/results] ...
+    python examples/emo_tiny/publish.py text [--cards model_cards]
 
 The first makes the folders `emo-tiny` and `std-tiny` from finished runs. The second is for after the
 measuring, which reads the weights as they are pushed: it copies the results and writes the cards, whose
-numbers are read from them. `make emo-tiny` runs everything in order.
+numbers are read from them. `make emo-tiny` runs everything in order. The third writes the cards from the
+results that lie beside them: `make report` has made new ones.
 """
 
 import argparse
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -46,6 +49,18 @@ RESULTS = [  # of the measuring, to the card's folder `results`
     *("ablations/README.md", "ablations/retention.csv", "prompts/README.md"),
     *("fine-tuned/README.md", "fine-tuned/measurements.jsonl"),
 ]
+LEARNED = {  # numbers of `emo report`, and what the card calls them
+    "topic cosine": "cosine between the mean routing of two domains",
+    "domain beyond token": "what the domain tells of the expert when the token is known",
+    "token beyond domain": "what the token tells of the expert when the domain is known",
+    "held-out coverage, 1/8 of the experts, own domain": "picks of new documents covered by an eighth of the "
+    "experts, chosen for the domain",
+    "held-out coverage, 1/8 of the experts, other domains": "the same, chosen for another domain",
+    "pool stability, 64 tokens": "experts in both over in either, of a document's first 64 tokens and "
+    "its rest",
+    "clusters: agreement with domain": "agreement of clusters of tokens with domains",
+    "clusters: agreement with part of speech": "agreement of clusters with parts of speech",
+}
 FROM_CONFIG = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
     *("num_experts", "num_experts_per_tok"),
@@ -108,8 +123,43 @@ def publish_cards(results: Path, texts: Path, cards: Path) -> None:
     picture.mkdir(parents=True, exist_ok=True)
     for name in ("retention", "retention_domains", "topics"):
         shutil.copyfile(results / "retention" / f"{name}.png", picture / f"{name}.png")
+    write_cards(cards)
+
+
+def write_cards(cards: Path) -> None:
+    """Write both cards from the results beside them."""
     for name in MODELS:
         write_text(cards / name / "README.md", card(name, cards))
+
+
+def learned(report: Path) -> str:
+    """The table of what the experts learned, from the numbers of `emo report`."""
+    with (report / "numbers.csv").open(encoding="utf-8") as file:
+        found = {(row["model"], row["name"]): row for row in csv.DictReader(file) if not row["layer"]}
+    lines = [f"| | {' | '.join(MODELS)} | by chance |", "|---|---|---|---|"]
+    for name, said in LEARNED.items():
+        rows = [found[model, name] for model in MODELS]
+        cells = []
+        for row in rows:
+            value, low, high = (shown(row[field], row["unit"]) for field in ("value", "low", "high"))
+            cells.append(f"{value} [{low}, {high}]{' %' if row['unit'] == '%' else ''}")
+        chances = sorted({shown(row["chance"], row["unit"]) for row in rows})
+        percent = " %" if rows[0]["unit"] == "%" else ""
+        lines.append(f"| {said} | {' | '.join(cells)} | {' to '.join(chances)}{percent} |")
+    return "\n".join(lines)
+
+
+def reported(documents: Path) -> str:
+    """How many documents `emo report` read."""
+    domains = read_domains(documents)
+    number = sum(len(domain.calibration) + len(domain.test) for domain in domains)
+    return f"{number} documents of {len(domains)} domains"
+
+
+def shown(value: str, unit: str) -> str:
+    """A number as the card shows it."""
+    percent = unit == "%"
+    return f"{round(100 * float(value), 1) + 0.0:.1f}" if percent else f"{float(value):.2f}"
 
 
 def card(name: str, cards: Path) -> str:
@@ -144,6 +194,8 @@ def card(name: str, cards: Path) -> str:
         "retention": means.split("\n", 2)[2],
         "accuracy": accuracies.split("\n\n## ")[0],
         "domains": ", ".join(retention.domains),
+        "learned": learned(results / "report"),
+        "reported": reported(cards / "emo-tiny" / "documents"),
         "claims": claims_text(claims(retention, baseline=BASELINE)),
         "cosine": cosines[name]["mean"],
         "other_cosine": next(c["mean"] for other, c in cosines.items() if other in MODELS and other != name),
@@ -160,11 +212,11 @@ def card(name: str, cards: Path) -> str:
 
 
 def main() -> None:
-    """Do one of the two steps."""
+    """Do one of the steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("step", choices=["weights", "cards"])
+    parser.add_argument("step", choices=["weights", "cards", "text"])
     parser.add_argument("--runs", type=Path, default=Path("out"))
     parser.add_argument("--texts", type=Path, default=Path("corpus"))
     parser.add_argument("--results", type=Path, default=Path("out/results"))
@@ -172,6 +224,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.step == "weights":
         publish_weights(args.runs, args.texts, args.cards)
+    elif args.step == "text":
+        write_cards(args.cards)
     else:
         publish_cards(args.results, args.texts, args.cards)
 

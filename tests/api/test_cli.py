@@ -287,7 +287,7 @@ OLD_WORDS = {
     ),
 }
 NEW = {"help", "json", "module", "usage"}  # `-m` is read with the words behind it
-NEW_COMMANDS = {"export"}
+NEW_COMMANDS = {"export", "report", "routing"}
 
 
 def command_of(name: str):
