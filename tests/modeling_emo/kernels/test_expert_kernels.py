@@ -266,6 +266,21 @@ def test_a_model_trains_the_same(make_model, reentrant):
             assert_same_numbers(found[name], gradient, terms=TRAINING, name=name)
 
 
+def test_compiled_code_has_one_operator_for_all_experts():
+    experts = make_experts()
+    experts.config._experts_implementation = "emo"
+    hidden, index, weights = make_inputs(5)
+    found = []
+
+    def look(module, inputs):
+        found.extend(node.target for node in module.graph.nodes)
+        return module
+
+    with torch.no_grad():
+        torch.compile(experts, backend=look, fullgraph=True)(hidden, index, weights)
+    assert torch.ops.transformers_emo.experts in found or torch.ops.transformers_emo.experts.default in found
+
+
 def test_a_compiled_model_is_one_graph_still(make_model):
     model = make_model()
     ids = torch.randint(2, 96, (1, 8))
