@@ -138,7 +138,7 @@ TOOLS := .venv-tools
 $(TOOLS)/.installed: pyproject.toml constraints.txt constraints-tools.txt
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-tools.txt \
-	  --editable '.[train]' pytest 'lm_eval[hf]' trl 'transformers[serving]'
+	  --editable '.[train]' pytest compressed-tensors 'lm_eval[hf]' trl 'transformers[serving]'
 	touch $@
 
 test-tools: $(TOOLS)/.installed  ## lm_eval, `transformers serve` and `chat`, TRL, torchrun through `emo run`

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from conftest import tiny_model
-from quantised_elsewhere import quantise, skeleton
 from safetensors.torch import load_file
+from tools.quantised_elsewhere import quantise, skeleton
 from transformers_emo import EmoForCausalLM, PackedConfig
 from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
 
