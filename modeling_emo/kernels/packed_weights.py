@@ -17,7 +17,7 @@ import torch
 _STEPS = {8: (1.0,), 4: (1.0, 0.9, 0.8, 0.7)}
 # Where each weight counts as much as its input, the best scale may be far smaller.
 _FINE_STEPS = {8: (1.0, 0.98, 0.96), 4: tuple(1.0 - 0.04 * step for step in range(13))}
-_BLOCK = 1 << 16  # so many weights at a time: what is computed in between stays in the processor's cache
+_BLOCK = 1 << 15  # so many weights at a time: they stay in the cache, and PyTorch computes them in one thread
 
 
 @dataclass(frozen=True)
