@@ -46,7 +46,7 @@ def python_of(way: str) -> Path:
 
 def write(way: str, full: Path, out: Path, subset: list | None) -> Path:
     """Write what a way reads; the folder, or the file of llama.cpp."""
-    from transformers_emo import EmoForCausalLM, extract_subset
+    from transformers_emo import EmoForCausalLM, PackedConfig, extract_subset
     from transformers_emo.conversion import export_model
 
     engine, numbers = way.split("-")

@@ -8,11 +8,11 @@ fewer bytes to read, and a prompt no more than in bfloat16.
 Bar: of the time in bfloat16, one token in 4 bits 0.45 and in 8 bits 0.65; eight sequences in 4 bits 0.5; a
 prompt of 512 in 4 bits 1.1.
 
-The products of the released model: a projection of the attention (2048 to 2048), the head (2048 to 100,352), and
-a block of 128 or 16 experts (hidden size 2048, 1024 an expert, the best 8). There are so many of each that no
-cache holds them, and they lie in large pages. All take turns in one run; times are medians, in brackets is the
-ratio of the fastest runs. GB/s are the bytes of the weights that are needed, by the time. In bfloat16 runs
-what this package would run.
+The products of the released model: a projection of the attention (2048 to 2048), the head (2048 to 100,352),
+and a block of 128 or 16 experts (hidden size 2048, 1024 an expert, the best 8). There are so many of each
+that no cache holds them, and they lie in large pages. All take turns in one run; times are medians, in
+brackets is the ratio of the fastest runs. GB/s are the bytes of the weights that are needed, by the time. In
+bfloat16 runs what this package would run.
 """
 
 import argparse
@@ -59,9 +59,7 @@ def linears(outputs: int, group: int) -> Callable[[int], dict[str, tuple[Callabl
     """The calls of a linear layer, for so many rows: of how many times the work, and bytes."""
     copies = max(1, round(CACHES * 2 / (outputs * HIDDEN)))
     plain = [random_weight(outputs, HIDDEN) for _ in range(copies)]
-    packed = {
-        bits: [random_packed(bits, group, outputs, HIDDEN) for _ in range(copies)] for bits in (4, 8)
-    }
+    packed = {bits: [random_packed(bits, group, outputs, HIDDEN) for _ in range(copies)] for bits in (4, 8)}
 
     def calls(rows: int):
         x = torch.randn(rows, HIDDEN).bfloat16()
@@ -94,7 +92,8 @@ def experts(number: int, group: int):
         x = torch.randn(rows, HIDDEN, generator=generator).bfloat16()
         # As many different ones as no cache holds.
         index = [
-            torch.rand(rows, number, generator=generator).argsort(dim=1)[:, :TOP_K].contiguous() for _ in range(8)
+            torch.rand(rows, number, generator=generator).argsort(dim=1)[:, :TOP_K].contiguous()
+            for _ in range(8)
         ]
         weights = torch.rand(rows, TOP_K, generator=generator)
         hit = sum(len(each.unique()) for each in index) / len(index) / number
@@ -138,8 +137,9 @@ def compare(what: str, rows: int, found: dict, seconds: float) -> None:
     for name, (_, size, copies) in found.items():
         middle, least = statistics.median(times[name]), min(times[name])
         print(
-            f"{middle / statistics.median(plain):.2f} ({least / min(plain):.2f})  times the time in bfloat16: "
-            f"{what}, {rows} rows, {name} ({1e3 * middle / copies:.3f} ms, {size * copies / middle / 1e9:.1f} GB/s)",
+            f"{middle / statistics.median(plain):.2f} ({least / min(plain):.2f})  times the time in "
+            f"bfloat16: {what}, {rows} rows, {name} ({1e3 * middle / copies:.3f} ms, "
+            f"{size * copies / middle / 1e9:.1f} GB/s)",
             flush=True,
         )
 
@@ -158,7 +158,10 @@ def main() -> None:
     if args.quick:
         args.only, args.rows, args.seconds = ["projection", "16"], [1, 8], 1.0
     torch.set_num_threads(args.threads)
-    print(f"{args.threads} threads, groups of {args.group}, PyTorch {torch.__version__}, {sys.version.split()[0]}")
+    print(
+        f"{args.threads} threads, groups of {args.group}, PyTorch {torch.__version__}, Python "
+        f"{sys.version.split()[0]}"
+    )
     makers: dict[str, tuple[str, Callable]] = {
         "projection": ("projection", lambda: linears(HIDDEN, args.group)),
         "head": ("head", lambda: linears(VOCABULARY, args.group)),

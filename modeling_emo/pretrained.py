@@ -202,8 +202,8 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             args, kwargs: as for every Transformers model.
 
         Raises:
-            ValueError: if the model is a stage of a pipeline (`pp_size`), which has a part of the layers; or if
-                the code is asked for of a quantised model, which it cannot read.
+            ValueError: if the model is a stage of a pipeline (`pp_size`), which has a part of the layers; or
+                if the code is asked for of a quantised model, which it cannot read.
 
         Example:
 

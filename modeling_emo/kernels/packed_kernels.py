@@ -40,9 +40,13 @@ def fits(weight: PackedWeight) -> bool:
 
     ```
     """
-    if weight.scale.dtype not in _DTYPES or (weight.group not in _SMALL_GROUPS and weight.group % _LARGE_GROUP):
+    if weight.scale.dtype not in _DTYPES or (
+        weight.group not in _SMALL_GROUPS and weight.group % _LARGE_GROUP
+    ):
         return False
-    parts = (weight.packed, weight.scale) if weight.zero is None else (weight.packed, weight.scale, weight.zero)
+    parts = (
+        (weight.packed, weight.scale) if weight.zero is None else (weight.packed, weight.scale, weight.zero)
+    )
     return all(_is_readable(part) and _holds_all(part) for part in parts)
 
 
@@ -71,8 +75,8 @@ def _refusal(what: str, **tensors: torch.Tensor | None) -> ValueError:
     )
     return ValueError(
         f"The inputs of {what} do not fit each other, or are not all on the CPU and contiguous, with "
-        f"activations in bfloat16 or float32 and groups of 32, 64 or a multiple of 128: {found}. Change those "
-        "that differ."
+        f"activations in bfloat16 or float32 and groups of 32, 64 or a multiple of 128: {found}. Change "
+        "those that differ."
     )
 
 
@@ -87,11 +91,14 @@ class PackedKernels:
     Args:
         kernels (`Kernels`): the library that they are in.
 
+    Attributes:
+        has_tiles (`bool`): whether the machine has AMX.
+
     Example: see `find_packed_kernels`.
     """
 
     def __init__(self, kernels: Kernels):
-        library = kernels.library
+        library, self.has_tiles = kernels.library, kernels.has_tiles
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._linear = library.emo_packed_linear
         self._linear.argtypes = [number, *[pointer] * 6, *[size] * 4, *[number] * 3]

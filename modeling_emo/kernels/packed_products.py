@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .observers import is_observed, is_transformed
+from .observers import is_observed
 from .packed_kernels import PackedKernels, find_packed_kernels, fits
 from .packed_weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float32)
+# From so many rows on, for each matrix, PyTorch's bfloat16 products on AMX make up for an unpacked copy. (A
+# guess, not measured.)
+_MANY_ROWS_OF_TILES = 32
 
 
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -74,11 +77,16 @@ def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
     ```
     """
     shape = weight.shape
-    if len(shape) != 2 or x.dim() == 0 or x.shape[-1] != shape[1] or (bias is not None and bias.shape != shape[:1]):
+    if (
+        len(shape) != 2
+        or x.dim() == 0
+        or x.shape[-1] != shape[1]
+        or (bias is not None and bias.shape != shape[:1])
+    ):
         raise ValueError(
             f"Activations {tuple(x.shape)}, a packed weight {tuple(shape)} and a bias "
-            f"{None if bias is None else tuple(bias.shape)} do not fit each other: expected (..., K), (N, K) and "
-            "(N,) or None."
+            f"{None if bias is None else tuple(bias.shape)} do not fit each other: expected (..., K), (N, K) "
+            "and (N,) or None."
         )
     x = _autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
@@ -121,7 +129,8 @@ def packed_experts(
     >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
     >>> gate_up = PackedWeight.quantise(torch.randn(2, 64, 32), bits=4, group=32)
     >>> down = PackedWeight.quantise(torch.randn(2, 32, 32), bits=4, group=32)
-    >>> packed_experts(torch.randn(3, 32), gate_up, down, torch.ones(3, 1), torch.tensor([[0], [1], [2]]))[2].any()
+    >>> index = torch.tensor([[0], [1], [2]])  # the last is another rank's
+    >>> packed_experts(torch.randn(3, 32), gate_up, down, torch.ones(3, 1), index)[2].any()
     tensor(False)
 
     ```
@@ -135,9 +144,9 @@ def packed_experts(
         or tuple(x_TD.shape) != (picks[0], hidden)
     ):
         raise ValueError(
-            f"Tokens {tuple(x_TD.shape)}, experts gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}, "
-            f"weights {tuple(weights_TK.shape)} and index {picks} do not fit each other: expected (T, D), (E, "
-            "2F, D), (E, D, F), (T, K) and (T, K)."
+            f"Tokens {tuple(x_TD.shape)}, experts gate_up {tuple(gate_up.shape)} and down "
+            f"{tuple(down.shape)}, weights {tuple(weights_TK.shape)} and index {picks} do not fit each "
+            "other: expected (T, D), (E, 2F, D), (E, D, F), (T, K) and (T, K)."
         )
     dtype = x_TD.dtype
     x_TD = _autocast(x_TD)
@@ -156,7 +165,7 @@ def packed_experts(
 def _shows_operations() -> bool:
     """Whether others look at the operations of a call, or write them down for programs without ours."""
     if torch.compiler.is_compiling():
-        return is_transformed() or torch.compiler.is_exporting()
+        return torch.compiler.is_exporting()
     return is_observed()
 
 
@@ -181,6 +190,10 @@ def _kernels_for(x: torch.Tensor, *weights: PackedWeight) -> PackedKernels | Non
     return find_packed_kernels()
 
 
+def _is_for_tiles(kernels: PackedKernels, x: torch.Tensor, rows: int) -> bool:
+    return kernels.has_tiles and x.dtype == torch.bfloat16 and rows >= _MANY_ROWS_OF_TILES
+
+
 def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     kernels = find_packed_kernels() if dtype in _DTYPES and fits(weight) else None
     return weight.dequantise(dtype) if kernels is None else kernels.unpack(weight, dtype)
@@ -188,7 +201,7 @@ def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     kernels = _kernels_for(x, weight)
-    if kernels is None:
+    if kernels is None or _is_for_tiles(kernels, x, x.numel() // max(x.shape[-1], 1)):
         return F.linear(x, _unpacked(weight, x.dtype), bias)
     rows_MK = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -197,7 +210,7 @@ def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) ->
 
 def _experts(x_TD, gate_up: PackedWeight, down: PackedWeight, weights_TK, index_TK) -> torch.Tensor:
     kernels = _kernels_for(x_TD, gate_up, down)
-    if kernels is None:
+    if kernels is None or _is_for_tiles(kernels, x_TD, index_TK.numel() // max(down.shape[0], 1)):
         return _experts_one_by_one(x_TD, gate_up, down, weights_TK, index_TK)
     weights_TK, index_TK = weights_TK.float().contiguous(), index_TK.long().contiguous()
     return kernels.experts(x_TD.contiguous(), gate_up, down, weights_TK, index_TK)
@@ -216,13 +229,15 @@ def _taken(index_TK: torch.Tensor, experts: int) -> list[int]:
 
 def _experts_one_by_one(x_TD, gate_up, down, weights_TK, index_TK) -> torch.Tensor:
     """The experts that are taken, each unpacked once for its tokens."""
-    output_TD = torch.zeros_like(x_TD)
+    output_TD = torch.zeros_like(x_TD, dtype=_sums(x_TD.dtype))
     for expert in _taken(index_TK, down.shape[0]):
         token, slot = torch.where(index_TK == expert)
         gate, up = (x_TD[token] @ _expert(gate_up, expert, x_TD.dtype).T).chunk(2, dim=-1)
         out = (F.silu(gate) * up) @ _expert(down, expert, x_TD.dtype).T
-        output_TD.index_add_(0, token, out * weights_TK[token, slot, None].to(out.dtype))
-    return output_TD
+        output_TD.index_add_(
+            0, token, out.to(output_TD.dtype) * weights_TK[token, slot, None].to(output_TD.dtype)
+        )
+    return output_TD.to(x_TD.dtype)
 
 
 def _plain_experts(x_TD, gate_up, down, weights_TK, index_TK) -> torch.Tensor:
@@ -389,7 +404,7 @@ def _experts_backward(ctx: Any, grad: torch.Tensor):
     second = PackedWeight(down, down_scale, down_zero, *ctx.sizes[2:])
     wants = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
-        # Views, so that a gradient is that of one input and leaves out the way by which the others depend on it.
+        # Views, so that a gradient is that of one input and leaves out how the others depend on it.
         inputs = [tensor.view_as(tensor) for tensor in (x, weights)]
         output = _plain_experts(inputs[0], first, second, inputs[1], index)
         wanted = [tensor for tensor, want in zip(inputs, wants, strict=True) if want]
@@ -402,4 +417,3 @@ def _experts_backward(ctx: Any, grad: torch.Tensor):
 
 
 _experts_op.register_autograd(_experts_backward, setup_context=_keep_experts)
-

@@ -1,10 +1,11 @@
 // Several rows times weights of 8 and 4 bits, where the processor multiplies bfloat16.
 //
-// A panel is 32 outputs' weights, unpacked once for all rows: a vector has two neighbouring 16 bits of 16
-// outputs, and is multiplied with the same two activations of a row. Nothing has to be summed over a vector,
-// and scales are multiplied with sums of 32.
+// A panel is 32 outputs' weights, turned once for all rows: a vector has the same 32 bits of 16 outputs. Each of
+// its parts is multiplied with two activations of a row. Nothing has to be summed over a vector, and scales are
+// multiplied with sums of a group. The products leave time to take the parts out anew for every few rows.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "packed_rows.h"
@@ -15,7 +16,7 @@ namespace {
 constexpr index_t PANEL_FROM = 4;    // rows, from which panels are faster
 constexpr index_t PANEL = 32;        // outputs
 constexpr int HELD_ROWS = 6;         // as many as the registers hold
-constexpr index_t PANEL_CHUNKS = 2;  // vectors of a row at a time, which stay in the first cache
+constexpr index_t PANEL_CHUNKS = 4;  // vectors of a row at a time, which stay in the first cache
 
 template <class Matrix>
 struct Panels {
@@ -26,7 +27,7 @@ struct Panels {
   index_t outs;
   // For each group and output: scales, and what is taken off for its zero point.
   std::vector<float> scales, less;
-  alignas(64) __m512i numbers[PANEL_CHUNKS][16][4][2];
+  alignas(64) __m512i numbers[PANEL_CHUNKS][16][2];
 
   Panels(const Matrix& weights, index_t outs) : weights(weights), outs(outs) {
     scales.resize(weights.groups() * PANEL);
@@ -44,6 +45,7 @@ struct Panels {
         __m512i lines[16], zeros[16];
         for (index_t i = 0; i < 16; ++i) {
           const auto* from = weights.scales_of(row(n, half * 16 + i)) + g;
+          _mm_prefetch((const char*)(from + PANEL * groups), _MM_HINT_T1);  // of the next panel
           if constexpr (sizeof(*from) == 2)
             lines[i] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
           else
@@ -64,8 +66,8 @@ struct Panels {
       }
   }
 
-  // Vectors [first, first + count) of the rows, the last perhaps in part.
-  void unpack(index_t n, index_t first, index_t count) {
+  // Vectors [first, first + count) of the rows, the last perhaps in part. Those of the next panel are asked for.
+  void turn(index_t n, index_t first, index_t count) {
     for (index_t c = 0; c < count; ++c)
       for (index_t half = 0; half < 2; ++half) {
         const index_t left = (weights.in - (first + c) * CHUNK) * Matrix::BITS / 32;
@@ -74,16 +76,14 @@ struct Panels {
         for (index_t i = 0; i < 16; ++i) {
           const uint8_t* from = weights.row(row(n, half * 16 + i)) + (first + c) * VECTOR;
           lines[i] = _mm512_maskz_loadu_epi32(mask, from);
+          _mm_prefetch((const char*)from + PANEL * weights.in * Matrix::BITS / 8, _MM_HINT_T1);
         }
         transpose(lines, lines);
-        for (index_t j = 0; j < 16; ++j) {
-          const typename Form::Weights parts(lines[j]);
-          for (int i = 0; i < 4; ++i) numbers[c][j][i][half] = parts.parts[i];
-        }
+        for (index_t j = 0; j < 16; ++j) numbers[c][j][half] = lines[j];
       }
   }
 
-  // Adds the products of ROWS rows with the unpacked vectors to sums[row][32].
+  // Adds the products of ROWS rows with the turned vectors to sums[row][32].
   template <int ROWS>
   __attribute__((noinline)) void multiply(const ReadyRow* x, index_t first, index_t count, float* sums) const {
     __m512 acc[ROWS][2];
@@ -94,31 +94,35 @@ struct Panels {
       const index_t k = (first + c) * CHUNK, lanes = std::min<index_t>(4, (weights.in - k) / LANE);
       for (index_t lane = 0; lane < lanes; ++lane) {
         const float* scale = &scales[(k + lane * LANE) / weights.group * PANEL];
-        const __m512i(*from)[4][2] = numbers[c] + lane * 4;
+        const __m512i(*from)[2] = numbers[c] + lane * 4;
         const index_t place = k + lane * 8;  // of 16 bits
-        __m512 part[ROWS][2];
+        __m512 sums_of[ROWS][2];
 #pragma GCC unroll 6
         for (int m = 0; m < ROWS; ++m)
-          part[m][0] = part[m][1] = _mm512_set1_ps(x[m].beside[(first + c) * LANES + lane * 4]);
+          sums_of[m][0] = sums_of[m][1] = _mm512_set1_ps(x[m].beside[(first + c) * LANES + lane * 4]);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const __m512bh a = (__m512bh)from[j][i][0], b = (__m512bh)from[j][i][1];
+        for (int j = 0; j < 4; ++j) {
+          const auto step = [&](auto number) {
+            constexpr int PART = decltype(number)::value;
+            const __m512bh a = (__m512bh)Form::Weights::template part<PART>(from[j][0]);
+            const __m512bh b = (__m512bh)Form::Weights::template part<PART>(from[j][1]);
 #pragma GCC unroll 6
             for (int m = 0; m < ROWS; ++m) {
               int32_t two;
-              memcpy(&two, x[m].numbers + place + i * 4 / Matrix::BITS * 32 + j * 2, sizeof two);
+              memcpy(&two, x[m].numbers + place + PART * 4 / Matrix::BITS * 32 + j * 2, sizeof two);
               const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
-              part[m][0] = _mm512_dpbf16_ps(part[m][0], both, a);
-              part[m][1] = _mm512_dpbf16_ps(part[m][1], both, b);
+              sums_of[m][0] = _mm512_dpbf16_ps(sums_of[m][0], both, a);
+              sums_of[m][1] = _mm512_dpbf16_ps(sums_of[m][1], both, b);
             }
-          }
+          };
+          step(std::integral_constant<int, 0>()), step(std::integral_constant<int, 1>());
+          step(std::integral_constant<int, 2>()), step(std::integral_constant<int, 3>());
+        }
         const __m512 low = _mm512_loadu_ps(scale), high = _mm512_loadu_ps(scale + 16);
 #pragma GCC unroll 6
         for (int m = 0; m < ROWS; ++m) {
-          acc[m][0] = _mm512_fmadd_ps(part[m][0], low, acc[m][0]);
-          acc[m][1] = _mm512_fmadd_ps(part[m][1], high, acc[m][1]);
+          acc[m][0] = _mm512_fmadd_ps(sums_of[m][0], low, acc[m][0]);
+          acc[m][1] = _mm512_fmadd_ps(sums_of[m][1], high, acc[m][1]);
         }
       }
     }
@@ -139,7 +143,7 @@ struct Panels {
     take_scales(n);
     for (index_t c = 0; c < chunks; c += PANEL_CHUNKS) {
       const index_t count = std::min(PANEL_CHUNKS, chunks - c);
-      unpack(n, c, count);
+      turn(n, c, count);
       for (index_t b = 0; b < blocks; ++b) {  // of the same size, as far as possible
         const index_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
         multiply(x + begin, int(end - begin), c, count, sums + begin * PANEL);

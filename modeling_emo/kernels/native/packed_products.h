@@ -141,15 +141,16 @@ struct FewOrMany : Few<Halves<BITS>> {
 template <class Ready, class X, class Matrix>
 void packed_linear(const X* x, const Matrix& weights, const X* bias, X* out, index_t rows, index_t outs,
                    int threads) {
-  constexpr index_t OUTS = 16 * TILE_OUTS;
+  // At a time: long streams, but something for every thread.
+  const index_t block = std::clamp<index_t>((outs / (4 * threads) + 31) / 32 * 32, 32, 256);
   Ready ready(rows, weights.in, weights.group);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (index_t m = 0; m < rows; ++m) ready.prepare(m, x + m * weights.in);
 #pragma omp for schedule(dynamic)
-    for (index_t from = 0; from < outs; from += OUTS)
-      ready.products([](index_t m) { return m; }, rows, weights.from(from), std::min(OUTS, outs - from),
+    for (index_t from = 0; from < outs; from += block)
+      ready.products([](index_t m) { return m; }, rows, weights.from(from), std::min(block, outs - from),
                      [&](index_t m, index_t n, float sum) {
                        store(out + m * outs + from + n, sum + (bias ? to_float(bias[from + n]) : 0));
                      });
@@ -165,7 +166,7 @@ struct PackedExperts {
   X* out;
   const Routing& routing;
 
-  static constexpr index_t OUTS = 64;  // of a part
+  static constexpr index_t OUTS = 128;  // of a part
 
   void gate_up_part(const Part& part, const Ready& ready, X* activations) const {
     const index_t first = part.expert->begin, width = part.to - part.from;

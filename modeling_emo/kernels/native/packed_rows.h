@@ -294,12 +294,12 @@ inline vec spread(const S* scales) {
 }
 
 // Adds the products of `chunks` vectors of weights, from place `first` on, to sums[row][out]. Each scale is of
-// `each` vectors. What lies AHEAD is asked for meanwhile.
+// `each` vectors. What lies AHEAD in each stream is asked for meanwhile.
 template <class Form, int ROWS, int OUTS, int SPAN, class S>
 __attribute__((noinline)) void packed_tile(const ReadyRow* x, index_t length, index_t first,
                                            const uint8_t* const* w, const S* const* scales, index_t chunks,
                                            index_t each, float (&sums)[ROWS][OUTS]) {
-  constexpr index_t AHEAD = 4096;
+  constexpr index_t AHEAD = 2048;
   vec acc[ROWS][OUTS] = {};
   for (index_t chunk = 0, s = 0; chunk < chunks; s += SPAN) {
     const index_t end = SPAN > 1 ? chunk + 1 : chunk + each;  // several scales are of one vector
@@ -345,16 +345,16 @@ __attribute__((noinline)) float of_zeros(const Matrix& weights, index_t n, const
   return found;
 }
 
-// sums[row][out] of ROWS rows with OUTS rows of weights that follow each other.
+// sums[row][out] of ROWS rows with OUTS rows of weights, `gap` apart.
 template <class Form, int ROWS, int OUTS, int SPAN, class Matrix>
-inline void packed_sums(const ReadyRow* x, index_t length, const Matrix& weights, index_t n,
+inline void packed_sums(const ReadyRow* x, index_t length, const Matrix& weights, index_t n, index_t gap,
                         float (&sums)[ROWS][OUTS]) {
   using S = typename Matrix::Scale;
   constexpr index_t CHUNK = Matrix::CHUNK;
   const index_t in = weights.in, group = weights.group, whole = in / CHUNK;
   const uint8_t* w[OUTS];
   const S* scales[OUTS];
-  for (int o = 0; o < OUTS; ++o) w[o] = weights.row(n + o), scales[o] = weights.scales_of(n + o);
+  for (int o = 0; o < OUTS; ++o) w[o] = weights.row(n + o * gap), scales[o] = weights.scales_of(n + o * gap);
   for (int m = 0; m < ROWS; ++m)
     for (int o = 0; o < OUTS; ++o) sums[m][o] = 0;
   packed_tile<Form, ROWS, OUTS, SPAN>(x, length, 0, w, scales, whole, group / CHUNK, sums);
@@ -371,25 +371,23 @@ inline void packed_sums(const ReadyRow* x, index_t length, const Matrix& weights
   }
   if (weights.zeros)
     for (int m = 0; m < ROWS; ++m)
-      for (int o = 0; o < OUTS; ++o) sums[m][o] -= of_zeros(weights, n + o, x[m].sums);
+      for (int o = 0; o < OUTS; ++o) sums[m][o] -= of_zeros(weights, n + o * gap, x[m].sums);
 }
 
-// use(row, out, sum) of ROWS rows with `outs` rows of weights.
+// use(row, out, sum) of ROWS rows with `outs` rows of weights. Memory is read fastest as two streams, each strictly
+// in order: the first and the second half of the outputs.
 template <class Form, int ROWS, int SPAN, class Matrix, class Use>
 inline void packed_rows(const ReadyRow* x, const Matrix& weights, index_t outs, Use use) {
-  const index_t length = Form::numbers_of(weights.in);
-  constexpr int OUTS = ROWS == 1 ? 4 : 2;
-  index_t n = 0;
-  for (; n + OUTS <= outs; n += OUTS) {
-    float sums[ROWS][OUTS];
-    packed_sums<Form, ROWS, OUTS, SPAN>(x, length, weights, n, sums);
-    for (int m = 0; m < ROWS; ++m)
-      for (int o = 0; o < OUTS; ++o) use(m, n + o, sums[m][o]);
+  const index_t length = Form::numbers_of(weights.in), half = outs / 2;
+  for (index_t n = 0; n < half; ++n) {
+    float sums[ROWS][2];
+    packed_sums<Form, ROWS, 2, SPAN>(x, length, weights, n, half, sums);
+    for (int m = 0; m < ROWS; ++m) use(m, n, sums[m][0]), use(m, n + half, sums[m][1]);
   }
-  for (; n < outs; ++n) {
+  if (outs % 2) {
     float sums[ROWS][1];
-    packed_sums<Form, ROWS, 1, SPAN>(x, length, weights, n, sums);
-    for (int m = 0; m < ROWS; ++m) use(m, n, sums[m][0]);
+    packed_sums<Form, ROWS, 1, SPAN>(x, length, weights, outs - 1, 0, sums);
+    for (int m = 0; m < ROWS; ++m) use(m, outs - 1, sums[m][0]);
   }
 }
 

@@ -156,7 +156,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads(run_by, variant, dt
     threads = torch.get_num_threads()
     for tokens in (1, 7, 90):
         index = torch.rand(tokens, 6).argsort(dim=1)[:, :3]
-        x, rows, weights = torch.randn(tokens, 128).to(dtype), torch.randn(tokens, 1024).to(dtype), torch.rand(tokens, 3)
+        x, rows, weights = (
+            torch.randn(tokens, 128).to(dtype),
+            torch.randn(tokens, 1024).to(dtype),
+            torch.rand(tokens, 3),
+        )
         found = []
         try:
             for number in (1, 2, 3, 1):
@@ -164,7 +168,9 @@ def test_results_are_the_same_bits_for_any_number_of_threads(run_by, variant, dt
                 found.append((packed_experts(x, gate_up, down, weights, index), packed_linear(rows, head)))
         finally:
             torch.set_num_threads(threads)
-        assert all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
+        assert all(
+            torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True)
+        )
 
 
 @WAY
@@ -172,7 +178,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads(run_by, variant, dt
 @pytest.mark.parametrize("rows", [1, 5, 20])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_is_not_finite_is_not_lost(run_by, way, dtype, rows, bits):
-    """Not in the activations, where the weight is zero too, nor in the scales; and other rows do not see it."""
+    """Not in the activations, where the weight is zero too, nor in the scales. Other rows do not see it."""
     run_by(way)
     torch.manual_seed(0)
     for zeros in ("none", "any"):
@@ -215,7 +221,9 @@ def test_groups_of_zeros_and_of_very_large_and_small_numbers(run_by, way, dtype,
             slack = tolerance(expected, terms=3, scale=scale, dtype=dtype) + 3e-6 * scale + least
             torch.testing.assert_close(found.double(), expected, atol=slack, rtol=0)
         for size in (1e-35, 1e25):
-            scaled = PackedWeight(weight.packed, (weight.scale.double() * size).to(dtype), weight.zero, bits, 32)
+            scaled = PackedWeight(
+                weight.packed, (weight.scale.double() * size).to(dtype), weight.zero, bits, 32
+            )
             x = torch.randn(rows, 224).to(dtype)
             assert_near(packed_linear(x, scaled), *linear_in_float64(x, scaled), dtype)
 
@@ -246,7 +254,9 @@ def test_views_are_taken_by_value(run_by, way):
 
 @VARIANT
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages by Linux's own numbers")
-@pytest.mark.parametrize(("rows", "inputs", "group"), [(1, 96, 32), (4, 1056, 32), (3, 192, 64), (12, 160, 32)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "group"), [(1, 96, 32), (4, 1056, 32), (3, 192, 64), (12, 160, 32)]
+)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nothing_around_the_weights_is_read(run_by, variant, rows, inputs, group, bits):
     """Numbers, scales and zeros each end where a forbidden page begins, and begin after one."""
@@ -277,7 +287,12 @@ def test_nothing_around_the_weights_is_read(run_by, variant, rows, inputs, group
 
 @WAY
 @FEW
-@given(outputs=st.integers(1, 9), groups=st.integers(1, 9), to=st.sampled_from([*DTYPES, torch.float16]), **WEIGHT)
+@given(
+    outputs=st.integers(1, 9),
+    groups=st.integers(1, 9),
+    to=st.sampled_from([*DTYPES, torch.float16]),
+    **WEIGHT,
+)
 def test_unpacked_is_dequantised(run_by, way, outputs, groups, to, seed, **kind):
     run_by(way)
     torch.manual_seed(seed)
@@ -305,7 +320,10 @@ def test_gradients_of_a_linear_layer(run_by, way, dtype):
 def test_gradients_of_experts(run_by, way, dtype):
     run_by(way)
     torch.manual_seed(1)
-    gate_up, down = random_packed(4, 128, 96, bits=8, scale=0.001), random_packed(4, 96, 64, bits=8, scale=0.001)
+    gate_up, down = (
+        random_packed(4, 128, 96, bits=8, scale=0.001),
+        random_packed(4, 96, 64, bits=8, scale=0.001),
+    )
     index = torch.rand(9, 5).argsort(dim=1)[:, :2]  # an expert more than there are: of another rank
     x, weights, grad = torch.randn(9, 96).to(dtype), torch.rand(9, 2), torch.randn(9, 96).to(dtype)
     inputs = [tensor.clone().requires_grad_() for tensor in (x, weights)]
@@ -395,6 +413,32 @@ def test_compiled_code_refuses_what_it_cannot_read():
     emptied.packed.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="do not fit"):
         kernels.linear(x, emptied, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [8, 64])
+def test_many_rows_on_amx_are_multiplied_by_pytorch(monkeypatch, rows):
+    """As if the machine had it: the numbers are the same."""
+    torch.manual_seed(0)
+    kernels = load_packed_kernels()
+    monkeypatch.setattr(kernels, "has_tiles", True)
+    called = []
+    monkeypatch.setattr(
+        kernels, "unpack", lambda *args, plain=kernels.unpack: called.append(1) or plain(*args)
+    )
+    weight, x = random_packed(70, 64, dtype=torch.bfloat16), torch.randn(rows, 64).bfloat16()
+    exact = PackedWeight(
+        weight.packed, weight.scale.fill_(2**-5), None, 4, 32
+    )  # nothing to round when unpacked
+    assert_near(packed_linear(x, exact), *linear_in_float64(x, exact), torch.bfloat16)
+    assert bool(called) == (rows >= 32)
+    gate_up, down = (random_packed(2, *shape, dtype=torch.bfloat16) for shape in ((128, 64), (64, 64)))
+    for part in (gate_up, down):
+        part.scale.fill_(2**-7)
+    index, weights = torch.zeros(rows, 1, dtype=torch.int64), torch.rand(rows, 1)
+    found = packed_experts(x, gate_up, down, weights, index)
+    expected, terms = experts_in_float64(x, gate_up, down, weights, index)
+    assert_near(found, expected, 2 * terms, torch.bfloat16)  # gate and up are rounded too
 
 
 def test_groups_that_compiled_code_does_not_know_run_too(run_by):
