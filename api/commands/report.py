@@ -113,10 +113,10 @@ def report(
 
     ```python
     >>> from transformers_emo.cli import main
-    >>> toy = "model_cards/toy-emo"
-    >>> main(["report", toy, "--texts", f"{toy}/documents", "--window", "64", "--no-retention", "--clusters",
-    "4", ...     "-o", str(tmp_path / "report.html")])
-    .../report.html: 1 model, ... documents, ... MB
+    >>> toy, page = "model_cards/toy-emo", str(tmp_path / "report.html")
+    >>> words = ["--window", "64", "--no-retention", "--clusters", "4", "-o", page]
+    >>> main(["report", toy, "--texts", f"{toy}/documents", *words])
+    1 model, ... documents, ... MB: .../report.html
     0
 
     ```
@@ -170,7 +170,7 @@ def report(
     )
     tell(
         json,
-        f"{out}: {told}",
+        f"{told}: {out}",
         out=out,
         bytes=size,
         data=str(kept),
