@@ -299,8 +299,7 @@ def _forward(self: nn.Module, hidden_states, top_k_index, top_k_weights, native:
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
     gate_up, down = gate_up.to(dtype), down.to(dtype)
     inputs = hidden_states.to(dtype), gate_up, down, top_k_weights, top_k_index
-    # While compiling, the question would be traced as true: every expert would then run on every token.
-    if not torch.compiler.is_compiling() and is_transformed():
+    if is_transformed():
         return _plain_forward(*inputs).to(hidden_states.dtype)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
     is_plain = type(hidden_states) is torch.Tensor

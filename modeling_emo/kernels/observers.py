@@ -1,5 +1,6 @@
 """Whether PyTorch does more with a call than compute it: it cannot see what compiled code does."""
 
+import torch
 from torch.autograd import forward_ad
 
 from .private_torch import private_torch
@@ -14,6 +15,9 @@ private_torch("torch.autograd.forward_ad._current_level")  # it is there; below 
 _forward_mode = vars(forward_ad)
 
 
+# Asked while code is compiled, not traced: the trace would always say yes. PyTorch compiles anew where the
+# answer changes.
+@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Whether derivatives are taken in forward mode, or a transform of `torch.func` is at work.
 
