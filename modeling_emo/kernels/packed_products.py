@@ -18,9 +18,11 @@ from .packed_kernels import PackedKernels, find_packed_kernels, fits
 from .packed_weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# From so many rows on, for each matrix, PyTorch's bfloat16 products on AMX make up for an unpacked copy. (A
-# guess, not measured.)
-_MANY_ROWS_OF_TILES = 32
+# From so many rows on, for each matrix, PyTorch's bfloat16 products make up for an unpacked copy: with 8
+# bits, which the kernels multiply as two halves (measured on an AMD EPYC with AVX-512 BF16), and on AMX (a
+# guess).
+_MANY_ROWS = 32
+_OUTPUTS_AT_ONCE = 2048  # unpacked, so that they stay in the caches
 
 
 def unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -190,8 +192,9 @@ def _kernels_for(x: torch.Tensor, *weights: PackedWeight) -> PackedKernels | Non
     return find_packed_kernels()
 
 
-def _is_for_tiles(kernels: PackedKernels, x: torch.Tensor, rows: int) -> bool:
-    return kernels.has_tiles and x.dtype == torch.bfloat16 and rows >= _MANY_ROWS_OF_TILES
+def _is_for_copies(kernels: PackedKernels, x: torch.Tensor, bits: int, rows: int) -> bool:
+    """Whether an unpacked copy and PyTorch's product are faster."""
+    return rows >= _MANY_ROWS and x.dtype == torch.bfloat16 and (bits == 8 or kernels.has_tiles)
 
 
 def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -201,16 +204,29 @@ def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     kernels = _kernels_for(x, weight)
-    if kernels is None or _is_for_tiles(kernels, x, x.numel() // max(x.shape[-1], 1)):
+    if kernels is None:
         return F.linear(x, _unpacked(weight, x.dtype), bias)
+    if _is_for_copies(kernels, x, weight.bits, x.numel() // max(x.shape[-1], 1)):
+        return _linear_by_copies(x, weight, bias)
     rows_MK = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
     return kernels.linear(rows_MK, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
+def _linear_by_copies(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Some outputs after the other, so that a copy of a large weight takes no memory."""
+    output = x.new_empty(*x.shape[:-1], weight.shape[0])
+    for start in range(0, weight.shape[0], _OUTPUTS_AT_ONCE):
+        some = slice(start, start + _OUTPUTS_AT_ONCE)
+        copy = _unpacked(weight.map(lambda part, some=some: part[some]), x.dtype)
+        output[..., some] = F.linear(x, copy, None if bias is None else bias[some])
+    return output
+
+
 def _experts(x_TD, gate_up: PackedWeight, down: PackedWeight, weights_TK, index_TK) -> torch.Tensor:
     kernels = _kernels_for(x_TD, gate_up, down)
-    if kernels is None or _is_for_tiles(kernels, x_TD, index_TK.numel() // max(down.shape[0], 1)):
+    rows = index_TK.numel() // max(down.shape[0], 1)
+    if kernels is None or _is_for_copies(kernels, x_TD, down.bits, rows):
         return _experts_one_by_one(x_TD, gate_up, down, weights_TK, index_TK)
     weights_TK, index_TK = weights_TK.float().contiguous(), index_TK.long().contiguous()
     return kernels.experts(x_TD.contiguous(), gate_up, down, weights_TK, index_TK)

@@ -108,6 +108,19 @@ def test_linear_is_near_float64(run_by, way, rows, groups, outputs, has_bias, se
     assert_near(packed_linear(x, weight, bias), *linear_in_float64(x, weight, bias), dtype)
 
 
+@WAY
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_many_rows_by_copies_of_some_outputs_at_a_time(run_by, monkeypatch, way, has_bias):
+    run_by(way)
+    monkeypatch.setattr(packed_products, "_OUTPUTS_AT_ONCE", 5)
+    torch.manual_seed(0)
+    weight = random_packed(13, 64, bits=8, dtype=torch.bfloat16)
+    x = torch.randn(2, 20, 64).bfloat16()
+    bias = torch.randn(13).bfloat16() if has_bias else None
+    expected = F.linear(x.double(), weight.dequantise(torch.float64), None if bias is None else bias.double())
+    assert torch.allclose(packed_linear(x, weight, bias).double(), expected, atol=0.2, rtol=0.02)
+
+
 @VARIANT
 @pytest.mark.parametrize("activations", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 33])
