@@ -17,6 +17,7 @@ from ...configuration import EmoConfig
 from ...imports.transformers_versions import private_names
 from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
+from .expert_memory import check_memory_arguments, paged_parameters
 from .model_source import ModelSource
 from .tokenizer_copy import Origin, name_part
 from .weight_loading import LazyStateDict, whole_model
@@ -40,6 +41,7 @@ def from_pretrained(
     exclude_experts: Any = None,
     ignore_missing_keys: bool = False,
     check_weights: bool = False,
+    expert_memory: int | str | None = None,
     **kwargs,
 ):
     """`cls.from_pretrained(path, expert_subset=...)`; see `EmoPreTrainedModel.from_pretrained`.
@@ -53,16 +55,20 @@ def from_pretrained(
         exclude_experts: whatever `remaining_subset` takes, or `None` for none.
         ignore_missing_keys (`bool`, defaults to `False`): parameters that the files lack may be random.
         check_weights (`bool`, defaults to `False`): refuse weights that are NaN or infinite.
+        expert_memory (`int` or `str`, *optional*): bytes for experts, which are read when they are taken.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    if expert_subset is None and exclude_experts is None:
+    is_whole = expert_subset is None and exclude_experts is None
+    if is_whole and expert_memory is None:
         with whole_model(path, kwargs, ignore_missing=ignore_missing_keys):
             result = load(path, *args, **kwargs)
         if check_weights:
             _check_finite(result[0] if isinstance(result, tuple) else result, path)
         return result
-    _check_arguments(kwargs)
+    _check_arguments(kwargs, "expert_subset" if expert_memory is None else "expert_memory")
+    if expert_memory is not None:
+        check_memory_arguments(kwargs, check_weights=check_weights)
     hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
     with folder_or_repo(path):  # it may name an adapter: the experts are those of its model
         places: Any = dict(hub)  # Transformers may add to it
@@ -78,18 +84,29 @@ def from_pretrained(
         # Before the subset: a damaged config would say that it does not fit.
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)
-        tensors = LazyStateDict(source.parameters(kept.local))
+        small = source.config if is_whole else source.config_of(kept)
+        if expert_memory is None:
+            memory, tensors = None, LazyStateDict(source.parameters(kept.local))
+        else:
+            memory, tensors = paged_parameters(source, kept.local, small, expert_memory)
         tensors.label = os.fspath(base)
         tensors.ignore_missing = ignore_missing_keys or bool(afterwards["output_loading_info"])
         source.fetch(tensors.values(), progress=True)
         source.warn_if_chosen_elsewhere(kept, tensors)
-        small = source.config_of(kept)
         small.dtype = small.dtype or tensors.dtype  # which Transformers takes from the weights else
         model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
     if check_weights:
         _check_finite(model, base)
-    _name(model, base, source.commit if is_hub_repo(base) else None, hub)
-    model._part_of = Origin.of(base, hub)
+    if memory is not None:
+        memory.is_loaded = True
+        model.requires_grad_(False)
+    commit = source.commit if is_hub_repo(base) else None
+    if is_whole:
+        model.config._commit_hash = commit
+        model.name_or_path = model.base_model.name_or_path = os.fspath(base)
+    else:
+        _name(model, base, commit, hub)
+        model._part_of = Origin.of(base, hub)
     _take_generation_config(model, base, hub, afterwards["generation_config"], kwargs)
     if adapter is not None:
         token = {} if hub.get("token") is None else {"token": hub["token"]}
@@ -107,11 +124,11 @@ def _check_finite(model: Any, path: str | os.PathLike) -> None:
     check_finite(os.fspath(path), named.values(), dict(enumerate(present_experts(model.config))))
 
 
-def _check_arguments(kwargs: dict[str, Any]) -> None:
+def _check_arguments(kwargs: dict[str, Any], argument: str) -> None:
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"`expert_subset` chooses what is read from a checkpoint: it cannot go with `{name}`. Leave "
+                f"`{argument}` chooses what is read from a checkpoint: it cannot go with `{name}`. Leave "
                 "out one of the two."
             )
     if kwargs.get("use_safetensors") is False:

@@ -319,7 +319,11 @@ def _check_same_model(model: Any, place: ModelSource) -> None:
 def _check_plain(model: Any, caller: str) -> None:
     """Check that the experts are plain tensors in memory: rows are taken from them and put into them."""
     what = None
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    if model.expert_memory is not None:
+        what = "read when they are taken: load the model with `expert_memory` and the other subset instead"
+    elif getattr(model, "hf_quantizer", None) is not None or getattr(
+        model.config, "quantization_config", None
+    ):
         what = "quantised: load the other subset instead"
     elif any(hasattr(module, "base_layer") for module in model.modules()):
         what = (
