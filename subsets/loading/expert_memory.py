@@ -12,7 +12,7 @@ import copy
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,25 +22,28 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ...checkpoints.checkpoint import Checkpoint, rows_of, weight_files
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.hub.names import is_hub_repo
 from ...checkpoints.hub.opening import fetch_ahead
+from ...checkpoints.hub.repository import HubFiles
 from ...checkpoints.large_pages import empty
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles
-from ...checkpoints.safetensors_header import TensorSpan
-from ...checkpoints.source_files import LOADED_FILES, SourceChangedError, SourceFiles
+from ...checkpoints.safetensors_header import TensorSpan, read_index
+from ...checkpoints.source_files import SourceChangedError, SourceFiles
 from ...checkpoints.writing.safetensors_writing import size_in_bytes
 from ...configuration import EmoConfig
 from ...modeling_emo.modeling_emo import EmoExperts
 from ...modeling_emo.paged_experts import PagedExperts
-from ...modeling_emo.weight_names import STACKED_EXPERTS
+from ...modeling_emo.weight_names import ROUTER, STACKED_EXPERTS
 from .model_source import ModelSource
+from .wanted_tensors import lazy_parameters
 from .weight_loading import LazyStateDict
 
 logger = logging.get_logger(__name__)
 
 _NAMES = ("gate_up_proj", "down_proj")
+_PARTS = ("gate", "up", "down")
 _READERS = 4  # threads: a disk wants several reads at once, and copying from the page cache two processors
 
 
@@ -87,8 +90,9 @@ class ExpertMemoryReport:
         layers = f"{min(held)} to {max(held)} a layer" if held else "none"
         return (
             f"expert memory: {sum(held)} experts in memory ({layers}), room for {self.slots} beside those "
-            f"that every token uses; {self.hit_rate:.1%} of the experts taken were there, {self.bytes_per_token / 1e6:.1f} MB read a token "
-            f"({self.bytes_read / 1e9:.2f} GB for {self.tokens} tokens)"
+            f"that every token uses; {self.hit_rate:.1%} of the experts taken were there, "
+            f"{self.bytes_per_token / 1e6:.1f} MB read a token ({self.bytes_read / 1e9:.2f} GB for "
+            f"{self.tokens} tokens)"
         )
 
 
@@ -168,9 +172,9 @@ class ExpertMemory:
         model.base_model._expert_memory = self
         model._can_compile_fullgraph = False
         logger.info(
-            f"{self.label}: {self.num_slots} of {self.num_routed} experts fit into the {self.budget / 1e9:.2f} "
-            f"GB of `expert_memory`; {self.always_used_bytes / 1e9:.2f} GB of experts that every token uses "
-            "and the rest of the model are beside them."
+            f"{self.label}: {self.num_slots} of {self.num_routed} experts fit into the "
+            f"{self.budget / 1e9:.2f} GB of `expert_memory`; {self.always_used_bytes / 1e9:.2f} GB "
+            "of experts that every token uses and the rest of the model are beside them."
         )
 
     def _allocate(self, dtype: torch.dtype, device: torch.device, config: Any) -> None:
@@ -183,17 +187,17 @@ class ExpertMemory:
         if self.num_slots < needed:
             raise ValueError(
                 f"`expert_memory` of {self.budget} bytes has room for {self.num_slots} experts of "
-                f"{self.expert_bytes} bytes, expected the {needed} that a token takes in a layer: give at least "
-                f"{needed * self.expert_bytes} bytes."
+                f"{self.expert_bytes} bytes, expected the {needed} that a token takes in a layer: give at "
+                f"least {needed * self.expert_bytes} bytes."
             )
         fixed = [(index, expert) for index, layer in self._layers.items() for expert in layer.always_used]
         total = self.num_slots + len(fixed)
         with torch.device("meta"):
             slots = EmoExperts(self.config, 0)
         slots.config, slots.num_experts = config, total
-        slots._is_expert_parallel = (
-            True  # picks of experts in another group are marked as those of other ranks
-        )
+        # Picks of experts in another group are marked as expert parallelism marks those of other ranks.
+        parallel: Any = slots
+        parallel._is_expert_parallel = True
         for name, shape in shapes.items():
             numel = total * shape[0] * shape[1]
             memory = (
@@ -299,8 +303,16 @@ class ExpertMemory:
         """Fill slots, each with the expert (layer, expert) that it is for."""
         jobs: list[tuple[Any, TensorSpan, torch.Tensor]] = []
         ahead: dict[int, tuple[Any, list[LazyTensor]]] = {}
-        for (layer, expert), slot in slots.items():
-            for name, lazy in self.rows[layer].tensors(expert).items():
+        wanted: dict[int, list[int]] = {}
+        for layer, expert in slots:
+            wanted.setdefault(layer, []).append(expert)
+        lazies = {
+            (layer, expert): tensors
+            for layer, experts in wanted.items()
+            for expert, tensors in zip(experts, self.rows[layer].tensors(experts), strict=True)
+        }
+        for key, slot in slots.items():
+            for name, lazy in lazies[key].items():
                 target = getattr(self.slots, name).data[slot].view(-1)
                 ahead.setdefault(id(lazy.source), (lazy.source, []))[1].append(lazy)
                 begin = 0
@@ -308,8 +320,8 @@ class ExpertMemory:
                     end = begin + (piece.end - piece.start) // piece.dtype.itemsize
                     jobs.append((lazy.source, piece, target[begin:end]))
                     begin = end
-        for source, lazies in ahead.values():
-            fetch_ahead(source, lazies)
+        for source, each in ahead.values():
+            fetch_ahead(source, each)
         if len(jobs) == 1:
             self._fill(*jobs[0])
         elif jobs:
@@ -344,8 +356,8 @@ class ExpertMemory:
             state = os.fstat(descriptor)
         if (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns) != before[:4]:
             raise SourceChangedError(
-                f"{file} of {self.label} changed after the model was loaded with `expert_memory`, which reads "
-                "experts from it: they could be those of another model. Load the model again."
+                f"{file} of {self.label} changed after the model was loaded with `expert_memory`, which "
+                "reads experts from it: they could be those of another model. Load the model again."
             )
 
     # What it did.
@@ -392,15 +404,15 @@ class ExpertMemory:
         if probe.dtype != old.dtype or probe.device.type == "meta":
             to = str(probe.dtype if probe.dtype != old.dtype else probe.device).removeprefix("torch.")
             raise ValueError(
-                f"A model with `expert_memory` cannot be converted to {to}: its experts are read in the dtype "
-                f"that it was loaded with. Load it again with `dtype={to!r}`."
+                f"A model with `expert_memory` cannot be converted to {to}: its experts are read in the "
+                f"dtype that it was loaded with. Load it again with `dtype={to!r}`."
             )
         if probe.device != old.device:
             with self.at_work():
                 self._allocate(old.dtype, probe.device, self.slots.config)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertMemory:
-        """A memory of its own for a copy of the model, with no experts in it but those that all tokens use."""
+        """A memory of its own for a copy of the model, holding what every token uses."""
         twin = type(self)(
             self.budget, copy.deepcopy(self.config, memo), self.rows, label=self.label, files=self.files
         )
@@ -421,7 +433,8 @@ class ExpertRows:
     """Where the experts of one layer are: a lazy tensor for each parameter, with a row for each expert.
 
     Args:
-        stacks (`Mapping[str, LazyTensor]`): `gate_up_proj` and `down_proj` of all experts.
+        stacks (`Mapping[str, LazyTensor]`): `gate_up_proj` and `down_proj` of all experts, or of some.
+        find (`Callable`, *optional*): gives for rows the parameters of each, if the stacks have only some.
 
     Example:
 
@@ -431,26 +444,35 @@ class ExpertRows:
     >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
     >>> names = ["model.layers.0.mlp.experts.3.down_proj.weight"]
     >>> rows = ExpertRows({"down_proj": checkpoint.lazy(names, shape=(1, 128, 16))})
-    >>> rows.tensors(0)["down_proj"].shape
+    >>> rows.tensors([0])[0]["down_proj"].shape
     (1, 128, 16)
 
     ```
     """
 
-    def __init__(self, stacks: Mapping[str, LazyTensor]):
+    def __init__(
+        self,
+        stacks: Mapping[str, LazyTensor],
+        find: Callable[[Sequence[int]], Mapping[int, dict[str, LazyTensor]]] | None = None,
+    ):
         self.shapes = {name: stack.shape[1:] for name, stack in stacks.items()}
         self._stacks = dict(stacks)
+        self._find = find or self._take
         self._known: dict[int, dict[str, LazyTensor]] = {}
 
-    def tensors(self, expert: int) -> dict[str, LazyTensor]:
-        """The parameters of one expert, (1, ...) each.
+    def _take(self, rows: Sequence[int]) -> dict[int, dict[str, LazyTensor]]:
+        return {row: {name: stack.take([row]) for name, stack in self._stacks.items()} for row in rows}
+
+    def tensors(self, experts: Sequence[int]) -> list[dict[str, LazyTensor]]:
+        """The parameters of experts, (1, ...) each.
 
         Args:
-            expert (`int`): its row.
+            experts (`Sequence[int]`): their rows.
         """
-        if expert not in self._known:
-            self._known[expert] = {name: stack.take([expert]) for name, stack in self._stacks.items()}
-        return self._known[expert]
+        unknown = [expert for expert in experts if expert not in self._known]
+        if unknown:
+            self._known |= self._find(unknown)
+        return [self._known[expert] for expert in experts]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
         """Check that the experts have the shapes of the network's.
@@ -507,7 +529,11 @@ def check_memory_arguments(kwargs: Mapping[str, Any], *, check_weights: bool = F
 
 
 def paged_parameters(
-    source: ModelSource, kept: list[list[int] | None], config: EmoConfig, budget: int | str
+    source: ModelSource,
+    kept: list[list[int] | None],
+    config: EmoConfig,
+    budget: int | str,
+    files: SourceFiles,
 ) -> tuple[ExpertMemory, LazyStateDict]:
     """The parameters of a network without its experts, and the memory for those.
 
@@ -516,6 +542,7 @@ def paged_parameters(
         kept (`list[list[int] | None]`): for each layer the experts to use, in the numbering of the source.
         config (`EmoConfig`): the config of the model with these experts.
         budget (`int` or `str`): bytes for experts.
+        files (`SourceFiles`): the state of the files, noted before the source was opened.
 
     Returns:
         `tuple`: the memory, and the parameters, which put it into the network when they are loaded.
@@ -527,32 +554,77 @@ def paged_parameters(
     Example: see `ExpertMemory`.
     """
     budget = size_in_bytes(budget, name="expert_memory")
-    folder = source.path if not is_hub_repo(source.path) else ""
-    subfolder = source.hub_kwargs.get("subfolder")
-    files = (
-        SourceFiles.of(folder, patterns=LOADED_FILES, subfolder=subfolder) if folder else SourceFiles.of("")
-    )
-    tensors = LazyStateDict(source.parameters(kept))
+    # Of a repository, files that hold experts alone are left where they are.
+    needed = [
+        None if ids is None else sorted(ids[e] for e in layer.always_used) or ids[:1]
+        for ids, layer in zip(kept, config.layer_experts, strict=True)
+    ]
+    checkpoint = source.checkpoint(needed)
+    all_here = not checkpoint.elsewhere
+    tensors = LazyStateDict(lazy_parameters(checkpoint, source.config, kept if all_here else needed))
+    rows: dict[int, ExpertRows] = {}
     stacks: dict[int, dict[str, LazyTensor]] = {}
     for name in list(tensors):
         if match := STACKED_EXPERTS.fullmatch(name):
             stacks.setdefault(int(match["layer"]), {})[name.rpartition(".")[2]] = tensors.pop(name)
+            if not all_here:
+                index = int(match["layer"])
+                shard = _ExpertFiles(source, checkpoint, match["experts"], kept[index] or [])
+                rows[index] = ExpertRows(stacks[index], shard.open)
+        elif not all_here and (match := ROUTER.fullmatch(name)):
+            ids = kept[int(match["layer"])] or []
+            pieces = rows_of(checkpoint.tensors[name], ids)
+            tensors[name] = checkpoint.from_pieces(pieces, (len(ids), *tensors[name].shape[1:]))
     if not stacks:
         raise ValueError(
             f"{os.fspath(source.path)} has no experts that `expert_memory` could be for: leave it out."
         )
-    rows = {index: ExpertRows(stacks[index]) for index in sorted(stacks)}
+    rows = {index: rows.get(index) or ExpertRows(stacks[index]) for index in sorted(stacks)}
     memory = ExpertMemory(budget, config, rows, label=os.fspath(source.path), files=files)
 
     def prepare(model: Any, load_config: Any) -> None:
         devices = {str(device) for device in (load_config.device_map or {"": "cpu"}).values()}
         if len(devices) > 1 or devices & {"disk", "meta"}:
             raise ValueError(
-                f"`expert_memory` has its slots on one device, and the device map has {sorted(devices)}: give "
-                "one device, such as `device_map='cuda'`, or leave it out."
+                f"`expert_memory` has its slots on one device, and the device map has {sorted(devices)}: "
+                "give one device, such as `device_map='cuda'`, or leave it out."
             )
         device = torch.device(int(found) if (found := devices.pop()).isdecimal() else found)
         memory.install(model, device)
 
     tensors.prepare = prepare
+    tensors.label = os.fspath(source.path)
     return memory, tensors
+
+
+class _ExpertFiles:
+    """Experts of one layer in files of a repository that are opened when an expert is wanted."""
+
+    def __init__(self, source: ModelSource, checkpoint: Checkpoint, experts: str, ids: Sequence[int]):
+        self.files = checkpoint.source
+        self.variant = source.variant
+        self.checkpoint, self.experts, self.ids = checkpoint, experts, list(ids)
+        self.weight_map: dict[str, str] | None = None
+
+    def open(self, rows: Sequence[int]) -> dict[int, dict[str, LazyTensor]]:
+        """The parameters of some experts; their files are downloaded, if all that they hold is theirs."""
+        assert isinstance(self.files, HubFiles)
+        names = {row: [f"{self.experts}.{self.ids[row]}.{p}_proj.weight" for p in _PARTS] for row in rows}
+        lacking = {n for three in names.values() for n in three} - self.checkpoint.tensors.keys()
+        if lacking and self.weight_map is None:
+            index = self.files.find(weight_files(self.variant)[1])
+            self.weight_map = {} if index is None else read_index(index)
+        shards = sorted({(self.weight_map or {})[name] for name in lacking})
+        self.files.download(shards)
+        tensors = dict(self.checkpoint.tensors)
+        if shards:
+            tensors |= Checkpoint.from_files("", shards, self.files).tensors
+        found = Checkpoint(self.files, tensors)
+        opened = {}
+        for row, (gate, up, down) in names.items():
+            width, hidden = tensors[gate].shape
+            opened[row] = {
+                "gate_up_proj": found.lazy([gate, up], shape=(1, 2 * width, hidden)),
+                "down_proj": found.lazy([down], shape=(1, hidden, width)),
+            }
+        return opened

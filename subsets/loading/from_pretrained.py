@@ -13,6 +13,7 @@ from typing import Any
 
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import HUB_KWARGS, folder_or_repo, is_hub_repo, pinned
+from ...checkpoints.source_files import SourceFiles
 from ...configuration import EmoConfig
 from ...imports.transformers_versions import private_names
 from ..numbering import present_experts
@@ -79,16 +80,19 @@ def from_pretrained(
     config, kwargs = _config_of(base, hub, kwargs)
     afterwards = {name: kwargs.pop(name, None) for name in _AFTERWARDS}
     any_size = bool(kwargs.get("ignore_mismatched_sizes"))
+    files = None  # else their state, before anything of them is read
+    if expert_memory is not None:
+        files = SourceFiles.of(base, patterns=("**/*.safetensors",), subfolder=hub.get("subfolder"))
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
         source.refuse_quantised()
         # Before the subset: a damaged config would say that it does not fit.
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)
         small = source.config if is_whole else source.config_of(kept)
-        if expert_memory is None:
+        if expert_memory is None or files is None:
             memory, tensors = None, LazyStateDict(source.parameters(kept.local))
         else:
-            memory, tensors = paged_parameters(source, kept.local, small, expert_memory)
+            memory, tensors = paged_parameters(source, kept.local, small, expert_memory, files)
         tensors.label = os.fspath(base)
         tensors.ignore_missing = ignore_missing_keys or bool(afterwards["output_loading_info"])
         source.fetch(tensors.values(), progress=True)

@@ -321,9 +321,7 @@ def _check_plain(model: Any, caller: str) -> None:
     what = None
     if model.expert_memory is not None:
         what = "read when they are taken: load the model with `expert_memory` and the other subset instead"
-    elif getattr(model, "hf_quantizer", None) is not None or getattr(
-        model.config, "quantization_config", None
-    ):
+    elif getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None):
         what = "quantised: load the other subset instead"
     elif any(hasattr(module, "base_layer") for module in model.modules()):
         what = (

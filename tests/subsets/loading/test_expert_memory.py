@@ -1,12 +1,14 @@
-"""`from_pretrained(..., expert_memory=...)`: the whole model's outputs, and no byte read that is not needed."""
+"""`from_pretrained(..., expert_memory=...)`: the whole model's outputs, and no byte too many is read."""
 
 import copy
+import json
 import os
 import pickle
 import threading
 
 import pytest
 import torch
+from hub_server import HubServer
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tolerances import assert_same_numbers, clear_words
@@ -303,3 +305,62 @@ def test_an_adapter_of_a_model_with_paged_experts_is_refused_when_it_is_loaded(m
     get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expert_memory.*adapters"):
         EmoForCausalLM.from_pretrained(tmp_path, expert_memory=5 * EXPERT)
+
+
+FROM_THE_HUB = """
+import json, torch
+from transformers import AutoModelForCausalLM
+import transformers_emo
+
+def mark(name):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+    get_session().get(constants.ENDPOINT + "/mark/" + name)
+
+out = {}
+ids = torch.tensor([[5, 17, 60, 2, 33, 8, 90]])
+kwargs = {"expert_memory": 6 * EXPERT, "expert_subset": SUBSET}
+model = AutoModelForCausalLM.from_pretrained("user/emo", **kwargs)
+mark("loaded")
+out["logits"] = model(ids).logits.tolist()
+out["read"] = model.expert_memory.report().bytes_read
+mark("read")
+again = AutoModelForCausalLM.from_pretrained("user/emo", local_files_only=True, **kwargs)
+out["again"] = again(ids).logits.tolist()
+try:
+    again(torch.arange(2, 90)[None])
+except OSError as error:
+    out["error"] = str(error)
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.parametrize("subset", [None, [[0, 2, 3, 5, 7, 8, 11]] * 3], ids=["whole", "subset"])
+@pytest.mark.parametrize("layout", ["by size", "expert by expert"])
+def test_what_is_not_here_yet_is_fetched_from_the_hub_and_kept(make_checkpoint, tmp_path, layout, subset):
+    folder = make_checkpoint(shards=True)
+    if layout == "expert by expert":
+        shard_experts(folder, tmp_path / "out", progress=False)
+        folder = tmp_path / "out"
+    with HubServer() as hub:
+        hub.commit("user/emo", folder)
+        code = FROM_THE_HUB.replace("EXPERT", str(EXPERT)).replace("SUBSET", str(subset))
+        out = json.loads(hub.run(code).strip().splitlines()[-1])
+        marks = [place for place, request in enumerate(hub.requests) if "/mark/" in request.path]
+        sent = [
+            sum(request.body_bytes for request in part if (request.file or "").endswith(".safetensors"))
+            for part in (
+                hub.requests[: marks[0]],
+                hub.requests[marks[0] : marks[1]],
+                hub.requests[marks[1] :],
+            )
+        ]
+    full = whole(make_checkpoint(shards=True), expert_subset=subset)
+    with torch.no_grad():
+        expected = full(IDS[:1]).logits
+    assert_same_numbers(torch.tensor(out["logits"]), expected)
+    assert_same_numbers(torch.tensor(out["again"]), expected)
+    headers = 60_000 if layout == "by size" else 40_000
+    backbone = sum(p.nbytes for n, p in full.named_parameters() if ".experts." not in n) + 3 * EXPERT
+    assert sent[0] < backbone + headers and out["read"] <= sent[1] < 1.1 * out["read"] + headers
+    assert sent[2] == 0 and "offline" in out["error"]
