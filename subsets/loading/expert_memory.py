@@ -295,7 +295,7 @@ class ExpertMemory:
             self._free += slots.values()
             raise
         self._used |= slots
-        self._tables[layer][list(experts)] = torch.tensor(list(slots.values()))
+        self._tables[layer][list(experts)] = torch.tensor(list(slots.values()), dtype=torch.int64)
 
     # Reading.
 
