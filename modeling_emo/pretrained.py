@@ -97,9 +97,10 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
                 the experts that every token uses are beside this budget. Outputs are those of the whole
                 model. For inference only. `model.expert_memory.report()` tells what was read.
             args, kwargs: as for every Transformers model. With `disable_mmap=False` large weights stay pages
-                of their files (on Linux): loaded at once if the system has these in memory, shared between
-                processes, and somewhat slower to compute with. Such a file may be replaced but not written to
-                in place while the model is used. By default, and with `True`, weights are read.
+                of their files (on Linux): a page is read when it is first used, so that a token reads its own
+                experts; pages are shared between processes, and somewhat slower to compute with. Such a file
+                may be replaced, but if it is written to in place or the disk fails, the process may end. By
+                default, and with `True`, weights are read.
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.

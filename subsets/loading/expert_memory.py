@@ -443,9 +443,9 @@ class ExpertRows:
     >>> from transformers_emo.subsets.loading.expert_memory import ExpertRows
     >>> checkpoint = Checkpoint.from_folder("model_cards/toy-emo")
     >>> names = ["model.layers.0.mlp.experts.3.down_proj.weight"]
-    >>> rows = ExpertRows({"down_proj": checkpoint.lazy(names, shape=(1, 128, 16))})
+    >>> rows = ExpertRows({"down_proj": checkpoint.lazy(names, shape=(1, 128, 64))})
     >>> rows.tensors([0])[0]["down_proj"].shape
-    (1, 128, 16)
+    (1, 128, 64)
 
     ```
     """
