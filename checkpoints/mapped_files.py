@@ -11,15 +11,17 @@ mapped one expert after the other. Only the page in which two experts meet is re
 A page that is written to is copied first (`MAP_PRIVATE`). So files never change, and training works. Other
 pages need no memory of their own: processes share them, and the system may drop them and read them again.
 
-If a program shortens such a file in place, the process that uses it ends (`SIGBUS`). A file that is replaced
-by another one stays as it was for this process. There is a price: the pages of a file lie scattered over
-memory, which was read at three quarters of the speed of other memory.
+Nothing is read while a model is loaded but what cannot be mapped. A page is read when it is first used: of a
+model of experts, those that tokens take.
+
+If a program shortens such a file in place, or the disk fails, the process that uses it ends (`SIGBUS`). A
+file that is replaced by another one stays as it was for this process. There is a price: the pages of a file
+lie scattered over memory, which was read at three quarters of the speed of other memory.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import sys
@@ -27,7 +29,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -39,10 +41,8 @@ from .safetensors_header import TensorSpan
 
 PAGE = mmap.PAGESIZE
 LEAST_BYTES = 512 << 10  # shorter pieces are read: each would need up to two mappings
-_READ_AHEAD = 128 << 10  # for one call Linux may read only the beginning, but at least so many bytes
 # Constants that Python's `mmap` does not have.
 _MAP_FIXED, _MAP_FAILED = 0x10, ctypes.c_void_p(-1).value
-_MADV_POPULATE_READ = 22  # since Linux 5.14
 
 _mappings = 0
 _lock = threading.RLock()  # reentrant: a finalizer may run in a thread that holds it
@@ -61,7 +61,7 @@ class _Folder(Protocol):
 def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | None:
     """The bytes of parts of files as one tensor, most of it pages of these files.
 
-    All bytes have been read when this returns.
+    Pages are read from the disk when they are first used.
 
     Args:
         files (`LocalFiles`): the folder of the files.
@@ -103,7 +103,6 @@ def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | Non
     # The tensor keeps `memory` alive, and `memory` the block. With the block all its mappings end.
     weakref.finalize(memory, _release, 2 * len(runs)).atexit = False
     view, place = memoryview(block), shift
-    awaited = []
     for run in runs:
         end = place + run.end - run.start
         first, last = -(-place // PAGE) * PAGE, end // PAGE * PAGE
@@ -112,14 +111,16 @@ def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | Non
         else:
             offset = run.start + first - place
             with files.opened(run.file) as descriptor:
+                if os.fstat(descriptor).st_size < run.end:  # using a page behind the end ends the process
+                    raise CheckpointError(
+                        f"{files.folder / run.file} ends before byte {run.end}: it was cut short meanwhile. "
+                        "Load it again when it is whole."
+                    )
                 if not _map(descriptor, offset, ctypes.addressof(memory) + first, last - first):
                     return None
-            awaited.append((files.folder / run.file, offset, ctypes.addressof(memory) + first, last - first))
             files.read_into(run.file, run.start, view[place:first])
             files.read_into(run.file, offset + last - first, view[last:end])
         place = end
-    for mapping in awaited:
-        _fetch(*mapping)
     return torch.frombuffer(
         memory, dtype=spans[0].dtype, offset=shift, count=total // spans[0].dtype.itemsize
     )
@@ -149,35 +150,9 @@ def _place_in_page(runs: Sequence[TensorSpan]) -> int | None:
 
 
 def _map(descriptor: int, offset: int, address: int, length: int) -> bool:
-    """Map pages of a file at an address, and start reading them. `False` if they cannot be mapped."""
+    """Map pages of a file at an address. `False` if they cannot be mapped."""
     protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-    if c_library().mmap(address, length, protection, flags, descriptor, offset) == _MAP_FAILED:
-        return False
-    for start in range(
-        offset, offset + length, _READ_AHEAD
-    ):  # exactly these pages: page faults would read others too
-        size = min(_READ_AHEAD, offset + length - start)
-        with suppress(OSError):
-            os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
-    return True
-
-
-def _fetch(path: Path, offset: int, address: int, length: int) -> None:
-    """Wait until mapped pages have been read. Using a page that cannot be read would end the process."""
-    if not c_library().madvise(address, length, _MADV_POPULATE_READ):
-        return
-    problem = ctypes.get_errno()
-    if problem != errno.EINVAL:  # the file is shorter now, or the disk fails: the system does not say which
-        raise CheckpointError(
-            f"Reading {path} failed between bytes {offset} and {offset + length}, expected them all: "
-            "it may have been cut short meanwhile. Load it again when it is whole."
-        )
-    if path.stat().st_size < offset + length:
-        raise CheckpointError(
-            f"{path} ends before byte {offset + length}: it was cut short meanwhile. Load it again "
-            "when it is whole."
-        )
-    memoryview((ctypes.c_char * length).from_address(address)).cast("B")[::PAGE].tobytes()
+    return c_library().mmap(address, length, protection, flags, descriptor, offset) != _MAP_FAILED
 
 
 def _reserve(count: int) -> bool:

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from transformers.generation import GenerationMixin
+from transformers.utils import logging
 
 from .prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
 from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice, one_cache_name
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -156,6 +159,8 @@ class EmoGenerationMixin(GenerationMixin):
                 return name_cache_twice(super().generate(*args, **kwargs))  # type: ignore[misc]
         finally:
             _request.reset(token)
+            if model.expert_memory is not None:
+                logger.info(str(model.expert_memory.report()))
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # type: ignore[override]  # noqa: D102

@@ -668,6 +668,8 @@ class EmoModel(EmoPreTrainedModel):
 
     def _apply(self, fn, *args, **kwargs):
         """What `to`, `cuda` and so on do: masks follow the layers, once and not in every forward."""
+        if self._expert_memory is not None:
+            self._expert_memory.follow(fn)
         super()._apply(fn, *args, **kwargs)
         move_masks(self)
         return self

@@ -4,10 +4,12 @@ import os
 import re
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
 from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, check_layers, package
+from .paged_experts import HINT
 from .parallel import check_distribution, refuse_in_pipeline
 from .transformers_differences import EP_ROUTER_PLAN, check_peft
 
@@ -33,6 +35,7 @@ _FILES = [
     "modeling_emo/generation.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
+    "modeling_emo/paged_experts.py",
     "modeling_emo/parallel.py",
     "modeling_emo/pool_sizes.py",
     "modeling_emo/pretrained.py",
@@ -53,6 +56,17 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
     Example: see `PartialModel.from_pretrained`.
     """
 
+    # Of the decoder alone: what `expert_memory` loaded in place of its experts.
+    _expert_memory: Any = None
+
+    @property
+    def expert_memory(self) -> Any:
+        """`ExpertMemory`, *optional*: where the experts are that come into memory when they are taken.
+
+        `None` for a model loaded without `expert_memory`.
+        """
+        return self.base_model._expert_memory
+
     @classmethod
     def from_pretrained(
         cls,
@@ -62,6 +76,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
         exclude_experts=None,
         ignore_missing_keys: bool = False,
         check_weights: bool = False,
+        expert_memory: int | str | None = None,
         **kwargs,
     ):
         """Load a model, all of it or a subset of its experts; see `PreTrainedModel.from_pretrained`.
@@ -79,18 +94,26 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
                 there.
             check_weights (`bool`, defaults to `False`): look at every weight that was loaded, and refuse NaN
                 and infinite ones by the name of their tensor. It reads all weights once more, in memory.
+            expert_memory (`int` or `str`, *optional*): bytes, or a string such as `"6GB"`, for experts that
+                are in memory at a time. The others stay in the files, or on the Hub, and are read when a
+                token takes them; those that were not used for longest make room. The rest of the model and
+                the experts that every token uses are beside this budget. Outputs are those of the whole
+                model. For inference only. `model.expert_memory.report()` tells what was read.
             args, kwargs: as for every Transformers model. With `disable_mmap=False` large weights stay pages
-                of their files (on Linux): loaded at once if the system has these in memory, shared between
-                processes, and somewhat slower to compute with. Such a file may be replaced but not written to
-                in place while the model is used. By default, and with `True`, weights are read.
+                of their files (on Linux): a page is read when it is first used, so that a token reads its own
+                experts; pages are shared between processes, and somewhat slower to compute with. Such a file
+                may be replaced, but if it is written to in place or the disk fails, the process may end. By
+                default, and with `True`, weights are read.
 
         Raises:
             SubsetError: if the subset does not fit the model; before any tensor is read.
             CheckpointError: if a file is missing, damaged or outside the folder, by its path or by a link;
                 if the files lack a parameter, or one has another shape: before any tensor is read. With
                 `check_weights`, if a weight is NaN or infinite.
-            ImportError: if a subset, an exclusion or `check_weights` is given and this file is used without
-                the `transformers_emo` package.
+            ValueError: if `expert_memory` is too small for the experts of one token, or given with what does
+                not go with it.
+            ImportError: if a subset, an exclusion, `expert_memory` or `check_weights` is given and this file
+                is used without the `transformers_emo` package.
 
         Example:
 
@@ -105,9 +128,12 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
         load = super().from_pretrained
         if (hooks := package.hooks) is not None:
             kwargs |= {"ignore_missing_keys": ignore_missing_keys, "check_weights": check_weights}
+            if expert_memory is not None:
+                kwargs["expert_memory"] = expert_memory
             subset = {"expert_subset": expert_subset, "exclude_experts": exclude_experts}
             return hooks.from_pretrained(load, cls, pretrained_model_name_or_path, *args, **subset, **kwargs)
-        if expert_subset is not None or exclude_experts is not None or check_weights:
+        chosen = (expert_subset, exclude_experts, expert_memory)
+        if any(each is not None for each in chosen) or check_weights:
             raise ImportError(NEEDS_PACKAGE)
         return load(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -134,8 +160,39 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
             model.register_forward_pre_hook(refuse_in_pipeline, with_kwargs=True)
         return model
 
+    def _refuse_paged(self, what: str) -> None:
+        if self.expert_memory is not None:
+            raise ValueError(
+                f"A model loaded with `expert_memory` {what}: its experts are in the files that it was "
+                f"loaded from. {HINT}."
+            )
+
+    def train(self, mode: bool = True):
+        """Set the mode as every module does.
+
+        Args:
+            mode (`bool`, defaults to `True`): training, or evaluation.
+
+        Raises:
+            ValueError: with `expert_memory`, which is for inference only.
+
+        Example:
+
+        ```python
+        >>> from transformers_emo import EmoForCausalLM
+        >>> EmoForCausalLM.from_pretrained("model_cards/toy-emo").train().training
+        True
+
+        ```
+        """
+        if mode:
+            self._refuse_paged("cannot be trained")
+        return super().train(mode)
+
     def __setattr__(self, name, value):
         # PEFT shows the adapters that it puts on a model to it in this way alone.
+        if name == "peft_config":
+            self._refuse_paged("takes no adapters")
         if name == "peft_config" and package.hooks is not None:
             package.hooks.check_adapters(value, self.config)
         super().__setattr__(name, value)
@@ -153,6 +210,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
         Example: see `load_adapter`.
         """
+        self._refuse_paged("takes no adapters")
         if package.hooks is not None:
             package.hooks.check_adapter_config(adapter_config, self.config)
         check_peft()
@@ -183,6 +241,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
         ```
         """
+        self._refuse_paged("takes no adapters")
         load = super().load_adapter
         if package.hooks is not None:
             return package.hooks.load_checked_adapter(load, self.config, peft_model_id, *args, **kwargs)
@@ -214,6 +273,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
         ```
         """
+        self._refuse_paged("cannot be saved")
         check_layers(self.base_model)
         stages = getattr(getattr(self.config, "distributed_config", None), "pp_size", None) or 1
         if stages > 1:
@@ -260,6 +320,7 @@ class PartialModel(ExpertSwitching, PreTrainedModel):
 
         ```
         """
+        self._refuse_paged("cannot be saved")
         token = _with_code.set(include_code)
         try:
             return super().push_to_hub(repo_id, **kwargs)

@@ -14,10 +14,12 @@ from typing import Any
 
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.names import HUB_KWARGS, folder_or_repo, is_hub_repo, pinned
+from ...checkpoints.source_files import SourceFiles
 from ...configuration import EmoConfig
 from ...imports.transformers_versions import private_names
 from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
+from .expert_memory import check_memory_arguments, paged_parameters
 from .model_source import ModelSource
 from .tokenizer_copy import Origin, name_part
 from .weight_loading import LazyStateDict, prepare_packed, whole_model
@@ -41,6 +43,7 @@ def from_pretrained(
     exclude_experts: Any = None,
     ignore_missing_keys: bool = False,
     check_weights: bool = False,
+    expert_memory: int | str | None = None,
     **kwargs,
 ):
     """`cls.from_pretrained(path, expert_subset=...)`; see `EmoPreTrainedModel.from_pretrained`.
@@ -54,16 +57,20 @@ def from_pretrained(
         exclude_experts: whatever `remaining_subset` takes, or `None` for none.
         ignore_missing_keys (`bool`, defaults to `False`): parameters that the files lack may be random.
         check_weights (`bool`, defaults to `False`): refuse weights that are NaN or infinite.
+        expert_memory (`int` or `str`, *optional*): bytes for experts, which are read when they are taken.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
-    if expert_subset is None and exclude_experts is None:
+    is_whole = expert_subset is None and exclude_experts is None
+    if is_whole and expert_memory is None:
         with whole_model(path, kwargs, ignore_missing=ignore_missing_keys):
             result = load(path, *args, **kwargs)
         if check_weights:
             _check_finite(result[0] if isinstance(result, tuple) else result, path)
         return result
-    _check_arguments(kwargs)
+    _check_arguments(kwargs, "expert_subset" if expert_memory is None else "expert_memory")
+    if expert_memory is not None:
+        check_memory_arguments(kwargs, check_weights=check_weights)
     hub = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
     with folder_or_repo(path):  # it may name an adapter: the experts are those of its model
         places: Any = dict(hub)  # Transformers may add to it
@@ -74,18 +81,29 @@ def from_pretrained(
     config, kwargs = _config_of(base, hub, kwargs)
     afterwards = {name: kwargs.pop(name, None) for name in _AFTERWARDS}
     any_size = bool(kwargs.get("ignore_mismatched_sizes"))
+    files = None  # else their state, before anything of them is read
+    if expert_memory is not None:
+        files = SourceFiles.of(base, patterns=("**/*.safetensors",), subfolder=hub.get("subfolder"))
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
         asked = kwargs.get("quantization_config")
         packing = prepare_packed(copy.deepcopy(config), asked, os.fspath(base)) or source.packing
+        if packing is not None and expert_memory is not None:
+            raise ValueError(
+                f"{os.fspath(base)} is or would be in {packing.bits} bits, and `expert_memory` takes unquantised "
+                "weights only: give the unquantised model, or leave out `expert_memory`."
+            )
         # Before the subset: a damaged config would say that it does not fit.
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)
-        tensors = LazyStateDict(source.parameters(kept.local))
+        small = source.config if is_whole else source.config_of(kept)
+        if expert_memory is None or files is None:
+            memory, tensors = None, LazyStateDict(source.parameters(kept.local))
+        else:
+            memory, tensors = paged_parameters(source, kept.local, small, expert_memory, files)
         tensors.label = os.fspath(base)
         tensors.ignore_missing = ignore_missing_keys or bool(afterwards["output_loading_info"])
         source.fetch(tensors.values(), progress=True)
         source.warn_if_chosen_elsewhere(kept, tensors)
-        small = source.config_of(kept)
         if packing is not None:
             kwargs.pop("quantization_config", None)
             small.quantization_config = packing.loading_dict()
@@ -93,8 +111,16 @@ def from_pretrained(
         model, info = load(None, *args, config=small, state_dict=tensors, output_loading_info=True, **kwargs)
     if check_weights:
         _check_finite(model, base)
-    _name(model, base, source.commit if is_hub_repo(base) else None, hub)
-    model._part_of = Origin.of(base, hub)
+    if memory is not None:
+        memory.is_loaded = True
+        model.requires_grad_(False)
+    commit = source.commit if is_hub_repo(base) else None
+    if is_whole:
+        model.config._commit_hash = commit
+        model.name_or_path = model.base_model.name_or_path = os.fspath(base)
+    else:
+        _name(model, base, commit, hub)
+        model._part_of = Origin.of(base, hub)
     _take_generation_config(model, base, hub, afterwards["generation_config"], kwargs)
     if adapter is not None:
         token = {} if hub.get("token") is None else {"token": hub["token"]}
@@ -112,11 +138,11 @@ def _check_finite(model: Any, path: str | os.PathLike) -> None:
     check_finite(os.fspath(path), named.values(), dict(enumerate(present_experts(model.config))))
 
 
-def _check_arguments(kwargs: dict[str, Any]) -> None:
+def _check_arguments(kwargs: dict[str, Any], argument: str) -> None:
     for name in ("state_dict", "gguf_file"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"`expert_subset` chooses what is read from a checkpoint: it cannot go with `{name}`. Leave "
+                f"`{argument}` chooses what is read from a checkpoint: it cannot go with `{name}`. Leave "
                 "out one of the two."
             )
     if kwargs.get("use_safetensors") is False:

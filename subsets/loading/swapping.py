@@ -358,7 +358,9 @@ def _check_plain(model: Any, caller: str) -> None:
     """Check that the experts are plain tensors in memory: rows are taken from them and put into them."""
     what = None
     quantised = getattr(model.config, "quantization_config", None)
-    if quantised is not None and not isinstance(quantised, PackedConfig):
+    if model.expert_memory is not None:
+        what = "read when they are taken: load the model with `expert_memory` and the other subset instead"
+    elif quantised is not None and not isinstance(quantised, PackedConfig):
         what = "quantised: load the other subset instead"
     elif any(hasattr(module, "base_layer") for module in model.modules()):
         what = (

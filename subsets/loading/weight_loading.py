@@ -50,6 +50,7 @@ class LazyStateDict(dict[str, LazyTensor]):
         label (`str`): what their model is called in messages.
         ignore_missing (`bool`): whether parameters that are not among them may be random numbers.
         load_config (`LoadStateDictConfig`, *optional*): what Transformers loaded them with, once it has.
+        prepare (`Callable`, *optional*): called with the network and `load_config` before anything is loaded.
 
     Example: see `EmoPreTrainedModel.from_pretrained`.
     """
@@ -57,6 +58,7 @@ class LazyStateDict(dict[str, LazyTensor]):
     label: str = ""
     ignore_missing: bool = False
     load_config: Any = None
+    prepare: Callable[[Any, Any], None] | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -284,6 +286,8 @@ def load_weights(load: Callable, model, state_dict, checkpoint_files, load_confi
     tensors = state_dict
     if isinstance(state_dict, LazyStateDict):
         state_dict.load_config = load_config
+        if state_dict.prepare is not None:
+            state_dict.prepare(model, load_config)
         label, ignore_missing = state_dict.label, state_dict.ignore_missing
     else:
         tensors = _tensors_of_files(model.config, state_dict, checkpoint_files, load_config, loading)
