@@ -115,7 +115,8 @@ def write_parts(path: Path, parts: Sequence[FilePart], *, done: Callable[[int], 
             position = sum(part.length for part in parts[:written])
             os.ftruncate(descriptor, position)
             hashing = [hasher.submit(_hash, digest, descriptor, 0, position)]
-            done(position)
+            if position:
+                done(position)
             synced = position
             ahead = _ReadingAhead(span for part in parts[written:] for span in part.reads())
             ahead.ask(_AHEAD_BYTES)

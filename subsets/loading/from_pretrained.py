@@ -89,8 +89,8 @@ def from_pretrained(
         packing = prepare_packed(copy.deepcopy(config), asked, os.fspath(base)) or source.packing
         if packing is not None and expert_memory is not None:
             raise ValueError(
-                f"{os.fspath(base)} is or would be in {packing.bits} bits, and `expert_memory` takes unquantised "
-                "weights only: give the unquantised model, or leave out `expert_memory`."
+                f"{os.fspath(base)} is or would be in {packing.bits} bits, and `expert_memory` takes "
+                "unquantised weights only: give the unquantised model, or leave out `expert_memory`."
             )
         # Before the subset: a damaged config would say that it does not fit.
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)

@@ -48,6 +48,8 @@ def test_a_package_of_no_extra_is_named_alone():
     ],
 )
 def test_commands_say_what_is_missing(missing, words, message, monkeypatch, capsys, tmp_path):
+    import transformers_emo.training.trainer  # noqa: F401 (Transformers' own trainer wants accelerate once)
+
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     words = [*words, "--out", str(tmp_path / "out")] if words[0] == "retention" else words

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tolerances import assert_same_numbers, clear_words
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers_emo import CheckpointError, EmoForCausalLM
+from transformers_emo import CheckpointError, EmoForCausalLM, PackedConfig
 from transformers_emo.checkpoints.local_files import LocalFiles
 from transformers_emo.checkpoints.source_files import SourceChangedError
 from transformers_emo.conversion import shard_experts
@@ -368,3 +368,10 @@ def test_what_is_not_here_yet_is_fetched_from_the_hub_and_kept(make_checkpoint, 
     backbone = sum(p.nbytes for n, p in full.named_parameters() if ".experts." not in n) + 3 * EXPERT
     assert sent[0] < backbone + headers and out["read"] <= sent[1] < 1.1 * out["read"] + headers
     assert sent[2] == 0 and "offline" in out["error"]
+
+
+def test_a_folder_in_few_bits_is_refused(make_checkpoint, tmp_path):
+    config = PackedConfig(bits=8)
+    EmoForCausalLM.from_pretrained(make_checkpoint(), quantization_config=config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="8 bits, and `expert_memory` takes unquantised"):
+        EmoForCausalLM.from_pretrained(tmp_path, expert_memory="1MB")
