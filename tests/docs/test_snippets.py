@@ -91,9 +91,19 @@ def test_the_retention_command_gives_the_table_below_it(tmp_path, monkeypatch):
             assert float(said) == pytest.approx(loss if kept == "64" else loss - full, abs=0.005)
 
 
+@pytest.mark.slow
+def test_the_report_of_emo_tiny_and_its_twin_is_one_page(tmp_path, monkeypatch):
+    for name in ("plotly", "sklearn", "HanTa"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(folder_with_the_project(tmp_path))
+    run(DOCS / "tutorials" / "report.md", ("slow",))
+    assert 1e5 < (tmp_path / "report.html").stat().st_size < 10e6
+    assert list((tmp_path / "pictures").glob("*.png"))
+
+
 def test_what_is_slow_has_a_test_here():
     slow = {page.stem for page in PAGES for _, _, mark in blocks_of(page) if mark == "slow"}
-    assert slow == {"train-with-pools", "retention"}
+    assert slow == {"train-with-pools", "retention", "report"}
 
 
 def test_sharing_runs_against_a_small_hub():

@@ -327,22 +327,40 @@ __attribute__((noinline)) void packed_tile(const ReadyRow* x, index_t length, in
     }
 }
 
+// LANES bytes as float32. (GCC takes a `__builtin_convertvector` of bytes apart.)
+inline vec floats_of(const uint8_t* from) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  typedef uint8_t bytes __attribute__((vector_size(LANES)));
+  bytes some;
+  memcpy(&some, from, sizeof some);
+  return __builtin_convertvector(some, vec);
+#endif
+}
+
 // Takes off what zero points other than the middle stand for.
 template <class Matrix>
 __attribute__((noinline)) float of_zeros(const Matrix& weights, index_t n, const float* sums) {
   const uint8_t* zeros = weights.zeros_of(n);
   const auto* scales = weights.scales_of(n);
-  typedef uint8_t bytes __attribute__((vector_size(LANES)));
   vec total = {};
   index_t g = 0;
-  for (; g + LANES <= weights.groups(); g += LANES) {
-    bytes some;
-    memcpy(&some, zeros + g, sizeof some);
-    total += (__builtin_convertvector(some, vec) - float(Matrix::MIDDLE)) * load(scales + g) * load(sums + g);
-  }
+  for (; g + LANES <= weights.groups(); g += LANES)
+    total += (floats_of(zeros + g) - float(Matrix::MIDDLE)) * load(scales + g) * load(sums + g);
   float found = sum<LANES>(total);
   for (; g < weights.groups(); ++g) found += float(zeros[g] - Matrix::MIDDLE) * to_float(scales[g]) * sums[g];
   return found;
+}
+
+// Asks for the scales or zero points of a row some rows ahead: too few of them are read for the processor to
+// see a stream.
+template <class S>
+inline void ask_ahead(const S* row, index_t groups) {
+  constexpr index_t ROWS_AHEAD = 4, LINE = 64 / sizeof(S);
+  for (index_t g = 0; g < groups; g += LINE) __builtin_prefetch(row + ROWS_AHEAD * groups + g);
 }
 
 // sums[row][out] of ROWS rows with OUTS rows of weights, `gap` apart.
@@ -354,7 +372,11 @@ inline void packed_sums(const ReadyRow* x, index_t length, const Matrix& weights
   const index_t in = weights.in, group = weights.group, whole = in / CHUNK;
   const uint8_t* w[OUTS];
   const S* scales[OUTS];
-  for (int o = 0; o < OUTS; ++o) w[o] = weights.row(n + o * gap), scales[o] = weights.scales_of(n + o * gap);
+  for (int o = 0; o < OUTS; ++o) {
+    w[o] = weights.row(n + o * gap), scales[o] = weights.scales_of(n + o * gap);
+    ask_ahead(scales[o], weights.groups());
+    if (weights.zeros) ask_ahead(weights.zeros_of(n + o * gap), weights.groups());
+  }
   for (int m = 0; m < ROWS; ++m)
     for (int o = 0; o < OUTS; ++o) sums[m][o] = 0;
   packed_tile<Form, ROWS, OUTS, SPAN>(x, length, 0, w, scales, whole, group / CHUNK, sums);

@@ -1,6 +1,6 @@
 """Sizes and tokens a second in the engines that read an export of EMO, and ours beside them.
 
-    python benchmarks/engines.py [--quick] [--layers 4] [--folder DIR] [--ways ours-bf16 vllm-bf16 ...]
+    python benchmarks/engine_rates.py [--quick] [--layers 4] [--folder DIR] [--ways ours-bf16 vllm-bf16 ...]
 
 Claim: who serves an export knows what each engine takes of the disk, and how many tokens a second it gives.
 
