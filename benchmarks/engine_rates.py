@@ -201,10 +201,12 @@ def main() -> None:
         print("\n" + json.dumps(PARTS[engine](path)))
         return
     from loading import KEPT, make_checkpoint
+    from transformers_emo.tokenization import build_dolma2_tokenizer
 
     with tempfile.TemporaryDirectory(dir=args.folder and args.folder.parent) as temporary:
         full = args.folder or Path(temporary, "full")
         make_checkpoint(full, 1 if args.quick else args.layers)
+        build_dolma2_tokenizer().save_pretrained(full)  # llama.cpp loads no file without one
         layers = json.loads((full / "config.json").read_text())["num_hidden_layers"]
         subset = [[*range(0, 8 * (KEPT - 1), 8), 127]] * layers
         print("| experts | engine and numbers | GB on the disk | tokens a second | ours in bf16 = 1 |")
