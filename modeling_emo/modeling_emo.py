@@ -780,14 +780,8 @@ class EmoModel(EmoPreTrainedModel):
         kwargs |= lengths
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         expert_masks = self.expert_masks
-        frozen, pools = pools_that_hold(
-            inputs,
-            request,
-            prompt_pool,
-            expert_masks,
-            seed=self.pool_seed,
-            generator=self.pool_generator,
-        )
+        draws = {"seed": self.pool_seed, "generator": self.pool_generator}
+        frozen, pools = pools_that_hold(inputs, request, prompt_pool, expert_masks, **draws)
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
         layers = self.layers[: self.config.num_hidden_layers]

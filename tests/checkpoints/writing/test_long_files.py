@@ -94,6 +94,7 @@ def copying(request, monkeypatch):
     def refused(*span):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
+    # Only Linux has it. The other two ways, which other systems take, are tested on every system.
     if request.param == "copy_file_range" and not hasattr(os, "copy_file_range"):
         pytest.skip("this system has no copy_file_range")
     if request.param == "not between these files":
