@@ -20,7 +20,7 @@ def browser():
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="Playwright is not installed: make test-report"
     )
-    # Only a real browser shows what a click does: nothing stands in for it, and `make test` does not ask for it.
+    # Only a real browser shows what a click does. `make test` does not ask for one.
     if CHROMIUM is None:
         pytest.skip("there is no Chromium on this machine (Debian: apt install chromium)")
     with sync_api.sync_playwright() as playwright:
