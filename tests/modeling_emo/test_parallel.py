@@ -114,7 +114,7 @@ class TestFourRanks:
     @pytest.mark.parametrize("way", ways(4))
     @pytest.mark.parametrize("part", [False, True])
     def test_products_train_as_one_process_and_read_their_shares(self, four_ranks, alone, way, part):
-        # That this is refused, with the next number that goes, is tested above.
+        # That this is refused, with the next number that goes, is tested below.
         if part and way == "ep over all":
             pytest.skip("six experts do not go round four ranks")
         expected = parallel_runs.train(alone(part))
