@@ -3,12 +3,13 @@
 On a CPU bfloat16 and float32 run compiled code, which unpacks weights in registers and never writes them
 back. Elsewhere a weight is unpacked, an expert at a time, and PyTorch multiplies.
 
-Where gradients are recorded (`torch.is_grad_enabled()`), the activations are multiplied as they are. Otherwise
-the compiled code rounds activations in bfloat16 to whole numbers of 8 bits, with a scale for each 32 of a row,
-as llama.cpp does: a number is off by at most 1/254 of the largest among the 32. It does so for any number of
-rows, so a sequence gives the same alone and in a batch, but for the order of sums. Which processors
-do so says `PackedKernels.has_bytes`. On others what is multiplied is never coarser than bfloat16: bfloat16
-itself, or whole numbers of 16 bits. Activations in float32 are never rounded.
+Where gradients are recorded (`torch.is_grad_enabled()`), activations are multiplied as they are. Where none
+are, activations in bfloat16 are rounded to whole numbers of 8 bits, with a scale for each 32 of a row, if the
+processor multiplies bytes faster (`PackedKernels.has_bytes`), as llama.cpp does. A number is then off by at
+most 1/254 of the largest among its 32. One row and many are rounded alike, so that a sequence gives the same
+alone and in a batch, but for the order of sums; only with AMX are 32 rows and more not rounded. Processors
+without such products multiply bfloat16 itself or whole numbers of 16 bits, which are finer. Activations in
+float32 are never rounded.
 
 Shape suffixes: T tokens, K experts taken per token, E experts, D hidden size, F expert width.
 """
@@ -24,8 +25,8 @@ from .packed_kernels import PackedKernels, find_packed_kernels, fits
 from .packed_weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# From so many rows on, for each matrix, PyTorch's bfloat16 products make up for an unpacked copy, unless bytes
-# are multiplied (measured on an AMD EPYC with AVX-512 BF16). With AMX they are faster than bytes too (a guess).
+# From so many rows on, for each matrix, PyTorch's bfloat16 products make up for an unpacked copy, unless
+# bytes are multiplied (measured on an AMD EPYC with AVX-512 BF16). With AMX they do in any case (a guess).
 _MANY_ROWS = 32
 _OUTPUTS_AT_ONCE = 2048  # unpacked, so that they stay in the caches
 

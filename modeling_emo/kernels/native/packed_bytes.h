@@ -149,7 +149,7 @@ struct Bytes {
 // Several rows. A panel is 32 outputs' weights, turned once for all rows: a vector has the same 32 bits of 16
 // outputs. Each of its parts is multiplied with four activations of a row. So nothing has to be summed over a
 // vector. The products leave time to take the parts out anew for every few rows.
-constexpr index_t PANEL_FROM = 4;    // rows, from which panels are faster
+constexpr index_t PANEL_FROM = 2;    // rows, from which panels are faster
 constexpr index_t PANEL = 32;        // outputs
 constexpr int HELD_ROWS = 6;         // as many as the registers hold
 constexpr index_t PANEL_CHUNKS = 4;  // vectors of a row at a time, which stay in the first cache
@@ -173,32 +173,40 @@ struct Panels {
 
   index_t row(index_t n, index_t i) const { return std::min(n + i, outs - 1); }
 
-  void take_scales(index_t n) {
+  // use(group, half, numbers of 16 outputs, which part of them is the group's) of all groups. Those of the next
+  // panel are asked for: they are too few of a row for the processor to see a stream.
+  template <class T, class Use>
+  void for_groups(index_t n, const T* numbers, Use use) const {
+    constexpr index_t EACH = 4 / sizeof(T), LINE = 16 * EACH;
     const index_t groups = weights.groups();
     for (index_t half = 0; half < 2; ++half)
-      for (index_t g = 0; g < groups; g += 16) {
-        const index_t count = std::min<index_t>(16, groups - g);
-        const __mmask16 mask = __mmask16((1u << count) - 1);
+      for (index_t g = 0; g < groups; g += LINE) {
+        const index_t count = std::min(LINE, groups - g);
+        const uint64_t mask = ~uint64_t(0) >> (64 - count);
         __m512i lines[16];
         for (index_t i = 0; i < 16; ++i) {
-          const auto* from = weights.scales_of(row(n, half * 16 + i)) + g;
-          _mm_prefetch((const char*)(from + PANEL * groups), _MM_HINT_T1);  // of the next panel
-          if constexpr (sizeof(*from) == 2)
-            lines[i] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16);
-          else
-            lines[i] = _mm512_maskz_loadu_epi32(mask, from);
+          const T* from = numbers + row(n, half * 16 + i) * groups + g;
+          _mm_prefetch((const char*)(from + PANEL * groups), _MM_HINT_T1);
+          lines[i] = sizeof(T) == 4   ? _mm512_maskz_loadu_epi32(__mmask16(mask), from)
+                     : sizeof(T) == 2 ? _mm512_maskz_loadu_epi16(__mmask32(mask), from)
+                                      : _mm512_maskz_loadu_epi8(mask, from);
         }
         transpose(lines, lines);
-        for (index_t i = 0; i < count; ++i)
-          _mm512_storeu_si512(&scales[(g + i) * PANEL + half * 16], lines[i]);
-        if (!weights.zeros) continue;
-        for (index_t i = 0; i < 16; ++i)
-          lines[i] = _mm512_cvtepu8_epi32(
-              _mm_maskz_loadu_epi8(mask, weights.zeros_of(row(n, half * 16 + i)) + g));
-        transpose(lines, lines);
-        for (index_t i = 0; i < count; ++i)
-          _mm512_storeu_si512(&zeros[(g + i) * PANEL + half * 16], lines[i]);
+        for (index_t i = 0; i < count; ++i) use(g + i, half, lines[i / EACH], i % EACH);
       }
+  }
+
+  void take_scales(index_t n) {
+    for_groups(n, weights.scales, [&](index_t g, index_t half, __m512i line, index_t part) {
+      if constexpr (sizeof(typename Matrix::Scale) == 2)
+        line = part ? _mm512_and_si512(line, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(line, 16);
+      _mm512_storeu_si512(&scales[g * PANEL + half * 16], line);
+    });
+    if (!weights.zeros) return;
+    for_groups(n, weights.zeros, [&](index_t g, index_t half, __m512i line, index_t part) {
+      line = _mm512_and_si512(_mm512_srlv_epi32(line, _mm512_set1_epi32(8 * part)), _mm512_set1_epi32(0xff));
+      _mm512_storeu_si512(&zeros[g * PANEL + half * 16], line);
+    });
   }
 
   // Vectors [first, first + count) of the rows, the last perhaps in part. Those of the next panel are asked for.
