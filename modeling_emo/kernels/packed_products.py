@@ -26,7 +26,8 @@ from .packed_weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float32)
 # From so many rows on, for each matrix, PyTorch's bfloat16 products make up for an unpacked copy, unless
-# bytes are multiplied (measured on an AMD EPYC with AVX-512 BF16). With AMX they do in any case (a guess).
+# bytes are multiplied, or 4 bits as float32 (measured on an AMD EPYC with AVX-512 BF16). With AMX they always
+# do (a guess).
 _MANY_ROWS = 32
 _OUTPUTS_AT_ONCE = 2048  # unpacked, so that they stay in the caches
 
@@ -208,7 +209,11 @@ def _is_for_copies(
     """Whether an unpacked copy and PyTorch's product are faster."""
     if rows < _MANY_ROWS or x.dtype != torch.bfloat16:
         return False
-    return kernels.has_tiles or not (may_round and kernels.has_bytes(weight.bits))
+    if kernels.has_tiles:
+        return True
+    if may_round and kernels.has_bytes(weight.bits):
+        return False
+    return weight.bits == 8 or kernels.has_bytes(8)  # processors with these multiply bfloat16 too
 
 
 def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:

@@ -15,12 +15,12 @@
 
 namespace {
 
-// Whether bytes are what is fastest with weights of so many bits. Without VNNI there are only products of pairs,
-// added in 16 bits, which those of 8 bits do not fit.
+// Whether bytes are what is fastest with weights of so many bits. Without VNNI there are only products of
+// pairs, added in 16 bits, which those of 8 bits do not fit; with AVX-512 they gain nothing.
 template <int BITS>
 #if defined(EMO_PACKED_PANELS)
 constexpr bool HAS_BYTES = true;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool HAS_BYTES = BITS == 4;
 #else
 constexpr bool HAS_BYTES = false;
@@ -37,7 +37,7 @@ struct Bytes {
 
   static index_t numbers_of(index_t in) { return (in + CHUNK - 1) / CHUNK * CHUNK / 2; }  // of 16 bits
 
-  // Part i of a vector of weights has the numbers i, i + PARTS ... of it, and activations have the same order.
+  // Part i of a vector of weights has the numbers i, i + PARTS ... of it; activations have the same order.
   static void prepare(const bf16* x, index_t in, index_t group, int16_t* room, float* beside, float* sums) {
     constexpr int VECS = 16 / LANES;
     int8_t* numbers = (int8_t*)room;
@@ -65,7 +65,8 @@ struct Bytes {
       }
       // What is not finite spoils all sums it is part of, as it should.
       const bool finite = sum<LANES>(odd) == 0;
-      const float unit = finite ? std::max(largest(most), 0x1p-110f) / 127 : NAN, inverse = finite ? 1 / unit : 0;
+      const float unit = finite ? std::max(largest(most), 0x1p-110f) / 127 : NAN;
+      const float inverse = finite ? 1 / unit : 0;
       ivec totals = {};
       for (int half = 0; half < 2; ++half) {
         int8_t* to = numbers + k / CHUNK * CHUNK;
@@ -129,14 +130,11 @@ struct Bytes {
   // Products with the signed bytes `x`, four neighbours to each sum.
   static ivec add_products(ivec sums, const bytes (&w)[PARTS], const bytes (&x)[PARTS]) {
 #if defined(EMO_PACKED_PANELS)
-    for (int i = 0; i < PARTS; ++i) sums = (ivec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w[i], (__m512i)x[i]);
-#elif defined(__AVX512BW__)
-    const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)w[0], (__m512i)x[0]),
-                                           _mm512_maddubs_epi16((__m512i)w[PARTS - 1], (__m512i)x[PARTS - 1]));
-    sums += (ivec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    for (int i = 0; i < PARTS; ++i)
+      sums = (ivec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w[i], (__m512i)x[i]);
 #elif defined(__AVX2__)
     const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[0], (__m256i)x[0]),
-                                           _mm256_maddubs_epi16((__m256i)w[PARTS - 1], (__m256i)x[PARTS - 1]));
+                                           _mm256_maddubs_epi16((__m256i)w[1], (__m256i)x[1]));
     sums += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
     return sums;
@@ -144,7 +142,7 @@ struct Bytes {
 };
 
 #if defined(EMO_PACKED_PANELS)
-// ---- panels -------------------------------------------------------------------------------------------------
+// ---- panels -----------------------------------------------------------------------------------------------
 
 // Several rows. A panel is 32 outputs' weights, turned once for all rows: a vector has the same 32 bits of 16
 // outputs. Each of its parts is multiplied with four activations of a row. So nothing has to be summed over a
@@ -173,8 +171,8 @@ struct Panels {
 
   index_t row(index_t n, index_t i) const { return std::min(n + i, outs - 1); }
 
-  // use(group, half, numbers of 16 outputs, which part of them is the group's) of all groups. Those of the next
-  // panel are asked for: they are too few of a row for the processor to see a stream.
+  // use(group, half, numbers of 16 outputs, which part of them is the group's) of all groups. Those of the
+  // next panel are asked for: they are too few of a row for the processor to see a stream.
   template <class T, class Use>
   void for_groups(index_t n, const T* numbers, Use use) const {
     constexpr index_t EACH = 4 / sizeof(T), LINE = 16 * EACH;
@@ -209,7 +207,7 @@ struct Panels {
     });
   }
 
-  // Vectors [first, first + count) of the rows, the last perhaps in part. Those of the next panel are asked for.
+  // Vectors [first, first + count) of the rows, the last perhaps in part. The next panel's are asked for.
   void turn(index_t n, index_t first, index_t count) {
     for (index_t c = 0; c < count; ++c)
       for (index_t half = 0; half < 2; ++half) {
@@ -228,7 +226,8 @@ struct Panels {
 
   // Adds the products of ROWS rows with the turned vectors to sums[row][32].
   template <int ROWS, bool ZEROS>
-  __attribute__((noinline)) void multiply(const ReadyRow* x, index_t first, index_t count, float* sums) const {
+  __attribute__((noinline)) void multiply(const ReadyRow* x, index_t first, index_t count,
+                                          float* sums) const {
     __m512 acc[ROWS][2];
 #pragma GCC unroll 6
     for (int m = 0; m < ROWS; ++m)
@@ -245,8 +244,8 @@ struct Panels {
           const __m512i start = _mm512_castps_si512(_mm512_set1_ps(x[m].beside[lane + LANES]));
           if constexpr (ZEROS) {  // the activations' sum times the zero point
             const __m512i total = _mm512_srai_epi32(start, Matrix::BITS - 1);
-            const __m512i both[2] = {_mm512_loadu_si512(&zeros[group]), _mm512_loadu_si512(&zeros[group + 16])};
-            found[m][0] = _mm512_madd_epi16(both[0], total), found[m][1] = _mm512_madd_epi16(both[1], total);
+            found[m][0] = _mm512_madd_epi16(_mm512_loadu_si512(&zeros[group]), total);
+            found[m][1] = _mm512_madd_epi16(_mm512_loadu_si512(&zeros[group + 16]), total);
           } else {
             found[m][0] = found[m][1] = start;
           }
@@ -270,8 +269,10 @@ struct Panels {
 #pragma GCC unroll 6
         for (int m = 0; m < ROWS; ++m) {
           const __m512 unit_of = _mm512_set1_ps(x[m].beside[lane]);
-          acc[m][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(found[m][0]), unit_of), low, acc[m][0]);
-          acc[m][1] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(found[m][1]), unit_of), high, acc[m][1]);
+          const __m512 first_half = _mm512_mul_ps(_mm512_cvtepi32_ps(found[m][0]), unit_of);
+          const __m512 second_half = _mm512_mul_ps(_mm512_cvtepi32_ps(found[m][1]), unit_of);
+          acc[m][0] = _mm512_fmadd_ps(first_half, low, acc[m][0]);
+          acc[m][1] = _mm512_fmadd_ps(second_half, high, acc[m][1]);
         }
       }
     }
@@ -282,7 +283,8 @@ struct Panels {
   template <int ROWS = HELD_ROWS>
   void multiply(const ReadyRow* x, int rows, index_t first, index_t count, float* sums) const {
     if (rows == ROWS)
-      return weights.zeros ? multiply<ROWS, true>(x, first, count, sums) : multiply<ROWS, false>(x, first, count, sums);
+      return weights.zeros ? multiply<ROWS, true>(x, first, count, sums)
+                           : multiply<ROWS, false>(x, first, count, sums);
     if constexpr (ROWS > 1) multiply<ROWS - 1>(x, rows, first, count, sums);
   }
 

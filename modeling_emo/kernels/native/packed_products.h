@@ -49,7 +49,7 @@ void unpack(const Matrix& weights, index_t outs, T* to, int threads) {
     }
 }
 
-// ---- many rows ----------------------------------------------------------------------------------------------
+// ---- many rows --------------------------------------------------------------------------------------------
 
 // sums[row][out] of float32.
 template <int ROWS, int OUTS>
@@ -264,15 +264,16 @@ void packed_linear_of(const void* x, const PackedWeight& weight, const void* bia
                       index_t outs, bool may_round, int threads) {
   with_matrix(weight, [&](auto matrix) {
     with_ready<decltype(matrix)::BITS, X>(rows > MANY_ROWS, may_round, [&](auto* kind) {
-      packed_linear<std::remove_pointer_t<decltype(kind)>>((const X*)x, matrix, (const X*)bias, (X*)out, rows, outs,
-                                                           threads);
+      packed_linear<std::remove_pointer_t<decltype(kind)>>((const X*)x, matrix, (const X*)bias, (X*)out, rows,
+                                                           outs, threads);
     });
   });
 }
 
 template <class X>
-void packed_experts_of(const void* x, const PackedWeight& gate_up, const PackedWeight& down, const float* weights,
-                       const index_t* index, void* out, const Shape& s, bool may_round, int threads) {
+void packed_experts_of(const void* x, const PackedWeight& gate_up, const PackedWeight& down,
+                       const float* weights, const index_t* index, void* out, const Shape& s, bool may_round,
+                       int threads) {
   const Routing routing(index, s);
   const bool many = routing.pick.size() > MANY_ROWS * routing.experts.size();
   with_matrix(gate_up, [&](auto first) {
