@@ -8,6 +8,7 @@ from .modeling_emo import (
     EmoPreTrainedModel,
 )
 from .pool_sizes import draw_pool_sizes, step_seed
+from .routed_experts import GenerateWithExpertsOutput, RoutedExperts
 from .segments import (
     flatten_segments,
     lengths_from_segments,
@@ -23,6 +24,8 @@ __all__ = [
     "EmoForTokenClassification",
     "EmoModel",
     "EmoPreTrainedModel",
+    "GenerateWithExpertsOutput",
+    "RoutedExperts",
     "document_pool_losses",
     "draw_pool_sizes",
     "flatten_segments",

@@ -40,6 +40,7 @@ _FILES = [
     "modeling_emo/pool_sizes.py",
     "modeling_emo/pretrained.py",
     "modeling_emo/prompt_pool.py",
+    "modeling_emo/routed_experts.py",
     "modeling_emo/segments.py",
     "modeling_emo/transformers_differences.py",
     "modeling_emo/weight_names.py",
