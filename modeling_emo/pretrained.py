@@ -29,7 +29,6 @@ _FILES = [
     "configuration/layer_experts.py",
     "imports/names_of_others.py",
     "imports/transformers_versions.py",
-    "modeling_emo/document_pool.py",
     "modeling_emo/expert_switching.py",
     "modeling_emo/forward_inputs.py",
     "modeling_emo/generation.py",
@@ -37,10 +36,11 @@ _FILES = [
     "modeling_emo/modeling_emo.py",
     "modeling_emo/paged_experts.py",
     "modeling_emo/parallel.py",
-    "modeling_emo/pool_sizes.py",
+    "modeling_emo/pools/document_pool.py",
+    "modeling_emo/pools/pool_sizes.py",
+    "modeling_emo/pools/prompt_pool.py",
+    "modeling_emo/pools/segments.py",
     "modeling_emo/pretrained.py",
-    "modeling_emo/prompt_pool.py",
-    "modeling_emo/segments.py",
     "modeling_emo/transformers_differences.py",
     "modeling_emo/weight_names.py",
 ]
@@ -361,7 +361,7 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
     written = []
     for name in _FILES:
         source = (_PACKAGE / name).read_text(encoding="utf-8")
-        flat = re.sub(r"^from \.\.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+        flat = re.sub(r"^from \.+(?:\w+\.)*(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
         target = Path(folder) / Path(name).name
         target.write_text(flat, encoding="utf-8")
         written.append(target)
