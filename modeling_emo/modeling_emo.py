@@ -50,7 +50,7 @@ with private_names("network"):  # the versions are looked at before anything can
 
 from ..configuration.configuration_emo import EmoConfig
 from ..configuration.layer_experts import LayerExperts
-from .expert_switching import Masks, PackageHooks, check_layers, masks_here, move_masks, package
+from .expert_switching import Masks, check_layers, masks_here, move_masks
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
@@ -62,6 +62,7 @@ from .forward_inputs import (
 )
 from .generation import EmoGenerationMixin
 from .losses import BalanceCounts, RouterStatistics, total_loss
+from .package_hooks import PackageHooks, package
 from .parallel import refuse_split_sequences
 from .pools.document_pool import DocumentPools, PoolRequest, mean_pool_size
 from .pools.prompt_pool import FrozenPool, Pools, PromptPool, keep_pools

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, check_layers, package
+from .expert_switching import ExpertSwitching, check_layers
+from .package_hooks import NEEDS_PACKAGE, package
 from .paged_experts import HINT
 from .parallel import check_distribution, refuse_in_pipeline
 from .transformers_differences import EP_ROUTER_PLAN, check_peft
@@ -34,6 +35,7 @@ _FILES = [
     "modeling_emo/generation.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
+    "modeling_emo/package_hooks.py",
     "modeling_emo/paged_experts.py",
     "modeling_emo/parallel.py",
     "modeling_emo/pools/document_pool.py",
