@@ -14,8 +14,8 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
-from .routed_experts import ExpertRecord, GenerateWithExpertsOutput
+from .in_use.routed_experts import ExpertRecord, GenerateWithExpertsOutput
+from .pools.prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
 from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice, one_cache_name
 
 logger = logging.get_logger(__name__)

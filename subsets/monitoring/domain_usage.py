@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ...modeling_emo.routed_experts import RoutedExperts
+from ...modeling_emo.in_use.routed_experts import RoutedExperts
 from ..expert_subset import ExpertSubset
 from ..library import LIBRARY, HubLibrary, library_names
 from ..loading.model_source import ModelSource

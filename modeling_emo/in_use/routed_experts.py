@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..configuration.configuration_emo import EmoConfig
+from ...configuration.configuration_emo import EmoConfig
 
 _COMPACT_AFTER = 64  # forwards: memory for their small tensors is given back
 _PARTS = ("all", "prompt", "new")
@@ -103,7 +103,7 @@ def expert_usage(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.routed_experts import expert_usage
+    >>> from transformers_emo.modeling_emo.in_use.routed_experts import expert_usage
     >>> ids = torch.tensor([[[[0, 2], [1, 2]]]])
     >>> expert_usage(ids, torch.ones(ids.shape), [3], [[2]]).tolist()
     [[[1.0, 1.0, 0.0]]]
@@ -162,7 +162,7 @@ class ExpertRecord:
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.routed_experts import ExpertRecord
+    >>> from transformers_emo.modeling_emo.in_use.routed_experts import ExpertRecord
     >>> record = ExpertRecord(EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2))
     >>> record.begin_forward(batch=1)
     >>> record.layer(0).take(torch.tensor([[1, 3], [0, 3]]), torch.ones(2, 2))
