@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, S tokens of each in this call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -184,7 +184,13 @@ class EmoGenerationMixin(GenerationMixin):
 
     def _generate_with_experts(self, args: tuple, kwargs: dict[str, Any], **choice) -> Any:
         model: Any = self
-        _refuse_other_orders(kwargs, model.generation_config)
+        settings = next(filter(None, (*args[1:2], kwargs.get("generation_config"))), model.generation_config)
+
+        def said(name: str) -> Any:  # what is not set in one place is taken from the next
+            value = _said(kwargs, settings, name)
+            return getattr(model.generation_config, name, None) if value is None else value
+
+        _refuse_other_orders(said)
         if all(layer.is_dense for layer in model.config.layer_experts):
             raise ValueError("`return_experts` is set, and every layer of this model is dense: leave it out.")
         cache = kwargs.get(CACHE)
@@ -196,8 +202,7 @@ class EmoGenerationMixin(GenerationMixin):
         finally:
             _record.reset(token)
         record.end_forward()
-        settings = kwargs.get("generation_config") or model.generation_config
-        ends, pad = (_said(kwargs, settings, name) for name in ("eos_token_id", "pad_token_id"))
+        ends, pad = said("eos_token_id"), said("pad_token_id")
         ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
         experts = record.experts(
             output.sequences[:, _ids_length(args, kwargs) :],
@@ -290,9 +295,8 @@ def _said(kwargs: dict[str, Any], settings: Any, name: str) -> Any:
     return getattr(settings, name, None) if kwargs.get(name) is None else kwargs[name]
 
 
-def _refuse_other_orders(kwargs: dict[str, Any], generation_config: Any) -> None:
+def _refuse_other_orders(said: Callable[[str], Any]) -> None:
     """Refuse ways of generating that read tokens which are dropped, or exchange beginnings of sequences."""
-    settings = kwargs.get("generation_config") or generation_config
     for name, is_refused in (
         ("num_beams", lambda value: value > 1),
         ("assistant_model", bool),
@@ -301,7 +305,7 @@ def _refuse_other_orders(kwargs: dict[str, Any], generation_config: Any) -> None
         ("custom_generate", bool),
         ("cache_implementation", lambda value: "paged" in value),
     ):
-        value = _said(kwargs, settings, name)
+        value = said(name)
         if value is not None and is_refused(value):
             shown = type(value).__name__ if name in ("assistant_model", "custom_generate") else value
             raise ValueError(

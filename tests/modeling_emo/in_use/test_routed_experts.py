@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_model
+from device_scenarios import generate as on_device
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 from transformers_emo import EmoForCausalLM, PackedConfig
@@ -256,3 +257,10 @@ def test_an_assistant_is_refused_and_afterwards_all_is_as_before():
     assert torch.equal(model.generate(PROMPT, max_new_tokens=2)[:, :7], PROMPT)
     with pytest.raises(ValueError, match="every layer of this model is dense"):
         generate(tiny_model(num_experts_per_layer=[0, 0, 0], dense_intermediate_size=16))
+
+
+def test_nothing_waits_for_a_device_while_tokens_pass():
+    plain = on_device("meta", "grouped_mm")
+    told = on_device("meta", "grouped_mm", return_experts=True)
+    assert told.in_layers == {}
+    assert (told.theirs, told.ours) == (plain.theirs, plain.ours)
