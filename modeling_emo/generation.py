@@ -235,7 +235,7 @@ class EmoGenerationMixin(GenerationMixin):
         return inputs
 
     @wraps(GenerationMixin._update_model_kwargs_for_generation)
-    def _update_model_kwargs_for_generation(self, *args, **kwargs):
+    def _update_model_kwargs_for_generation(self, *args, **kwargs):  # type: ignore[override]
         if (record := _record.get()) is not None:
             record.end_forward()
         return super()._update_model_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,7 +210,7 @@ class Session:
             raise ValueError(
                 f"{name!r} has no tokenizer that can be read: put one beside the model ({error})."
             ) from error
-        chosen = {} if domain is None else {"expert_subset": domain}
+        chosen: dict[str, Any] = {} if domain is None else {"expert_subset": domain}
         loaded = EmoForCausalLM.from_pretrained(model, dtype=dtype or "auto", **chosen, **hub_kwargs)
         return cls(loaded.to(device), tokenizer, name, domain=domain, config=config)
 
@@ -319,7 +319,7 @@ class Session:
         temperature: float = 0.7,
         top_p: float = 0.95,
         seed: int | None = None,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Answer a prompt piece by piece. Closing the iterator stops the model.
 
         Args:

@@ -75,7 +75,7 @@ def write_space(
     ```python
     >>> from transformers_emo.analysis.trying.space import write_space
     >>> print(write_space("me/emo", tmp_path / "space"))
-    .../space: app.py, requirements.txt and README.md for me/emo
+    /...space: app.py, requirements.txt and README.md for me/emo
     >>> (tmp_path / "space" / "requirements.txt").read_text()
     'transformers-emo[demo]==...\\n'
 

@@ -76,8 +76,9 @@ class Chat:
     >>> session = Session.open("model_cards/emo-tiny", domain="python")
     >>> settings = ChatSettings(max_new_tokens=4, temperature=0, show_experts=False)
     >>> Chat(session, str.split, settings=settings, source=io.StringIO("import os")).run()
-    emo-tiny: ... It has no chat template: ...
-    ...
+    emo-tiny: python (16 of 64 in each layer) in memory. It has no chat template: ...
+    import os...
+    4 tokens, ... a second; routing: ...
 
     ```
     """
@@ -321,7 +322,7 @@ def strip(picks_E: torch.Tensor, last_E: torch.Tensor, held: Sequence[int], per_
     >>> import torch
     >>> from transformers_emo.analysis.trying.terminal import strip
     >>> strip(torch.tensor([0.0, 4.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]), [1, 2, 3]).plain
-    ' █·▂'
+    ' █·▃'
 
     ```
     """

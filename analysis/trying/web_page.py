@@ -227,7 +227,7 @@ class Page:
             if wanted != session.domain:
                 told = _cost(session.switch(wanted))
             choice = ExpertChoice(int(pool) if who == POOL else None, exclude)
-            settings = {"max_new_tokens": int(longest), "temperature": temperature}
+            settings: dict[str, Any] = {"max_new_tokens": int(longest), "temperature": temperature}
             steps = session.answer(
                 prompt, choice, history=said, **settings, seed=None if seed is None else int(seed)
             )
@@ -279,7 +279,7 @@ class Page:
     def _bars(self, usage: RequestUsage | None) -> str:
         domain = self.session.domain
         only = "" if domain is None else f"Only the experts of {html.escape(domain)} were in memory. "
-        note = f'<div class="emo soft">{only}Domains share experts.</div>'
+        note = f'<div class="emo soft">{only}An expert may belong to several domains.</div>'
         return _headed("Domains whose experts were used", domain_bars(usage) + (note if usage else ""))
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ...configuration.configuration_emo import EmoConfig
 
 _COMPACT_AFTER = 64  # forwards: memory for their small tensors is given back
 _PARTS = ("all", "prompt", "new")
+_Picks = dict[int, tuple[torch.Tensor, torch.Tensor]]  # by layer: ids (T, K) and weights (T, K)
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,17 @@ class LayerRecord(NamedTuple):
 
     Args:
         picks (`dict`): ids and weights of the forward that runs, by layer.
-        index (`int`): the layer.
+        layer (`int`): the layer.
 
     Example: see `ExpertRecord`.
     """
 
-    picks: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    index: int
+    picks: _Picks
+    layer: int
 
     def take(self, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """Note ids (T, K), in the numbering of the layer, and weights (T, K)."""
-        self.picks[self.index] = (index_TK, weights_TK)
+        self.picks[self.layer] = (index_TK, weights_TK)
 
 
 class ExpertRecord:
@@ -186,8 +188,8 @@ class ExpertRecord:
         self.put_experts = put_experts
         self.attention_mask: torch.Tensor | None = None  # of the last forward
         self._batch = 1
-        self._running: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._forwards: list[tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = []
+        self._running: _Picks = {}
+        self._forwards: list[tuple[int, _Picks]] = []
         self._read: list[tuple[torch.Tensor, torch.Tensor]] = []  # (B, L, S, K) each
         self._numbers: dict[torch.device, torch.Tensor] = {}
 
@@ -291,32 +293,25 @@ class ExpertRecord:
             self._read.append(self._joined(batch, [taken for _, taken in waiting[:alike]]))
             waiting = waiting[alike:]
 
-    def _joined(self, batch: int, forwards: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _joined(self, batch: int, forwards: list[_Picks]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and weights (B, L, S, K) of forwards of one shape, in their order."""
         some_ids, some_weights = next(iter(forwards[0].values()))
-        device = some_ids.device
-        layers = []
-        for index, layer in enumerate(self.layers):
-            if layer.is_dense or index not in forwards[0]:
-                layers.append(None)
-                continue
-            parts = [forward[index] for forward in forwards]
-            ids, weights = (
-                torch.stack([part[which] for part in parts]).to(device).unflatten(1, (batch, -1))
-                for which in (0, 1)
-            )  # (forwards, B, tokens of each, K)
-            lacking = self.top_k - ids.shape[-1]
-            if lacking:
-                ids = torch.nn.functional.pad(ids, (0, lacking), value=-1)
-                weights = torch.nn.functional.pad(weights, (0, lacking))
-            layers.append((ids, weights.float()))
-        shape = next(layer for layer in layers if layer is not None)[0].shape
-        none = some_ids.new_full(shape, -1), some_weights.new_zeros(shape, dtype=torch.float32)
-        filled = [none if layer is None else layer for layer in layers]
-        ids, weights = (torch.stack([layer[which] for layer in filled], dim=2) for which in (0, 1))
-        # (forwards, B, L, tokens, K) to (B, L, forwards * tokens, K)
-        ids, weights = (part.permute(1, 2, 0, 3, 4).flatten(2, 3) for part in (ids, weights))
-        return self._root_ids(ids), weights
+        shape = (*some_ids.shape[:-1], self.top_k)
+        none = some_ids.new_full(shape, -1), some_weights.new_zeros(shape)
+        joined = []
+        for which, filling in ((0, -1), (1, 0)):
+            parts = [none[which]] * (len(forwards) * len(self.layers))
+            for number, forward in enumerate(forwards):
+                for layer, picks in forward.items():
+                    part = picks[which].to(some_ids.device)
+                    lacking = self.top_k - part.shape[-1]
+                    if lacking:
+                        part = F.pad(part, (0, lacking), value=filling)
+                    parts[number * len(self.layers) + layer] = part
+            # (forwards, L, B, tokens, K) to (B, L, forwards * tokens, K)
+            stacked = torch.stack(parts).view(len(forwards), len(self.layers), batch, -1, self.top_k)
+            joined.append(stacked.permute(2, 1, 0, 3, 4).flatten(2, 3))
+        return self._root_ids(joined[0]), joined[1].float()
 
     def _root_ids(self, ids_BLSK: torch.Tensor) -> torch.Tensor:
         if all(ids is None for ids in self.present):
@@ -337,7 +332,8 @@ def _within(new_BN: torch.Tensor, ends: Sequence[int], pad: int | None) -> torch
     if new_BN.shape[0] == 1:  # generation stopped where it ended
         return within_BN
     if ends:
-        is_end_BN = torch.isin(new_BN, torch.tensor(list(ends), device=new_BN.device))
+        # A tensor made of the ids would wait for the device.
+        is_end_BN = torch.stack([new_BN == end for end in ends]).any(0)
         within_BN = is_end_BN.cumsum(1) - is_end_BN.long() == 0
     if pad is not None and pad not in ends:
         within_BN = within_BN & ((new_BN != pad).flip(1).cumsum(1).flip(1) > 0)

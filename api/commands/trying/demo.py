@@ -63,7 +63,7 @@ def demo(
     ```python
     >>> from transformers_emo.cli import main
     >>> main(["demo", "model_cards/emo-tiny", "--space", str(tmp_path / "space")])
-    .../space: app.py, requirements.txt, README.md and the model, ... MB
+    /...space: app.py, requirements.txt, README.md and the model, ... MB
     0
 
     ```

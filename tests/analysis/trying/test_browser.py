@@ -103,9 +103,9 @@ def test_it_opens_and_nothing_sticks_out(opened, width, scheme):
     assert page.title() == "emo-tiny: try its experts"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     light, back = page.evaluate(
-        """() => ["color", "background-color"].map(name => {
-            const node = name === "color" ? document.querySelector("#told .emo") : document.body;
-            const [red, green, blue] = getComputedStyle(node).getPropertyValue(name).match(/[0-9.]+/g).map(Number);
+        """() => [["#told .emo", "color"], ["body", "background-color"]].map(([place, name]) => {
+            const colour = getComputedStyle(document.querySelector(place)).getPropertyValue(name);
+            const [red, green, blue] = colour.match(/[0-9.]+/g).map(Number);
             return 0.3 * red + 0.6 * green + 0.1 * blue;
         })"""
     )

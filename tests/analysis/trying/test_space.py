@@ -25,7 +25,8 @@ def test_a_local_model_is_copied_with_its_library_and_nothing_else(tmp_path):
         p.relative_to(tmp_path / "space").as_posix() for p in (tmp_path / "space").rglob("*.*") if p.is_file()
     )
     kept = [name for name in names if not name.startswith("emo-tiny/subsets/")]
-    assert kept == [".gitattributes", "README.md", "app.py", "emo-tiny/config.json", "emo-tiny/generation_config.json",
+    assert kept == [".gitattributes", "README.md", "app.py", "emo-tiny/config.json",
+                    "emo-tiny/generation_config.json",
                     "emo-tiny/model.safetensors", "emo-tiny/tokenizer.json", "emo-tiny/tokenizer_config.json",
                     "requirements.txt"]  # fmt: skip
     assert len(names) - len(kept) == 16
@@ -71,8 +72,14 @@ def test_the_app_of_a_space_starts_and_serves_the_page(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1"}
     # Elsewhere than in the folder, as its files must be found from anywhere.
-    app = subprocess.Popen([sys.executable, str(tmp_path / "space" / "app.py")], env=environment, cwd=tmp_path,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    app = subprocess.Popen(
+        [sys.executable, str(tmp_path / "space" / "app.py")],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         deadline, page = time.monotonic() + 120, ""
         while not page and time.monotonic() < deadline and app.poll() is None:
