@@ -295,23 +295,27 @@ class ExpertRecord:
 
     def _joined(self, batch: int, forwards: list[_Picks]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and weights (B, L, S, K) of forwards of one shape, in their order."""
-        some_ids, some_weights = next(iter(forwards[0].values()))
-        shape = (*some_ids.shape[:-1], self.top_k)
-        none = some_ids.new_full(shape, -1), some_weights.new_zeros(shape)
-        joined = []
-        for which, filling in ((0, -1), (1, 0)):
-            parts = [none[which]] * (len(forwards) * len(self.layers))
-            for number, forward in enumerate(forwards):
-                for layer, picks in forward.items():
-                    part = picks[which].to(some_ids.device)
-                    lacking = self.top_k - part.shape[-1]
-                    if lacking:
-                        part = F.pad(part, (0, lacking), value=filling)
-                    parts[number * len(self.layers) + layer] = part
-            # (forwards, L, B, tokens, K) to (B, L, forwards * tokens, K)
-            stacked = torch.stack(parts).view(len(forwards), len(self.layers), batch, -1, self.top_k)
-            joined.append(stacked.permute(2, 1, 0, 3, 4).flatten(2, 3))
-        return self._root_ids(joined[0]), joined[1].float()
+        ids, weights = (
+            torch.stack([part for forward in forwards for part in self._of_layers(forward, which, filling)])
+            .view(len(forwards), len(self.layers), batch, -1, self.top_k)
+            .permute(2, 1, 0, 3, 4)
+            .flatten(2, 3)
+            for which, filling in ((0, -1), (1, 0))
+        )
+        return self._root_ids(ids), weights.float()
+
+    def _of_layers(self, picks: _Picks, which: int, filling: int) -> list[torch.Tensor]:
+        """Of each layer ids (0) or weights (1) of one forward, all as wide and on one device."""
+        first = next(iter(picks.values()))[which]
+        parts = []
+        for layer in range(len(self.layers)):
+            if layer not in picks:
+                parts.append(first.new_full((*first.shape[:-1], self.top_k), filling))
+                continue
+            part = picks[layer][which].to(first.device)
+            lacking = self.top_k - part.shape[-1]
+            parts.append(F.pad(part, (0, lacking), value=filling) if lacking else part)
+        return parts
 
     def _root_ids(self, ids_BLSK: torch.Tensor) -> torch.Tensor:
         if all(ids is None for ids in self.present):
