@@ -91,9 +91,8 @@ def notes_alone(config: EmoConfig, what: str, token_ms: float, *, live: bool) ->
         record.end_forward()
     noting_ms = 1000 * (time.perf_counter() - start) / steps
     how = "at once" if live else "at the end"
-    print(
-        f"{noting_ms / token_ms:.4f}  {what}: noting alone, handed on {how}; {1000 * noting_ms:.0f} us a token"
-    )
+    took = f"{1000 * noting_ms:.0f} us a token"
+    print(f"{noting_ms / token_ms:.4f}  {what}: noting alone, handed on {how}; {took}")
 
 
 def main() -> None:

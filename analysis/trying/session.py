@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ...checkpoints.hub.names import pinned
 from ...configuration import EmoConfig
 from ...modeling_emo import EmoForCausalLM
 from ...modeling_emo.weight_names import EXPERT_PARAMETERS
@@ -129,6 +130,11 @@ class Session:
         domain (`str`, *optional*): the domain whose experts it holds; `None` for all of them.
         config (`EmoConfig`, *optional*): of the place that it was loaded from; by default that of the model.
 
+    Attributes:
+        domains (`list[str]`): the names in the model's library.
+        num_experts (`int`): experts of the largest layer, with all experts.
+        num_routed (`int`): routed ones among these.
+
     Example:
 
     ```python
@@ -160,6 +166,7 @@ class Session:
         self.domain = domain
         config = model.config if config is None else config
         self._all = present_experts(config)
+        self.num_experts = max(map(len, self._all))
         self.num_routed = max(layer.num_experts - len(layer.always_used) for layer in config.layer_experts)
         subsets = library_subsets(model)
         self.domains = list(subsets)
@@ -188,13 +195,20 @@ class Session:
             hub_kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained`.
 
         Raises:
+            OSError: if there is neither such a folder nor such a repository.
             ValueError: if it is no EMO, or has no tokenizer.
             SubsetError: if there is no such domain.
 
         Example: see `Session`.
         """
         name = os.fspath(model)
-        config = AutoConfig.from_pretrained(model, **hub_kwargs)
+        try:
+            hub_kwargs = pinned(model, hub_kwargs)
+            config = AutoConfig.from_pretrained(model, **hub_kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{name!r} is no model's folder, nor a repository that can be read: {error}"
+            ) from error
         if not isinstance(config, EmoConfig):
             raise ValueError(
                 f"{name!r} is a model of the type {config.model_type!r}, expected an EMO: other mixtures are "
@@ -254,7 +268,7 @@ class Session:
         """Say which experts are in memory, in a few words."""
         sizes = sorted({layer.num_experts for layer in self._layers()})
         number = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        return f"{self.domain or FULL} ({number} of {max(map(len, self._all))} in each layer)"
+        return f"{self.domain or FULL} ({number} of {self.num_experts} in each layer)"
 
     def switch(self, domain: str | None) -> Switch:
         """Exchange the experts in memory for those of a domain, by `swap_experts`.

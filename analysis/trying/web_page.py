@@ -82,7 +82,7 @@ class Page:
                     )
                     pool = gr.Slider(
                         session.picks,
-                        session.most_in_pool,
+                        session.num_routed,
                         value=session.usual_pool,
                         step=1,
                         label="Experts in the pool of each layer",
@@ -156,7 +156,7 @@ class Page:
                     **one,
                 )
             else:
-                answer.click(self.answer, [prompt, *chosen], shown, **one)
+                gr.on([answer.click, prompt.submit], self.answer, [prompt, *chosen], shown, **one)
                 more.click(self.answer, [text, *chosen], shown, **one)
             stop.click(session.stop, queue=False, show_progress="hidden")
         return page
@@ -273,7 +273,7 @@ class Page:
         return f'<div class="emo emo-cost soft">In memory: {html.escape(self.session.experts_text())}.</div>'
 
     def _empty(self) -> str:
-        none_LE = torch.zeros(self.session.num_layers, max(1, *map(len, self.session._all)))
+        none_LE = torch.zeros(self.session.num_layers, self.session.num_experts)
         return _map(none_LE, none_LE, self.session.held())
 
     def _bars(self, usage: RequestUsage | None) -> str:
