@@ -8,7 +8,7 @@ T tokens of one forward.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +133,8 @@ class GenerateWithExpertsOutput(GenerateDecoderOnlyOutput):
     experts: RoutedExperts | None = None
 
 
-class LayerRecord(NamedTuple):
-    """What one layer's router notes its picks with.
+class LayerRecord:
+    """What one layer's router notes its picks with. (No tuple: what moves layers' inputs copies these.)
 
     Args:
         picks (`dict`): ids and weights of the forward that runs, by layer.
@@ -143,8 +143,9 @@ class LayerRecord(NamedTuple):
     Example: see `ExpertRecord`.
     """
 
-    picks: _Picks
-    layer: int
+    def __init__(self, picks: _Picks, layer: int):
+        self.picks = picks
+        self.layer = layer
 
     def take(self, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
         """Note ids (T, K), in the numbering of the layer, and weights (T, K)."""

@@ -192,6 +192,15 @@ def test_compiled_generation_tells_the_same_experts():
     assert torch.equal(output.experts.ids_BLSK, expected.experts.ids_BLSK)
 
 
+def test_layers_whose_inputs_are_moved_tell_their_experts():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = tiny_model()
+    expected = generate(model).experts.ids_BLSK
+    for layer in model.model.layers:
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    assert torch.equal(generate(model).experts.ids_BLSK, expected)
+
+
 class Listener(BaseStreamer):
     def __init__(self):
         self.told = []
