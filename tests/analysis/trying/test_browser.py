@@ -71,13 +71,13 @@ def draw(page, *, longest, temperature=0):
 
 def write(page, text="def read(path):\n", button="#answer"):
     """Have text written, and give what stands there then."""
-    page.evaluate("document.querySelector('#told').dataset.old = document.querySelector('#told').innerHTML")
+    page.evaluate("document.querySelectorAll('#domains .bars').forEach(bars => bars.dataset.old = 1)")
     if button == "#answer":
         page.fill("#prompt textarea", text)
     page.click(button)
-    page.wait_for_function(f"{ENDED} && !document.querySelector('.pending')", timeout=60_000)
-    page.wait_for_function("document.querySelector('#domains .bars')")
-    page.wait_for_timeout(400)
+    page.wait_for_selector("#domains .bars:not([data-old])", timeout=60_000)  # they come with the end
+    page.wait_for_function(ENDED)
+    page.wait_for_timeout(300)
     return page.input_value("#text textarea")
 
 
