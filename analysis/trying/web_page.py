@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ class Page:
     >>> from transformers_emo.analysis.trying import Session
     >>> from transformers_emo.analysis.trying.web_page import ALL, Page
     >>> page = Page(Session.open("model_cards/emo-tiny"), lambda words: words[0])
-    >>> *_, last = page.answer("def read(", ALL, None, 8, "", 4, 0.0, 1)
+    >>> *_, last = page.answer("def read(", ALL, None, 8, "", 4, 0.0, "1")
     >>> last[0][:9]
     'def read('
 
@@ -121,13 +122,7 @@ class Page:
                             label="Temperature",
                             info="0 takes the likeliest token each time.",
                         )
-                        seed = gr.Number(
-                            value=None,
-                            precision=0,
-                            label="Seed",
-                            info="Empty: other draws each time.",
-                            elem_id="seed",
-                        )
+                        seed = gr.Textbox(label="Seed", info="Empty: other draws each time.", elem_id="seed")
                 with gr.Column(scale=6, min_width=320):
                     text = gr.Textbox(
                         label="Conversation" if session.is_chat else "Text",
@@ -175,7 +170,7 @@ class Page:
         excluded: str,
         longest: int,
         temperature: float,
-        seed: int | None,
+        seed: str,
     ) -> Iterator[tuple[str, str, str, str]]:
         """Go on with a text, with the experts that the controls say.
 
@@ -187,7 +182,7 @@ class Page:
             excluded (`str`): what is excluded, for that choice.
             longest (`int`): the longest answer.
             temperature (`float`): 0 takes the likeliest token each time.
-            seed (`int`, *optional*): for the same draws again.
+            seed (`str`): a number, for the same draws again, or nothing.
 
         Returns:
             An iterator over what the page shows: the text, the cost, the picture of the experts and the
@@ -212,7 +207,7 @@ class Page:
 
     def _answer(
         self, prompt: str, begun: str, said: list, who: str, domain: str | None, pool: int, excluded: str,
-        longest: int, temperature: float, seed: int | None,
+        longest: int, temperature: float, seed: str,
     ) -> Iterator[tuple[str, str, str, str]]:  # fmt: skip
         session = self.session
         bars = _headed("Domains whose experts were used", '<div class="emo soft">...</div>')
@@ -228,9 +223,10 @@ class Page:
                 told = _cost(session.switch(wanted))
             choice = ExpertChoice(int(pool) if who == POOL else None, exclude)
             settings: dict[str, Any] = {"max_new_tokens": int(longest), "temperature": temperature}
-            steps = session.answer(
-                prompt, choice, history=said, **settings, seed=None if seed is None else int(seed)
-            )
+            if seed.strip() and not re.fullmatch(r"\d{1,18}", seed.strip()):
+                raise ValueError(f"The seed is {seed!r}, expected a number from 0, or nothing.")
+            settings["seed"] = int(seed) if seed.strip() else None
+            steps = session.answer(prompt, choice, history=said, **settings)
             text, held, last_time = begun, session.held(), 0.0
             with contextlib.closing(steps):
                 for step in steps:

@@ -207,11 +207,11 @@ def test_a_seed_draws_the_same_again_and_keys_reach_every_control(opened):
     page = opened()
     page.get_by_role("spinbutton", name=re.compile("Temperature")).fill("1.2")
     page.keyboard.press("Tab")
-    page.fill("#seed input", "3")
+    page.fill("#seed input, #seed textarea", "3")
     page.keyboard.press("Tab")
     first = write(page)
     assert write(page) == first
-    page.fill("#seed input", "4")
+    page.fill("#seed input, #seed textarea", "4")
     page.keyboard.press("Tab")
     assert write(page) != first
     page.focus("#prompt textarea")

@@ -4,7 +4,7 @@ import pytest
 from transformers_emo.analysis.trying.web_page import ALL, DOMAIN, POOL, Page
 from transformers_emo.commands.shared import excluded_experts
 
-SETTINGS = (8, "", 6, 0.0, None)  # pool, excluded, longest, temperature, seed
+SETTINGS = (8, "", 6, 0.0, "")  # pool, excluded, longest, temperature, seed
 
 
 def test_a_domain_is_brought_in_once_and_its_cost_is_told(session):
@@ -50,3 +50,16 @@ def test_a_model_opened_with_a_domain_begins_with_it(session):
     values = {part["props"].get("elem_id"): part["props"] for part in parts}
     assert (values["who"]["value"], values["domain"]["value"]) == (DOMAIN, "python")
     assert values["domain"]["visible"] and values["pool"]["maximum"] == 63
+
+
+def test_a_seed_draws_the_same_again_and_nothing_draws_anew(session):
+    page = Page(session, excluded_experts)
+
+    def drawn(seed):
+        *_, (text, *_) = page.answer("def read(", ALL, None, 8, "", 12, 1.2, seed)
+        return text
+
+    assert drawn("3") == drawn(" 3 ") and len({drawn("") for _ in range(4)}) > 1
+    gradio = pytest.importorskip("gradio", reason="Gradio is not installed: make test-demo")
+    with pytest.raises(gradio.Error, match="seed is 'x', expected a number"):
+        drawn("x")
