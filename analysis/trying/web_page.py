@@ -240,7 +240,9 @@ class Page:
                     yield text, told, _map(step.picks_LE, step.last_LE, held), bars
         except (ValueError, OSError) as error:
             gr = import_optional("gradio", "The page needs")
-            raise gr.Error(html.escape(str(error)), title="Not answered", print_exception=False) from error
+            raise gr.Error(
+                html.escape(str(error), quote=False), title="Not answered", print_exception=False
+            ) from error
 
     def _show_options(self, who: str) -> tuple:
         gr = import_optional("gradio", "The page needs")
