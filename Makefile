@@ -8,7 +8,7 @@ CODE := api $(ROOMS) benchmarks docs examples plugins tests setup.py
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-report torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo report test test-demo test-report torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -211,6 +211,11 @@ report: $(VENV)/.installed-dev  ## what the experts of emo-tiny and std-tiny lea
 test-report: $(VENV)/.installed-dev  ## the page of `emo report` in a headless browser
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
 	$(BIN)/python -m pytest -m report tests/analysis/page
+
+# Gradio is not among what `make test` installs: it brings a web server.
+test-demo: $(VENV)/.installed-dev  ## the page of `emo demo` in a headless browser, and the app of a Space
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-demo.txt gradio playwright
+	$(BIN)/python -m pytest -m report tests/analysis/trying
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(TOOLS) build dist *.egg-info modeling_emo/kernels/native/*.so \

@@ -26,6 +26,8 @@ from .commands.select import select
 from .commands.shard import shard
 from .commands.shared import add_command
 from .commands.train import train
+from .commands.trying.chat import chat
+from .commands.trying.demo import demo
 from .commands.write_back import write_back
 from .error_text import error_text
 from .version import __version__
@@ -45,6 +47,8 @@ _GO_ON = {  # after Ctrl-C
     "report": _CONTINUED,
     "push": "What was sent is not sent again: the same command goes on.",
     "run": "The program was not started: call it again.",
+    "chat": "",
+    "demo": "",
     "train": "The same command with --resume goes on from the last whole checkpoint.",
 }
 
@@ -100,6 +104,8 @@ add_command(
 add_command(app, retention, "retention", panel="What experts learned")
 add_command(app, routing, "routing", panel="What experts learned")
 add_command(app, report, "report", panel="What experts learned")
+add_command(app, chat, "chat", panel="Trying a model")
+add_command(app, demo, "demo", panel="Trying a model")
 app.add_typer(conversions(), name="convert", rich_help_panel="Checkpoints")
 add_command(app, export, "export", panel="Checkpoints")
 add_command(app, shard, "shard", panel="Checkpoints")

@@ -183,7 +183,16 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "tells the network of pools to choose",
             "input_ids",
         ),
-        PrivateName(_SAMPLE, "calls what is overridden", mentions="_prefill _optimize_model_for_decode"),
+        PrivateName(
+            _SAMPLE,
+            "calls what is overridden",
+            mentions="_prefill _optimize_model_for_decode _update_model_kwargs_for_generation",
+        ),
+        PrivateName(
+            f"{_GENERATION}._update_model_kwargs_for_generation",
+            "experts are handed on as soon as a forward has run",
+            "outputs model_kwargs",
+        ),
         PrivateName(_BEAMS, "calls what is overridden", mentions="_prefill"),
         PrivateName(
             f"{_GENERATION}._prefill",

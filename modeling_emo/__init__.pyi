@@ -1,3 +1,4 @@
+from .in_use.routed_experts import GenerateWithExpertsOutput, RoutedExperts
 from .losses import BalanceCounts, document_pool_losses, lm_z_loss, load_balancing_loss
 from .modeling_emo import (
     EmoForCausalLM,
@@ -23,6 +24,8 @@ __all__ = [
     "EmoForTokenClassification",
     "EmoModel",
     "EmoPreTrainedModel",
+    "GenerateWithExpertsOutput",
+    "RoutedExperts",
     "document_pool_losses",
     "draw_pool_sizes",
     "flatten_segments",

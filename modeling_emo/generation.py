@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, S tokens of each in this call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
+from .in_use.routed_experts import ExpertRecord, GenerateWithExpertsOutput
 from .pools.prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
 from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice, one_cache_name
 
@@ -55,6 +56,8 @@ class _PoolRequest:
 _PAGED = "Continuous batching gives sequences no cache of their own, which could keep their document pools"
 # The request of the running `generate`. Each thread has its own, and so has a nested call (an assistant's).
 _request: ContextVar[_PoolRequest | None] = ContextVar("pool_request", default=None)
+# What notes the experts of the running `generate`.
+_record: ContextVar[ExpertRecord | None] = ContextVar("expert_record", default=None)
 
 
 class EmoGenerationMixin(GenerationMixin):
@@ -84,6 +87,7 @@ class EmoGenerationMixin(GenerationMixin):
         expert_subset=None,
         exclude_experts=None,
         document_pool: int | bool | Sequence[int | None] | None = None,
+        return_experts: bool = False,
         **kwargs,
     ):
         """Generate text, with all experts or some of them; see `GenerationMixin.generate`.
@@ -109,7 +113,15 @@ class EmoGenerationMixin(GenerationMixin):
                 fewer. `False` switches pools off, even if the cache has some. With `expert_subset`, pools
                 are chosen among its experts. By default `generation_config.document_pool` decides, if it is
                 set, or else `emo run --document-pool`.
+            return_experts (`bool`, defaults to `False`): say which experts each token took. The output then
+                is that of `return_dict_in_generate=True`, and its `experts` are `RoutedExperts`. The prompt
+                passes all experts of the last layer too, of which it otherwise needs only its last token. A
+                `streamer` that has a method `put_experts` gets the experts of each forward: root ids (B, L,
+                S, K) and weights, as tensors on the device.
             args, kwargs: as for every Transformers model.
+
+        Returns:
+            As `GenerationMixin.generate`; with `return_experts` a `GenerateWithExpertsOutput`.
 
         Raises:
             SubsetError: if the subset or the exclusion does not fit the model.
@@ -139,6 +151,14 @@ class EmoGenerationMixin(GenerationMixin):
         """
         model: Any = self
         kwargs = one_cache_name(kwargs)
+        if return_experts:
+            return self._generate_with_experts(
+                args,
+                kwargs,
+                expert_subset=expert_subset,
+                exclude_experts=exclude_experts,
+                document_pool=document_pool,
+            )
         request = None
         if document_pool is None:
             settings = kwargs.get("generation_config") or model.generation_config
@@ -162,6 +182,37 @@ class EmoGenerationMixin(GenerationMixin):
             if model.expert_memory is not None:
                 logger.info(str(model.expert_memory.report()))
 
+    def _generate_with_experts(self, args: tuple, kwargs: dict[str, Any], **choice) -> Any:
+        model: Any = self
+        settings = next(filter(None, (*args[1:2], kwargs.get("generation_config"))), model.generation_config)
+
+        def said(name: str) -> Any:  # what is not set in one place is taken from the next
+            value = _said(kwargs, settings, name)
+            return getattr(model.generation_config, name, None) if value is None else value
+
+        _refuse_other_orders(said)
+        if all(layer.is_dense for layer in model.config.layer_experts):
+            raise ValueError("`return_experts` is set, and every layer of this model is dense: leave it out.")
+        cache = kwargs.get(CACHE)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        record = ExpertRecord(model.config, getattr(kwargs.get("streamer"), "put_experts", None))
+        token = _record.set(record)
+        try:
+            output = self.generate(*args, **kwargs | choice | {"return_dict_in_generate": True})
+        finally:
+            _record.reset(token)
+        record.end_forward()
+        ends, pad = said("eos_token_id"), said("pad_token_id")
+        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        experts = record.experts(
+            output.sequences[:, _ids_length(args, kwargs) :],
+            _prompt_length(args, kwargs),
+            num_cached=num_cached,
+            ends=ends,
+            pad=ends[0] if pad is None and ends else pad,
+        )
+        return name_cache_twice(GenerateWithExpertsOutput(**output, experts=experts))
+
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # type: ignore[override]  # noqa: D102
         kwargs = one_cache_name(kwargs)
@@ -173,7 +224,21 @@ class EmoGenerationMixin(GenerationMixin):
         if request is not None:
             # Only this mask shows padding. With a static cache, the one in the inputs is 4-D.
             inputs |= request.model_inputs(inputs, kwargs.get("attention_mask"))
+        record = _record.get()
+        if record is not None:
+            if inputs.get(CACHE) is None:  # every forward reads all tokens
+                record.forget()
+            record.end_forward()
+            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            record.begin_forward(tokens.shape[0], kwargs.get("attention_mask"))
+            inputs["expert_record"] = record
         return inputs
+
+    @wraps(GenerationMixin._update_model_kwargs_for_generation)
+    def _update_model_kwargs_for_generation(self, *args, **kwargs):  # type: ignore[override]
+        if (record := _record.get()) is not None:
+            record.end_forward()
+        return super()._update_model_kwargs_for_generation(*args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, generation_config=None, *args, **kwargs):
         """As in Transformers, but refuses document pools, which continuous batching cannot keep.
@@ -218,12 +283,43 @@ def _prompt_length(args: tuple, kwargs: dict[str, Any]) -> int:
     return next((prompt.shape[1] for prompt in given if prompt is not None), 1)
 
 
+def _ids_length(args: tuple, kwargs: dict[str, Any]) -> int:
+    """How many tokens at the beginning of the output were given: embeddings are not among them."""
+    given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+    found = next((prompt.shape[1] for prompt in given if prompt is not None), None)
+    return (1 if kwargs.get("inputs_embeds") is None else 0) if found is None else found
+
+
+def _said(kwargs: dict[str, Any], settings: Any, name: str) -> Any:
+    """A setting of generation: the argument, or what the config says."""
+    return getattr(settings, name, None) if kwargs.get(name) is None else kwargs[name]
+
+
+def _refuse_other_orders(said: Callable[[str], Any]) -> None:
+    """Refuse ways of generating that read tokens which are dropped, or exchange beginnings of sequences."""
+    for name, is_refused in (
+        ("num_beams", lambda value: value > 1),
+        ("assistant_model", bool),
+        ("prompt_lookup_num_tokens", bool),
+        ("assistant_early_exit", bool),
+        ("custom_generate", bool),
+        ("cache_implementation", lambda value: "paged" in value),
+    ):
+        value = said(name)
+        if value is not None and is_refused(value):
+            shown = type(value).__name__ if name in ("assistant_model", "custom_generate") else value
+            raise ValueError(
+                f"`return_experts` follows one token after the other, and `{name}={shown}` reads tokens that "
+                "it drops, or in another order: leave out one of the two."
+            )
+
+
 def _refuse_other_prompts(kwargs: dict[str, Any], generation_config: Any) -> None:
     """Refuse settings by which generation would read another prompt than the given one."""
     settings = kwargs.get("generation_config") or generation_config
 
     def said(name: str) -> Any:
-        return getattr(settings, name, None) if kwargs.get(name) is None else kwargs[name]
+        return _said(kwargs, settings, name)
 
     if "paged" in (said("cache_implementation") or ""):
         raise ValueError(

@@ -61,6 +61,7 @@ from .forward_inputs import (
     with_default_pool,
 )
 from .generation import EmoGenerationMixin
+from .in_use.routed_experts import ExpertRecord, LayerRecord
 from .losses import BalanceCounts, RouterStatistics, total_loss
 from .package_hooks import PackageHooks, package
 from .parallel import refuse_split_sequences
@@ -218,7 +219,11 @@ class EmoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: torch.Tensor, expert_mask: None = None, pools: Pools | None = None
+        self,
+        hidden_states: torch.Tensor,
+        expert_mask: None = None,
+        pools: Pools | None = None,
+        record: LayerRecord | None = None,
     ) -> tuple[torch.Tensor, None]:
         """(B, S, D) to (B, S, D). The other arguments are those of an expert block, and not used."""
         gate, up = _project(self.gate_proj, hidden_states), _project(self.up_proj, hidden_states)
@@ -245,6 +250,7 @@ class EmoTopKRouter(nn.Module):
         hidden_states: torch.Tensor,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        record: LayerRecord | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, RouterStatistics | None]:
         """Route tokens.
 
@@ -255,6 +261,7 @@ class EmoTopKRouter(nn.Module):
             pools (`DocumentPools` or `FrozenPool`, *optional*): the documents and the sizes of their pools in
                 this layer, or pools of prompts. Each shared expert then has weight 1, as when EMO was
                 trained.
+            record (`LayerRecord`, *optional*): what notes the picks of a generation.
 
         Returns:
             `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
@@ -271,6 +278,8 @@ class EmoTopKRouter(nn.Module):
             weights_TK, index_TK, statistics = self._take_routed_and_shared(masked_TE, pools)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        if record is not None:  # here: what shares experts among processes changes the ids behind
+            record.take(index_TK, weights_TK)
         return logits_TE, weights_TK.to(logits_TE.dtype), index_TK, statistics
 
     def _take_routed_and_shared(
@@ -459,10 +468,11 @@ class EmoSparseMoeBlock(nn.Module):
         hidden_states: torch.Tensor,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        record: LayerRecord | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """(B, S, D) to (B, S, D); the other arguments and the statistics as in `EmoTopKRouter.forward`."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TK, index_TK, statistics = self.gate(hidden_TD, expert_mask, pools)
+        _, weights_TK, index_TK, statistics = self.gate(hidden_TD, expert_mask, pools, record)
         inputs = (hidden_TD, index_TK, weights_TK)
         if isinstance(pools, FrozenPool) and pools.tokens_at_once is not None:
             parts = zip(*(tensor.split(pools.tokens_at_once) for tensor in inputs), strict=True)
@@ -499,10 +509,11 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        record: LayerRecord | None = None,
         last_tokens: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """(B, S, D) to (B, S, D); `expert_mask` and `pools` as in `EmoTopKRouter.forward`.
+        """(B, S, D) to (B, S, D); `expert_mask`, `pools` and `record` as in `EmoTopKRouter.forward`.
 
         With `last_tokens` that many tokens come out: the others are there to be attended to.
 
@@ -521,7 +532,8 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         hidden_states = residual + hidden_states
         if last_tokens:
             hidden_states = hidden_states[:, -last_tokens:]
-        output, statistics = self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask, pools)
+        normed = self.pre_feedforward_layernorm(hidden_states)
+        output, statistics = self.mlp(normed, expert_mask, pools, record)
         hidden_states = hidden_states + output
         return hidden_states if statistics is None else (hidden_states, *statistics)
 
@@ -709,6 +721,7 @@ class EmoModel(EmoPreTrainedModel):
         document_ids: torch.Tensor | None = None,
         attention_within_documents: bool | None = None,
         prompt_pool: PromptPool | None = None,
+        expert_record: ExpertRecord | None = None,
         last_tokens: int = 0,
         training_step: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -737,6 +750,8 @@ class EmoModel(EmoPreTrainedModel):
                 `max_length_k`, and neither a mask nor `document_ids`.
             prompt_pool (`PromptPool`, *optional*): choose pools from prompts, and keep them in the cache (set
                 by `generate`). Pools that are in the cache already hold, unless `document_pool` is `False`.
+            expert_record (`ExpertRecord`, *optional*): what notes the experts that each token takes (set by
+                `generate`).
             last_tokens (`int`, defaults to 0): let only so many tokens at the end through the feed-forward
                 block of the last layer, where nobody wants the others (0: all). `last_hidden_state` has no
                 more then, unless there are pools, which the last layer too chooses from all tokens.
@@ -798,6 +813,7 @@ class EmoModel(EmoPreTrainedModel):
                 position_embeddings=position_embeddings,
                 expert_mask=expert_masks[index],
                 pools=None if pools is None else pools[index],
+                record=None if expert_record is None else expert_record.layer(index),
                 last_tokens=last_tokens if is_last and pools is None else 0,
                 **{CACHE: past_key_values},
                 **kwargs,
@@ -903,7 +919,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         # A prompt's other tokens need not go through the last layer's experts, unless somebody looks at them.
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         is_seen = output_router_logits or recorded not in (None, False) or torch.is_grad_enabled()
-        is_seen = is_seen or _has_hooks(self.model)
+        is_seen = is_seen or _has_hooks(self.model) or kwargs.get("expert_record") is not None
         last_tokens = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         if self.training and labels is not None:
             kwargs.setdefault("training_step", True)  # behind a prefix too, which comes in a cache

@@ -33,6 +33,7 @@ _FILES = [
     "modeling_emo/expert_switching.py",
     "modeling_emo/forward_inputs.py",
     "modeling_emo/generation.py",
+    "modeling_emo/in_use/routed_experts.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
     "modeling_emo/package_hooks.py",

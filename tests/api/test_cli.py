@@ -287,7 +287,7 @@ OLD_WORDS = {
     ),
 }
 NEW = {"help", "json", "module", "usage"}  # `-m` is read with the words behind it
-NEW_COMMANDS = {"export", "report", "routing"}
+NEW_COMMANDS = {"chat", "demo", "export", "report", "routing"}
 NEW_OPTIONS = {"extract": {"bits", "group_size", "zero_points", "head_bits", "calibrate", "max_texts"}}
 
 
