@@ -22,7 +22,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ...checkpoints.hub.opening import fetch_ahead
-from ...checkpoints.large_pages import empty
+from ...checkpoints.memory.large_pages import empty
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles
 from ...checkpoints.safetensors_header import TensorSpan
