@@ -22,9 +22,9 @@ from torch import nn
 from transformers.utils import logging
 
 from ...checkpoints.hub.opening import fetch_ahead
-from ...checkpoints.memory.large_pages import empty
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles
+from ...checkpoints.memory.large_pages import empty
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.source_files import SourceChangedError, SourceFiles
 from ...checkpoints.writing.safetensors_writing import size_in_bytes
@@ -210,6 +210,10 @@ class ExpertMemory:
             return
         missing.sort()
         self._misses += len(missing)
+        if self._came:
+            for_moves = self._came.intersection((layer, expert) for expert in missing)
+            self._came -= for_moves
+            self._moves_bytes_read += len(for_moves) * self.expert_bytes
         here = [expert for expert in experts if expert not in missing]
         routed = len([expert for expert in here if expert not in always])
         room = self.num_slots - routed
@@ -223,6 +227,18 @@ class ExpertMemory:
             self._bring(layer, coming)
             yield group | {expert: used[layer, expert] for expert in coming}
             group, room = {}, self.num_slots
+
+    def came_into_pool(self, layer: int, experts: Sequence[int]) -> None:
+        """Count experts that came into a document pool after the prompt. They are read when they are taken.
+
+        Args:
+            layer (`int`): the layer.
+            experts (`Sequence[int]`): the experts.
+        """
+        with self.at_work():
+            self._pool_moves += len(experts)
+            keys = ((layer, expert) for expert in experts)
+            self._came |= {key for key in keys if key not in self._used and key not in self._fixed}
 
     def _bring(self, layer: int, experts: Sequence[int]) -> None:
         """Read experts into free slots, or those of experts that have not been used for longest."""
@@ -326,11 +342,15 @@ class ExpertMemory:
                 misses=self._misses,
                 bytes_read=self._bytes_read,
                 tokens=self._tokens,
+                pool_moves=self._pool_moves,
+                moves_bytes_read=self._moves_bytes_read,
             )
 
     def reset_counts(self) -> None:
         """Count from now on: hits, misses, bytes and tokens are 0. Experts stay in memory."""
         self._hits = self._misses = self._bytes_read = self._tokens = 0
+        self._pool_moves = self._moves_bytes_read = 0
+        self._came: set[tuple[int, int]] = set()
 
     # As part of a model that is moved or copied.
 

@@ -17,6 +17,8 @@ class ExpertMemoryReport:
         misses (`int`): how often it had to be read.
         bytes_read (`int`): bytes of experts read.
         tokens (`int`): tokens that went through the model.
+        pool_moves (`int`): experts that came into document pools which follow the text.
+        moves_bytes_read (`int`): of `bytes_read`, those of experts that came into a pool so.
 
     Example: see `ExpertMemory`.
     """
@@ -30,6 +32,8 @@ class ExpertMemoryReport:
     misses: int
     bytes_read: int
     tokens: int
+    pool_moves: int = 0
+    moves_bytes_read: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -44,9 +48,14 @@ class ExpertMemoryReport:
     def __str__(self) -> str:
         held = [len(ids) for ids in self.resident if ids]
         layers = f"{min(held)} to {max(held)} a layer" if held else "none"
+        moves = (
+            f"; {self.pool_moves} experts came into pools, {self.moves_bytes_read / 1e6:.1f} MB read for them"
+            if self.pool_moves
+            else ""
+        )
         return (
             f"expert memory: {sum(held)} experts in memory ({layers}), room for {self.slots} beside those "
             f"that every token uses; {self.hit_rate:.1%} of the experts taken were there, "
             f"{self.bytes_per_token / 1e6:.1f} MB read a token ({self.bytes_read / 1e9:.2f} GB for "
-            f"{self.tokens} tokens)"
+            f"{self.tokens} tokens){moves}"
         )
