@@ -51,7 +51,6 @@ def check_memory_arguments(kwargs: Mapping[str, Any], *, check_weights: bool = F
     ```
     """
     reasons = {
-        "quantization_config": "it reads experts as they are in the files",
         "ignore_mismatched_sizes": "all experts have to have one size",
         "tp_plan": "it is for one process",
         "distributed_config": "it is for one process",
@@ -62,6 +61,27 @@ def check_memory_arguments(kwargs: Mapping[str, Any], *, check_weights: bool = F
         given["check_weights"] = "it does not read all experts"
     for name, reason in given.items():
         raise ValueError(f"`expert_memory` cannot go with `{name}`: {reason}. Leave out one of the two.")
+
+
+def refuse_packing(source: ModelSource, asked: Any) -> None:
+    """Refuse to quantise experts while they are read.
+
+    Args:
+        source (`ModelSource`): where the model is.
+        asked (`PackedConfig` or other): the argument `quantization_config`.
+
+    Raises:
+        ValueError: if the model is not packed already.
+
+    Example: see `ExpertMemory`.
+    """
+    if source.packing is None:
+        raise ValueError(
+            f"{os.fspath(source.path)} is not quantised, and with `expert_memory` a `quantization_config` "
+            f"({type(asked).__name__}) cannot make it so: experts are read as they are in the files. Load it "
+            "once with `quantization_config=PackedConfig(...)` and without `expert_memory`, save it, and "
+            "load what was saved with `expert_memory`."
+        )
 
 
 def paged_parameters(
@@ -97,6 +117,11 @@ def paged_parameters(
     ]
     checkpoint = source.checkpoint(needed)
     all_here = not checkpoint.elsewhere
+    if source.packing is not None and not all_here:
+        raise ValueError(
+            f"{os.fspath(source.path)} has packed experts in files of their own on the Hub, which "
+            "`expert_memory` reads from a folder only: download it (`hf download`), and give the folder."
+        )
     tensors = LazyStateDict(lazy_parameters(checkpoint, source.config, kept if all_here else needed))
     rows: dict[int, ExpertRows] = {}
     stacks: dict[int, dict[str, LazyTensor]] = {}

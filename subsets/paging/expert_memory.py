@@ -15,6 +15,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +24,18 @@ from torch import nn
 from transformers.utils import logging
 
 from ...checkpoints.hub.opening import fetch_ahead
-from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles
 from ...checkpoints.memory.large_pages import empty
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.source_files import SourceChangedError, SourceFiles
 from ...checkpoints.writing.safetensors_writing import size_in_bytes
 from ...configuration import EmoConfig
+from ...modeling_emo.kernels.packed_tensor import PackedTensor
+from ...modeling_emo.kernels.packed_weights import PackedWeight
 from ...modeling_emo.modeling_emo import EmoExperts
 from ...modeling_emo.paged_experts import PagedExperts
+from ...quantization.packed_config import PackedConfig
+from ...quantization.packed_files import LazyPacked, parts_of, unpacked_zeros
 from .expert_rows import ExpertRows
 from .report import ExpertMemoryReport
 
@@ -123,8 +128,12 @@ class ExpertMemory:
 
     def _allocate(self, dtype: torch.dtype, device: torch.device, config: Any) -> None:
         """Make slots, and read the experts that every token uses into those of their own, the last ones."""
-        shapes = next(iter(self.rows.values())).shapes
-        self.expert_bytes = sum(shape[0] * shape[1] for shape in shapes.values()) * dtype.itemsize
+        rows = next(iter(self.rows.values()))
+        make = {
+            name: partial(_slots_of, shape, dtype, rows.packing[name]) for name, shape in rows.shapes.items()
+        }
+        one = [part for slots in make.values() for part in parts_of(slots(1, torch.device("meta"))).values()]
+        self.expert_bytes = sum(part.nbytes for part in one)
         self.num_routed = sum(layer.num_experts - len(layer.always_used) for layer in self._layers.values())
         self.num_slots = min(self.budget // self.expert_bytes, self.num_routed)
         needed = max(layer.top_k - len(layer.always_used) for layer in self._layers.values())
@@ -142,15 +151,10 @@ class ExpertMemory:
         # Picks of experts in another group are marked as expert parallelism marks those of other ranks.
         parallel: Any = slots
         parallel._is_expert_parallel = True
-        for name, shape in shapes.items():
-            numel = total * shape[0] * shape[1]
-            memory = (
-                empty(numel, dtype)
-                if device.type == "cpu"
-                else torch.empty(numel, dtype=dtype, device=device)
-            )
-            setattr(slots, name, nn.Parameter(memory.view(total, *shape), requires_grad=False))
+        for name, made in make.items():
+            setattr(slots, name, made(total, device))
         self.slots = slots.eval()
+        self._parts = {name: parts_of(getattr(slots, name).data) for name in make}
         self._used: OrderedDict[tuple[int, int], int] = OrderedDict()  # by last use, the latest at the end
         self._free = list(reversed(range(self.num_slots)))
         self._fixed = {key: self.num_slots + place for place, key in enumerate(fixed)}
@@ -213,7 +217,9 @@ class ExpertMemory:
         if self._came:
             for_moves = self._came.intersection((layer, expert) for expert in missing)
             self._came -= for_moves
-            self._moves_bytes_read += len(for_moves) * self.expert_bytes
+            tensors = self.rows[layer].tensors([expert for _, expert in for_moves])
+            pieces = (piece for each in tensors for lazy in each.values() for piece in lazy.pieces)
+            self._moves_bytes_read += sum(piece.end - piece.start for piece in pieces)
         here = [expert for expert in experts if expert not in missing]
         routed = len([expert for expert in here if expert not in always])
         room = self.num_slots - routed
@@ -262,8 +268,9 @@ class ExpertMemory:
     def _read(self, slots: Mapping[tuple[int, int], int]) -> None:
         """Fill slots, each with the expert (layer, expert) that it is for."""
         jobs: list[tuple[Any, TensorSpan, torch.Tensor]] = []
-        ahead: dict[int, tuple[Any, list[LazyTensor]]] = {}
+        ahead: dict[int, tuple[Any, list[Any]]] = {}
         wanted: dict[int, list[int]] = {}
+        zeros: list[tuple[torch.Tensor, int, torch.Tensor]] = []
         for layer, expert in slots:
             wanted.setdefault(layer, []).append(expert)
         lazies = {
@@ -273,13 +280,22 @@ class ExpertMemory:
         }
         for key, slot in slots.items():
             for name, lazy in lazies[key].items():
-                target = getattr(self.slots, name).data[slot].view(-1)
                 ahead.setdefault(id(lazy.source), (lazy.source, []))[1].append(lazy)
-                begin = 0
-                for piece in lazy.pieces:
-                    end = begin + (piece.end - piece.start) // piece.dtype.itemsize
-                    jobs.append((lazy.source, piece, target[begin:end]))
-                    begin = end
+                into = {part: tensor[slot] for part, tensor in self._parts[name].items()}
+                if isinstance(lazy, LazyPacked):
+                    if "zero" in into:  # packed on disk, a byte each in memory
+                        raw = torch.empty(lazy.parts["zero_point"].shape, dtype=torch.int32)
+                        zeros.append((raw, lazy.packing.bits, into.pop("zero")))
+                        into["zero_point"] = raw
+                    parts = [(lazy.parts[part], target) for part, target in into.items()]
+                else:
+                    parts = [(lazy, into[""])]
+                for part, target in parts:
+                    begin, flat = 0, target.view(-1)
+                    for piece in part.pieces:
+                        end = begin + (piece.end - piece.start) // part.dtype.itemsize
+                        jobs.append((lazy.source, replace(piece, dtype=part.dtype), flat[begin:end]))
+                        begin = end
         for source, each in ahead.values():
             fetch_ahead(source, each)
         if len(jobs) == 1:
@@ -295,6 +311,8 @@ class ExpertMemory:
                 for future in futures:
                     future.cancel()
                 wait(futures)
+        for raw, bits, zero in zeros:
+            zero.copy_(unpacked_zeros(raw, bits, zero.shape[-2]))
         if slots is not self._fixed:
             self._bytes_read += sum(piece.end - piece.start for _, piece, _ in jobs)
 
@@ -391,3 +409,24 @@ class ExpertMemory:
             "A model with `expert_memory` cannot be pickled: its experts are in the files that it was loaded "
             "from. Load it again where it is needed."
         )
+
+
+def _slots_of(
+    shape: tuple[int, int], dtype: torch.dtype, packing: PackedConfig | None, count: int, device: torch.device
+) -> nn.Parameter:
+    """Room for so many matrices, as they lie in files, or packed."""
+
+    def room(numel: int, of: torch.dtype) -> torch.Tensor:
+        if device.type == "cpu":
+            return empty(count * numel, of)
+        return torch.empty(count * numel, dtype=of, device=device)
+
+    rows, inputs = shape
+    if packing is None:
+        return nn.Parameter(room(rows * inputs, dtype).view(count, rows, inputs), requires_grad=False)
+    group = packing.group_of(inputs)
+    words, groups = inputs * packing.bits // 32, inputs // group
+    packed = room(rows * words, torch.int32).view(count, rows, words)
+    scale = room(rows * groups, dtype).view(count, rows, groups)
+    zero = None if packing.symmetric else room(rows * groups, torch.uint8).view(count, rows, groups)
+    return PackedTensor(PackedWeight(packed, scale, zero, packing.bits, group)).as_parameter()

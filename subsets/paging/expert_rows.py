@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.lazy_tensor import LazyTensor
+from ...quantization.packed_config import PackedConfig
+from ...quantization.packed_files import LazyPacked
 
 
 class ExpertRows:
     """Where the experts of one layer are: a lazy tensor for each parameter, with a row for each expert.
 
     Args:
-        stacks (`Mapping[str, LazyTensor]`): `gate_up_proj` and `down_proj` of all experts, or of some.
+        stacks (`Mapping[str, LazyTensor | LazyPacked]`): `gate_up_proj` and `down_proj` of all experts, or of
+            some.
         find (`Callable`, *optional*): gives for rows the parameters of each, if the stacks have only some.
 
     Example:
@@ -24,26 +27,32 @@ class ExpertRows:
     >>> names = ["model.layers.0.mlp.experts.3.down_proj.weight"]
     >>> rows = ExpertRows({"down_proj": checkpoint.lazy(names, shape=(1, 128, 64))})
     >>> rows.tensors([0])[0]["down_proj"].shape
-    (1, 128, 64)
+    (128, 64)
 
     ```
     """
 
     def __init__(
         self,
-        stacks: Mapping[str, LazyTensor],
-        find: Callable[[Sequence[int]], Mapping[int, dict[str, LazyTensor]]] | None = None,
+        stacks: Mapping[str, LazyTensor | LazyPacked],
+        find: Callable[[Sequence[int]], Mapping[int, dict[str, LazyTensor | LazyPacked]]] | None = None,
     ):
         self.shapes = {name: stack.shape[1:] for name, stack in stacks.items()}
         self._stacks = dict(stacks)
         self._find = find or self._take
-        self._known: dict[int, dict[str, LazyTensor]] = {}
+        self._known: dict[int, dict[str, LazyTensor | LazyPacked]] = {}
 
-    def _take(self, rows: Sequence[int]) -> dict[int, dict[str, LazyTensor]]:
-        return {row: {name: stack.take([row]) for name, stack in self._stacks.items()} for row in rows}
+    @property
+    def packing(self) -> dict[str, PackedConfig | None]:
+        """`dict[str, PackedConfig | None]`: how each parameter is packed; `None` if it is not."""
+        stacks = self._stacks.items()
+        return {name: stack.packing if isinstance(stack, LazyPacked) else None for name, stack in stacks}
 
-    def tensors(self, experts: Sequence[int]) -> list[dict[str, LazyTensor]]:
-        """The parameters of experts, (1, ...) each.
+    def _take(self, rows: Sequence[int]) -> dict[int, dict[str, LazyTensor | LazyPacked]]:
+        return {row: {name: stack.cut(row) for name, stack in self._stacks.items()} for row in rows}
+
+    def tensors(self, experts: Sequence[int]) -> list[dict[str, LazyTensor | LazyPacked]]:
+        """The parameters of experts, each a matrix, or a stack of one.
 
         Args:
             experts (`Sequence[int]`): their rows.
