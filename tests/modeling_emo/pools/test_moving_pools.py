@@ -177,13 +177,14 @@ def test_what_makes_no_sense_is_refused(model, arguments, words):
     assert torch.equal(plain, off)
 
 
-def test_after_a_change_of_topic_pools_that_move_lose_less(tiny):
-    english, python = document("english")[:, :120], document("python")[:, :200]
-    ids, prompt = torch.cat([english, python], dim=1), english.shape[1]
+def test_after_a_change_of_topic_pools_that_move_lose_little(tiny):
+    proofs, german = document("metamath")[:, :120], document("german")[:, :160]
+    ids, prompt = torch.cat([proofs, german], dim=1), proofs.shape[1]
     stays, _ = losses(tiny, ids, prompt, 15)
     moves, pools = losses(tiny, ids, prompt, 15, PoolMoves(16))
     full, _ = losses(tiny, ids, prompt, 63)
-    assert full < moves < stays and moves - full < 0.7 * (stays - full)
+    assert moves - full < 0.4 * (stays - full)
+    assert stays - full > 1  # the pools of the prompt are no good for what follows
     assert all((~each).sum() == 15 for each in pools.outside)
 
 

@@ -389,13 +389,9 @@ def test_experts_in_few_bits_are_read_as_they_are_in_the_files(make_checkpoint, 
         assert_same_numbers(logits(paged), logits(full))
         assert sum(end - start for _, start, end in reads) == paged.expert_memory.report().bytes_read > 0
         assert len(set(reads)) == len(reads)
+        inputs = {"inputs": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 8}
         for how in ({}, {"document_pool": 5}, {"num_beams": 2}):
-            texts = [
-                model.generate(
-                    IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False, **how
-                )
-                for model in (paged, full)
-            ]
+            texts = [model.generate(**inputs, do_sample=False, **how) for model in (paged, full)]
             assert torch.equal(*texts)
     subset = [[0, 2, 3, 5, 7, 8, 11]] * 3
     part = EmoForCausalLM.from_pretrained(tmp_path, expert_memory=5 * expert, expert_subset=subset)
