@@ -20,21 +20,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from ...checkpoints.hub.opening import fetch_ahead
 from ...checkpoints.local_files import LocalFiles
-from ...checkpoints.memory.large_pages import empty
 from ...checkpoints.safetensors_header import TensorSpan
 from ...checkpoints.source_files import SourceChangedError, SourceFiles
 from ...checkpoints.writing.safetensors_writing import size_in_bytes
 from ...configuration import EmoConfig
-from ...modeling_emo.kernels.packed_tensor import PackedTensor
-from ...modeling_emo.kernels.packed_weights import PackedWeight
 from ...modeling_emo.modeling_emo import EmoExperts
 from ...modeling_emo.paged_experts import PagedExperts
-from ...quantization.packed_config import PackedConfig
+from ...quantization.empty_weights import empty_weight
 from ...quantization.packed_files import LazyPacked, parts_of, unpacked_zeros
 from .expert_rows import ExpertRows
 from .report import ExpertMemoryReport
@@ -130,7 +126,8 @@ class ExpertMemory:
         """Make slots, and read the experts that every token uses into those of their own, the last ones."""
         rows = next(iter(self.rows.values()))
         make = {
-            name: partial(_slots_of, shape, dtype, rows.packing[name]) for name, shape in rows.shapes.items()
+            name: partial(empty_weight, shape, dtype, rows.packing[name])
+            for name, shape in rows.shapes.items()
         }
         one = [part for slots in make.values() for part in parts_of(slots(1, torch.device("meta"))).values()]
         self.expert_bytes = sum(part.nbytes for part in one)
@@ -409,24 +406,3 @@ class ExpertMemory:
             "A model with `expert_memory` cannot be pickled: its experts are in the files that it was loaded "
             "from. Load it again where it is needed."
         )
-
-
-def _slots_of(
-    shape: tuple[int, int], dtype: torch.dtype, packing: PackedConfig | None, count: int, device: torch.device
-) -> nn.Parameter:
-    """Room for so many matrices, as they lie in files, or packed."""
-
-    def room(numel: int, of: torch.dtype) -> torch.Tensor:
-        if device.type == "cpu":
-            return empty(count * numel, of)
-        return torch.empty(count * numel, dtype=of, device=device)
-
-    rows, inputs = shape
-    if packing is None:
-        return nn.Parameter(room(rows * inputs, dtype).view(count, rows, inputs), requires_grad=False)
-    group = packing.group_of(inputs)
-    words, groups = inputs * packing.bits // 32, inputs // group
-    packed = room(rows * words, torch.int32).view(count, rows, words)
-    scale = room(rows * groups, dtype).view(count, rows, groups)
-    zero = None if packing.symmetric else room(rows * groups, torch.uint8).view(count, rows, groups)
-    return PackedTensor(PackedWeight(packed, scale, zero, packing.bits, group)).as_parameter()
