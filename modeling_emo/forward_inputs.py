@@ -224,7 +224,8 @@ def pools_that_hold(
     batch, length, _ = inputs.inputs_embeds.shape
     frozen = None
     if request.document_pool is None:
-        frozen = frozen_pools(inputs.cache, prompt_pool, inputs.config, (batch, length), masks)
+        given = (inputs.cache, prompt_pool, inputs.config, (batch, length), masks, inputs.attention_mask)
+        frozen = frozen_pools(*given)
     if frozen:
         return frozen, frozen
     pools = document_pools(

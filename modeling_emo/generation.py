@@ -15,6 +15,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .in_use.routed_experts import ExpertRecord, GenerateWithExpertsOutput
+from .pools.moving_pools import PoolMoves, pool_moves
 from .pools.prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
 from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice, one_cache_name
 
@@ -28,6 +29,8 @@ class _PoolRequest:
     sizes: tuple[int, ...] | None
     prompt_length: int
     tokens_at_once: int | None = None
+    moves: PoolMoves | None = None
+    sets_moves: bool = False
 
     def model_inputs(self, inputs: dict[str, Any], attention_mask_BS: torch.Tensor | None) -> dict[str, Any]:
         """The arguments to add to the inputs of a forward."""
@@ -42,6 +45,8 @@ class _PoolRequest:
                     f"`document_pool` asks for {list(self.sizes)}: pools are chosen only once. Leave it out "
                     "to keep them, or begin with a new cache."
                 )
+            if self.sets_moves:
+                frozen.moves = self.moves
             return {}
         if cache is not None and cache.get_seq_length() > 0:
             raise read_without_pools()
@@ -50,7 +55,8 @@ class _PoolRequest:
         prompt_BS = torch.arange(length, device=tokens.device).expand(batch, -1) < self.prompt_length
         if attention_mask_BS is not None:
             prompt_BS = prompt_BS & attention_mask_BS[:, :length].to(tokens.device, torch.bool)
-        return {"prompt_pool": PromptPool(self.sizes, prompt_BS, self.tokens_at_once)}
+        pool = PromptPool(self.sizes, prompt_BS, self.tokens_at_once, self.moves)
+        return {"prompt_pool": pool}
 
 
 _PAGED = "Continuous batching gives sequences no cache of their own, which could keep their document pools"
@@ -88,6 +94,8 @@ class EmoGenerationMixin(GenerationMixin):
         exclude_experts=None,
         document_pool: int | bool | Sequence[int | None] | None = None,
         return_experts: bool = False,
+        move_pool_every: int | None = None,
+        move_pool_above: float | None = None,
         **kwargs,
     ):
         """Generate text, with all experts or some of them; see `GenerationMixin.generate`.
@@ -102,6 +110,11 @@ class EmoGenerationMixin(GenerationMixin):
         `model(ids, past_key_values=cache)` uses the pools too. The pools of a layer need the whole prompt in
         the layer before, so `prefill_chunk_size` does not cut the prompt then. It is the number of tokens
         that go through the experts of a layer at once, and the results stay the same.
+
+        With `move_pool_every=n` the pools follow the text: every n tokens they are chosen again from what
+        the router wanted of late, where a token counts half after n more. Tokens already read stay as they
+        were. With `move_pool_above=s` too, only pools move outside of which the router puts more than the
+        share s of its probability.
 
         Args:
             expert_subset (`ExpertSubset`, path, `dict` or list of lists, *optional*): route to these experts
@@ -118,6 +131,10 @@ class EmoGenerationMixin(GenerationMixin):
                 passes all experts of the last layer too, of which it otherwise needs only its last token. A
                 `streamer` that has a method `put_experts` gets the experts of each forward: root ids (B, L,
                 S, K) and weights, as tensors on the device.
+            move_pool_every (`int`, *optional*): choose pools again after so many tokens; 0 for pools that
+                stay. By default as in the cache, or never.
+            move_pool_above (`float`, *optional*): move only pools outside of which the router puts more than
+                this share of its probability; by default all.
             args, kwargs: as for every Transformers model.
 
         Returns:
@@ -127,7 +144,7 @@ class EmoGenerationMixin(GenerationMixin):
             SubsetError: if the subset or the exclusion does not fit the model.
             ValueError: if a pool size is impossible; if the cache holds tokens read without pools, or pools
                 of other sizes; or with continuous batching, `guidance_scale` or `token_healing`, which read
-                other prompts than the given one or keep no pools.
+                other prompts than the given one or keep no pools; or if pools are to move and there are none.
 
         Example:
 
@@ -158,18 +175,26 @@ class EmoGenerationMixin(GenerationMixin):
                 expert_subset=expert_subset,
                 exclude_experts=exclude_experts,
                 document_pool=document_pool,
+                move_pool_every=move_pool_every,
+                move_pool_above=move_pool_above,
             )
         request = None
+        settings = kwargs.get("generation_config") or model.generation_config
         if document_pool is None:
-            settings = kwargs.get("generation_config") or model.generation_config
             document_pool = getattr(settings, "document_pool", None)
         if document_pool is None:
             document_pool = model.base_model.default_document_pool
+        moves = pool_moves(move_pool_every, move_pool_above)
+        if move_pool_every is not None and not document_pool:
+            document_pool = _sizes_in_cache(kwargs, document_pool, moves)
         if document_pool is not None:
             sizes = None if document_pool is False else pool_sizes(model.config, document_pool)
             if sizes is not None:
                 _refuse_other_prompts(kwargs, model.generation_config)
-            request = _PoolRequest(sizes, _prompt_length(args, kwargs))
+            request = _PoolRequest(sizes, _prompt_length(args, kwargs), moves=moves)
+            request.sets_moves = move_pool_every is not None
+        if moves is not None:  # they count tokens, and a compiled step would be compiled anew for each number
+            kwargs["disable_compile"] = True
         masked: Any = nullcontext()
         if expert_subset is not None or exclude_experts is not None:
             masked = model.use_experts(expert_subset, exclude_experts=exclude_experts)
@@ -312,6 +337,21 @@ def _refuse_other_orders(said: Callable[[str], Any]) -> None:
                 f"`return_experts` follows one token after the other, and `{name}={shown}` reads tokens that "
                 "it drops, or in another order: leave out one of the two."
             )
+
+
+def _sizes_in_cache(
+    kwargs: dict[str, Any], document_pool: Any, moves: PoolMoves | None
+) -> list[int | None] | Any:
+    """The sizes of the pools in the cache, for a call that says how they move and not how large they are."""
+    pools = None if document_pool is False else cached_pools(kwargs.get(CACHE))
+    if pools is not None:
+        return list(pools.sizes)
+    if moves is not None:
+        raise ValueError(
+            "`move_pool_every` is for document pools, and this call has none: give their size as "
+            "`document_pool`, such as 32."
+        )
+    return document_pool
 
 
 def _refuse_other_prompts(kwargs: dict[str, Any], generation_config: Any) -> None:

@@ -798,6 +798,8 @@ class EmoModel(EmoPreTrainedModel):
         expert_masks = self.expert_masks
         draws = {"seed": self.pool_seed, "generator": self.pool_generator}
         frozen, pools = pools_that_hold(inputs, request, prompt_pool, expert_masks, **draws)
+        for pool in frozen or () if self._expert_memory is not None else ():
+            pool.memory = self._expert_memory
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
         layers = self.layers[: self.config.num_hidden_layers]

@@ -5,6 +5,8 @@ whole prompt as one document. It also holds for every token after the prompt. Th
 cache, as one more layer of it. So what reorders, repeats or picks sequences of the cache does the same to the
 pools, and a conversation that continues with the cache keeps its pools.
 
+Pools that follow the text (`moving_pools`) are frozen only until they are chosen again.
+
 Shape suffixes: B sequences, S tokens of each in this call, T = B * S tokens, R routed experts.
 """
 
@@ -16,7 +18,9 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from ...configuration.configuration_emo import EmoConfig
+from .cache_layer import FrozenPools
 from .document_pool import DocumentPools, pool_mask
+from .moving_pools import PoolMoves
 
 logger = logging.get_logger(__name__)
 
@@ -30,6 +34,7 @@ class PromptPool(NamedTuple):
             without its padding.
         tokens_at_once (`int`, *optional*): how many tokens of a sequence go through the experts of a layer
             at a time.
+        moves (`PoolMoves`, *optional*): when the pools are chosen again; by default never.
 
     Example: see `frozen_pools`.
     """
@@ -37,104 +42,7 @@ class PromptPool(NamedTuple):
     sizes: tuple[int, ...]
     prompt_BS: torch.Tensor
     tokens_at_once: int | None = None
-
-
-class FrozenPools:
-    """The pools of the sequences in a cache. They are its last layer, one without keys and values.
-
-    Args:
-        sizes (`Sequence[int]`): routed experts in the pool, for each layer.
-        experts (`list[list[int] | None]`, *optional*): the experts from which the pools were chosen, as in
-            `config.retained_experts`.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.modeling_emo.pools.prompt_pool import FrozenPools
-    >>> pools = FrozenPools([1])
-    >>> pools.outside[0] = torch.tensor([[False, True], [True, False]])
-    >>> pools.reorder_cache(torch.tensor([1, 1]))
-    >>> pools.outside[0].tolist()
-    [[True, False], [True, False]]
-
-    ```
-    """
-
-    supports_early_init = False
-    is_compileable = True
-    is_croppable = True
-    is_initialized = True
-    # A cache that offloads layers leaves sliding ones on the device, and no mask is made for them.
-    is_sliding = True
-    keys = values = None
-
-    def __init__(self, sizes: Sequence[int], experts: list[list[int] | None] | None = None):
-        self.sizes = tuple(sizes)
-        self.experts = experts
-        # The masks of `use_experts` under which every pool is known to keep an expert.
-        self.fitting_masks: list[torch.Tensor | None] | None = None
-        # (B, R) for each layer, true outside the pool. `None` before it is chosen, and for dense layers.
-        self.outside: list[torch.Tensor | None] = [None] * len(self.sizes)
-
-    @property
-    def is_chosen(self) -> bool:
-        """Whether pools have been chosen. (After a reset of the cache they have not.)"""
-        return any(outside is not None for outside in self.outside)
-
-    def check_masks(self, masks: list[torch.Tensor | None]) -> None:
-        """Check that in every layer each sequence has an expert in its pool that the mask (E,) allows.
-
-        Raises:
-            ValueError: if a sequence has none in some layer.
-        """
-        if self.fitting_masks is masks:  # the check waits for the device, so it runs once for each mask
-            return
-        fits: dict[int, torch.Tensor] = {}
-        for index, (outside_BR, mask_E) in enumerate(zip(self.outside, masks, strict=True)):
-            if outside_BR is not None and mask_E is not None:
-                inside_BR = mask_E[: outside_BR.shape[1]].to(outside_BR.device) & ~outside_BR
-                fits[index] = inside_BR.any(-1).all()
-        if fits:
-            device = next(iter(fits.values())).device  # layers may lie on different ones
-            fitting = torch.stack([fit.to(device) for fit in fits.values()]).tolist()
-            for index, is_fitting in zip(fits, fitting, strict=True):
-                if not is_fitting:
-                    raise ValueError(
-                        "No expert of the document pools in the cache may be used in layer "
-                        f"{index}: use the subset with which the pools were chosen, switch pools off with "
-                        "`document_pool=False`, or begin with a new cache."
-                    )
-        self.fitting_masks = masks
-
-    def get_max_length(self) -> int:
-        """No limit: -1."""
-        return -1
-
-    def offload(self) -> None:
-        """Stay on the device."""
-
-    def prefetch(self) -> None:
-        """Stay on the device."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Keep the pools: the tokens that are removed did not choose them."""
-
-    def reset(self) -> None:
-        """Forget the pools: the cache is empty, and another prompt begins."""
-        self.outside = [None] * len(self.sizes)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Take the sequences `beam_idx` (B,)."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Take the sequences `indices`."""
-        self.outside = [None if o is None else o[indices.to(o.device)] for o in self.outside]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Take every sequence `repeats` times."""
-        self.outside = [None if o is None else o.repeat_interleave(repeats, dim=0) for o in self.outside]
+    moves: PoolMoves | None = None
 
 
 class FrozenPool:
@@ -145,15 +53,29 @@ class FrozenPool:
         index (`int`): the layer.
         shape (`tuple[int, int]`): (B, S) of the forward.
         prompt (`PromptPool`, *optional*): what a pool not chosen yet is chosen from.
+        mask_BS (`torch.Tensor`, *optional*): false for padding among the tokens of this forward.
+
+    Attributes:
+        memory (`ExpertSlots`, *optional*): set it to be told which experts come into a pool that moves.
 
     Example: see `frozen_pools`.
     """
 
-    def __init__(self, pools: FrozenPools, index: int, shape: tuple[int, int], prompt: PromptPool | None):
+    memory: Any = None
+
+    def __init__(
+        self,
+        pools: FrozenPools,
+        index: int,
+        shape: tuple[int, int],
+        prompt: PromptPool | None,
+        mask_BS: torch.Tensor | None = None,
+    ):
         self.pools = pools
         self.index = index
         self.shape = shape
         self.prompt = prompt
+        self.mask_BS = mask_BS
 
     @property
     def tokens_at_once(self) -> int | None:
@@ -167,6 +89,9 @@ class FrozenPool:
         outside_BR = self.pools.outside[self.index]
         if outside_BR is None:
             outside_BR = self.pools.outside[self.index] = self._choose(logits_TR)
+        elif self.pools.moves is not None:
+            probs_BSR = logits_TR.softmax(-1).unflatten(0, self.shape)
+            outside_BR = self.pools.follow(self.index, probs_BSR, self.mask_BS, self.memory)
         batch, num_routed = outside_BR.shape
         if num_routed != logits_TR.shape[1]:
             raise _other_pools(f"{num_routed} routed experts", f"{logits_TR.shape[1]}")
@@ -178,6 +103,11 @@ class FrozenPool:
     def _choose(self, logits_TR: torch.Tensor) -> torch.Tensor:
         assert self.prompt is not None  # `frozen_pools` gives it where no pool is chosen yet
         batch, length = self.shape
+        if self.pools.moves is not None:
+            counts_BS = self.prompt.prompt_BS.to(logits_TR.device).float()
+            probs_BSR = logits_TR.softmax(-1).unflatten(0, self.shape)
+            sums_BR = torch.einsum("bs,bsr->br", counts_BS, probs_BSR)
+            self.pools.shares[self.index] = sums_BR / counts_BS.sum(1, keepdim=True).clamp(min=1)
         sequence_B = torch.arange(batch, device=logits_TR.device)
         size_B = torch.full_like(sequence_B, self.pools.sizes[self.index])
         mask_TR = pool_mask(
@@ -226,6 +156,7 @@ def frozen_pools(
     config: EmoConfig,
     shape: tuple[int, int],
     masks: list[torch.Tensor | None] | None = None,
+    attention_mask: torch.Tensor | None = None,
 ) -> list[FrozenPool] | None:
     """The pools of a forward for each layer: those in the cache, or new ones to be chosen from the prompt.
 
@@ -235,6 +166,7 @@ def frozen_pools(
         config (`EmoConfig`): the model's config.
         shape (`tuple[int, int]`): (B, S) of the forward.
         masks (`list[torch.Tensor | None]`, *optional*): for each layer the experts (E,) that may be used.
+        attention_mask (`torch.Tensor`, *optional*): 0 for padding, of the tokens in the cache too.
 
     Returns:
         `list[FrozenPool]`, *optional*: one for each layer; `None` if there are neither pools nor a prompt.
@@ -262,7 +194,7 @@ def frozen_pools(
     if pools is None:
         if prompt is None:
             return None
-        pools = FrozenPools(prompt.sizes, config.retained_experts)
+        pools = FrozenPools(prompt.sizes, config.retained_experts, prompt.moves)
     elif not torch.compiler.is_compiling():  # `generate` compiles only the steps after the prompt
         if pools.experts != config.retained_experts:
             raise ValueError(
@@ -276,7 +208,10 @@ def frozen_pools(
     batch = next((len(outside) for outside in pools.outside if outside is not None), shape[0])
     if batch != shape[0] or len(pools.sizes) != config.num_hidden_layers:
         raise _other_pools(f"{len(pools.sizes)} layers and {batch} sequences", f"{shape[0]} sequences")
-    return [FrozenPool(pools, index, shape, prompt) for index in range(len(pools.sizes))]
+    mask_BS = None
+    if pools.moves is not None and attention_mask is not None and attention_mask.dim() == 2:
+        mask_BS = attention_mask[:, -shape[1] :].bool()
+    return [FrozenPool(pools, index, shape, prompt, mask_BS) for index in range(len(pools.sizes))]
 
 
 def row_pools(

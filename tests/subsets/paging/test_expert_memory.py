@@ -17,6 +17,7 @@ from transformers_emo import CheckpointError, EmoForCausalLM, PackedConfig
 from transformers_emo.checkpoints.local_files import LocalFiles
 from transformers_emo.checkpoints.source_files import SourceChangedError
 from transformers_emo.conversion import shard_experts
+from transformers_emo.quantization.packed_files import parts_of
 from transformers_emo.training import lora_config
 
 IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
@@ -370,8 +371,41 @@ def test_what_is_not_here_yet_is_fetched_from_the_hub_and_kept(make_checkpoint, 
     assert sent[2] == 0 and "offline" in out["error"]
 
 
-def test_a_folder_in_few_bits_is_refused(make_checkpoint, tmp_path):
-    config = PackedConfig(bits=8)
-    EmoForCausalLM.from_pretrained(make_checkpoint(), quantization_config=config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="8 bits, and `expert_memory` takes unquantised"):
-        EmoForCausalLM.from_pretrained(tmp_path, expert_memory="1MB")
+@pytest.mark.parametrize("packing", [{"bits": 8}, {"bits": 4}, {"bits": 4, "symmetric": True}], ids=str)
+def test_experts_in_few_bits_are_read_as_they_are_in_the_files(make_checkpoint, tmp_path, reads, packing):
+    source = make_checkpoint(hidden_size=64, intermediate_size=32)
+    config = PackedConfig(**packing)
+    EmoForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(tmp_path)
+    full = whole(tmp_path)
+    expert = sum(
+        part[0].nbytes
+        for name in ("gate_up_proj", "down_proj")
+        for part in parts_of(getattr(full.model.layers[0].mlp.experts, name)).values()
+    )
+    for slots in (4, 9, 100):
+        paged = EmoForCausalLM.from_pretrained(tmp_path, expert_memory=slots * expert)
+        assert paged.expert_memory.report().slots == min(slots, 33)
+        reads.clear()
+        assert_same_numbers(logits(paged), logits(full))
+        assert sum(end - start for _, start, end in reads) == paged.expert_memory.report().bytes_read > 0
+        assert len(set(reads)) == len(reads)
+        inputs = {"inputs": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 8}
+        for how in ({}, {"document_pool": 5}, {"num_beams": 2}):
+            texts = [model.generate(**inputs, do_sample=False, **how) for model in (paged, full)]
+            assert torch.equal(*texts)
+    subset = [[0, 2, 3, 5, 7, 8, 11]] * 3
+    part = EmoForCausalLM.from_pretrained(tmp_path, expert_memory=5 * expert, expert_subset=subset)
+    assert_same_numbers(logits(part), logits(whole(tmp_path, expert_subset=subset)))
+
+
+def test_quantising_while_experts_are_read_is_refused_with_what_to_do(make_checkpoint):
+    with pytest.raises(ValueError, match="PackedConfig.*without `expert_memory`, save it"):
+        load(make_checkpoint(), 5, quantization_config=PackedConfig(bits=8))
+
+
+def test_beams_of_a_padded_batch_share_the_slots(make_checkpoint):
+    folder = make_checkpoint()
+    ids = torch.tensor([[0, 0, 5, 17, 60], [44, 44, 3, 71, 12], [0, 9, 28, 6, 7]])
+    kwargs = {"attention_mask": (ids != 0).long(), "num_beams": 3, "document_pool": 5, "max_new_tokens": 9}
+    texts = [model.generate(ids, **kwargs) for model in (load(folder, 4), load(folder, 12), whole(folder))]
+    assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[2])
