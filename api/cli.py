@@ -17,6 +17,7 @@ from .commands.cache import cache
 from .commands.convert import conversions
 from .commands.export import export
 from .commands.extract import extract
+from .commands.planning.info import info
 from .commands.push import push
 from .commands.report import report
 from .commands.retention import retention
@@ -86,6 +87,7 @@ app = typer.Typer(
 add_command(app, select, "select", panel="Subsets of experts")
 add_command(app, extract, "extract", panel="Subsets of experts")
 add_command(app, write_back, "write-back", panel="Subsets of experts")
+add_command(app, info, "info", panel="Before anything runs")
 add_command(app, train, "train", panel="Training and programs")
 add_command(
     app,
