@@ -15,7 +15,7 @@ from ..subsets.loading.model_source import check_hub_kwargs
 from ..subsets.numbering import root_experts
 from ..subsets.validation import SubsetError
 from .machine import Machine, this_machine
-from .model_sizes import ModelSizes, Size, fitting, usual_numbers
+from .model_sizes import ModelSizes, Size, fitting, subset_of, usual_numbers
 from .needs import Need, needs_of
 
 _USUAL = 16  # experts a layer that examples show
@@ -67,7 +67,7 @@ class ModelInfo:
         commit (`str`, *optional*): the commit of a repository.
         variant (`str`): `"full"` or `"subset"`.
         trained_with_pools (`bool`): whether its config says that documents had pools of a part of the
-            experts, as EMO's does. A standard mixture of experts had none, and loses quality with every expert.
+            experts, as EMO's does. A standard mixture of experts had none: it loses by every expert.
         layers (`int`): its layers.
         experts (`list[int]`): experts of each layer, 0 in a dense one.
         shared (`int`): of these, how many every token uses, in the first layer with experts.
@@ -143,9 +143,9 @@ def model_info(
     >>> from transformers_emo.planning import model_info
     >>> info = model_info("model_cards/emo-tiny")
     >>> info.variant, info.experts, [budget.experts for budget in info.budgets]
-    ('full', [64, 64, 64, 64], [3, 15, 31, 63])
+    ('full', [64, 64, 64, 64], [3, 7, 15, 31, 63])
     >>> {size.experts[0]: size.memory_bytes for size in info.sizes if size.bits == 16}[16]
-    5870848
+    5785856
 
     ```
     """
@@ -186,13 +186,8 @@ def model_info(
 
 
 def _check_numbers(sizes: ModelSizes, experts: list[int] | None) -> None:
-    most = max((layer.num_experts for layer in sizes.config.layer_experts), default=0)
     for number in experts or ():
-        if not 1 <= number <= most:
-            raise ValueError(
-                f"{number} experts a layer: expected 1 to {most}, as {sizes.label} has. Give another number."
-            )
-        sizes.subset(number)
+        subset_of(sizes.config, number)
 
 
 def _try(sizes: ModelSizes, number: int, bits: int) -> Size | None:

@@ -74,7 +74,7 @@ class ModelSizes:
     >>> from transformers_emo.planning import ModelSizes
     >>> sizes = ModelSizes.open("model_cards/emo-tiny")
     >>> sizes.of(16).parameters, sizes.of(16, bits=4).file_bytes
-    (2935424, 3133512)
+    (2892928, 2805304)
 
     ```
     """
@@ -127,31 +127,6 @@ class ModelSizes:
         own = self.dtype.itemsize * 8
         return [self.packing.bits] if self.packing is not None else [own, 8, 4]
 
-    def subset(self, num_experts: int) -> ExpertSubset:
-        """Some subset of so many experts a layer, to know its size: which experts it has makes no difference.
-
-        Args:
-            num_experts (`int`): at most those of a layer are taken; at least those that are always kept and
-                one more.
-
-        Raises:
-            ValueError: if that leaves a layer without a routed expert.
-        """
-        kept: list[list[int] | None] = []
-        for index, (layer, ids) in enumerate(
-            zip(self.config.layer_experts, present_experts(self.config), strict=True)
-        ):
-            always = layer.always_used
-            if not layer.is_dense and num_experts <= len(always):
-                raise ValueError(
-                    f"{num_experts} experts leave layer {index} without a routed one: {len(always)} are "
-                    f"always kept. Expected at least {len(always) + 1}."
-                )
-            others = [e for e in range(layer.num_experts) if e not in always]
-            local = sorted([*always, *others[: num_experts - len(always)]])
-            kept.append(None if layer.is_dense else [ids[e] for e in local])
-        return ExpertSubset(kept).for_model(self.config)
-
     def of(self, experts: int | ExpertSubset | None = None, bits: int | None = None) -> Size:
         """What a part of the model takes.
 
@@ -166,7 +141,7 @@ class ModelSizes:
         """
         config, kept = self.config, None
         if experts is not None:
-            subset = self.subset(experts) if isinstance(experts, int) else experts.for_model(config)
+            subset = subset_of(config, experts) if isinstance(experts, int) else experts.for_model(config)
             config, kept = subset_config(config, subset), local_experts(subset, config)
         parameters: dict[str, Any] = lazy_parameters(self.checkpoint, self.config, kept, sizes_checked=True)
         check_whole(parameters, config, self.label)
@@ -258,6 +233,44 @@ class ModelSizes:
         """`int`: the least `expert_memory` that `from_pretrained` takes."""
         layers = [layer for layer in self.config.layer_experts if not layer.is_dense]
         return self.expert_bytes * max((layer.top_k - len(layer.always_used) for layer in layers), default=0)
+
+
+def subset_of(config: EmoConfig, num_experts: int) -> ExpertSubset:
+    """Some subset of so many experts a layer, to know its size: which experts it has makes no difference.
+
+    Args:
+        config (`EmoConfig`): the model's config.
+        num_experts (`int`): layers with fewer keep all.
+
+    Raises:
+        ValueError: if no layer has so many, or one would be left without a routed expert.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo import EmoConfig
+    >>> from transformers_emo.planning.model_sizes import subset_of
+    >>> subset_of(EmoConfig(num_hidden_layers=1, num_experts=8, num_experts_per_tok=2), 3).experts
+    [[0, 1, 7]]
+
+    ```
+    """
+    most = max((layer.num_experts for layer in config.layer_experts), default=0)
+    if not 1 <= num_experts <= most:
+        raise ValueError(f"{num_experts} experts a layer: expected 1 to {most}, as the model has.")
+    kept: list[list[int] | None] = []
+    layers = zip(config.layer_experts, present_experts(config), strict=True)
+    for index, (layer, ids) in enumerate(layers):
+        always = layer.always_used
+        if not layer.is_dense and num_experts <= len(always):
+            raise ValueError(
+                f"{num_experts} experts leave layer {index} without a routed one: {len(always)} are always "
+                f"kept. Expected at least {len(always) + 1}."
+            )
+        others = [e for e in range(layer.num_experts) if e not in always]
+        local = sorted([*always, *others[: num_experts - len(always)]])
+        kept.append(None if layer.is_dense else [ids[e] for e in local])
+    return ExpertSubset(kept).for_model(config)
 
 
 def usual_numbers(config: EmoConfig) -> list[int]:
