@@ -20,6 +20,8 @@ from .commands.cache import cache
 from .commands.convert import conversions
 from .commands.export import export
 from .commands.extract import extract
+from .commands.planning.info import info
+from .commands.planning.plan import plan
 from .commands.push import push
 from .commands.run import EPILOG, RunCommand, run
 from .commands.select import select
@@ -90,6 +92,8 @@ app = typer.Typer(
 add_command(app, select, "select", panel="Subsets of experts")
 add_command(app, extract, "extract", panel="Subsets of experts")
 add_command(app, write_back, "write-back", panel="Subsets of experts")
+add_command(app, info, "info", panel="Before anything runs")
+add_command(app, plan, "plan", panel="Before anything runs")
 add_command(app, train, "train", panel="Training and programs")
 add_command(
     app,
