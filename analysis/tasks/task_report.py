@@ -46,8 +46,8 @@ def write_task_report(scores: TaskScores, out: str | os.PathLike, *, plots: bool
     >>> from transformers_emo.analysis.tasks import TaskScore, TaskScores, write_task_report
     >>> name = "exact_match,none"
     >>> full = TaskScore("emo", "gsm8k", "full", 128, None, {name: 0.1}, {}, name, 9, 5)
-    >>> text = write_task_report(TaskScores([full]), tmp_path, plots=False)
-    >>> sorted(path.name for path in tmp_path.iterdir())
+    >>> text = write_task_report(TaskScores([full]), tmp_path / "scores", plots=False)
+    >>> sorted(path.name for path in (tmp_path / "scores").iterdir())
     ['tasks.csv', 'tasks.md']
 
     ```

@@ -46,7 +46,6 @@ def test_two_models_are_scored_side_by_side(tmp_path, capsys):
             "--experts and --prompts are not for `--texts`",
         ),
         (["--texts", "y", "--card", "c"], "--card is not for `--texts`"),
-        (["--tasks", "emo_cod", "--include-path", LOCAL], "no task 'emo_cod'"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(tmp_path, capsys, words, said):
