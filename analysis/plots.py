@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .tasks.task_scores import TaskScores
+
 # The colours of Okabe and Ito, which colour-blind people can tell apart too. The random choice is grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _RANDOM = "#7F7F7F"
@@ -161,6 +163,74 @@ def plot_overlap(overlap: SubsetOverlap, path: str | os.PathLike) -> None:
     """
     matrices = {f"mean {overlap.mean:.2f}": (overlap.names, np.array(overlap.jaccard_NN))}
     _heat_maps(matrices, "experts in both / in either", path)
+
+
+def plot_tasks(
+    scores: TaskScores, paper: Mapping[str, Mapping[str, Mapping[int, float]]], path: str | os.PathLike
+) -> None:
+    """Draw the scores on tasks against the experts kept, a small picture for each task.
+
+    Args:
+        scores (`TaskScores`): from `measure_tasks`.
+        paper (`Mapping`): scores to draw beside them, in grey and in per cent: by task, model and experts.
+        path (`str` or `os.PathLike`): the picture's file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+
+    Example:
+
+    ```python
+    >>> from transformers_emo.analysis.plots import plot_tasks
+    >>> from transformers_emo.analysis.tasks import PAPER_SCORES, TaskScore, TaskScores
+    >>> full = TaskScore("emo", "arc", "full", 64, None, {"acc,none": 0.5}, {}, "acc,none", 9, 0)
+    >>> plot_tasks(TaskScores([full]), PAPER_SCORES, tmp_path / "tasks.png")
+
+    ```
+    """
+    columns = min(3, len(scores.tasks))
+    rows = -(-len(scores.tasks) // columns)
+    figure, grid = new_figure(rows, columns, width=3.6 * columns + 0.6, height=2.8 * rows + 1.0)
+    flat = list(grid.flat)
+    lines = {}
+    for axes, task in zip(flat, scores.tasks, strict=False):
+        drawn: set[int] = set()
+        unit = scores.unit(task)
+        for number, (model, values) in enumerate(paper.get(task, {}).items()):
+            style, mark = _STYLES[number]
+            lines[f"paper: {model}"] = axes.plot(
+                list(values), list(values.values()), color=_RANDOM, linestyle=style, marker=mark, markersize=3
+            )[0]
+            drawn |= set(values)
+        for model, colour in zip(scores.models, COLOURS * len(scores.models), strict=False):
+            for method, (style, mark) in zip(scores.methods, _STYLES * len(scores.methods), strict=False):
+                points = [
+                    (k, value / unit, (scores.error(model, task, method, k) or 0.0) / unit)
+                    for k in scores.sizes(model)
+                    if (value := scores.value(model, task, method, k)) is not None
+                ]
+                if not points:
+                    continue
+                sizes, values_at, errors = zip(*points, strict=True)
+                lines[f"{model}, {method}"] = axes.errorbar(
+                    sizes, values_at, errors, color=colour, linestyle=style, marker=mark, markersize=4
+                )
+                drawn |= set(sizes)
+        axes.set_xscale("log", base=2)
+        axes.invert_xaxis()
+        axes.set_xticks(sorted(drawn), [str(k) for k in sorted(drawn)])
+        axes.minorticks_off()
+        axes.grid(True, color="#DDDDDD", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{task}\n{scores.metric(task)}{' (%)' * (unit < 1)}", fontsize=9)
+    for axes in flat[len(scores.tasks) :]:
+        axes.set_visible(False)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+    )
+    figure.supxlabel("experts kept", fontsize=10)
+    figure.supylabel("score", fontsize=10)
+    save_figure(figure, path)
 
 
 def _heat_maps(

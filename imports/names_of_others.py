@@ -426,6 +426,24 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         PrivateName("accelerate.utils:DistributedType.MULTI_CPU", "shards on CPUs"),
         PrivateName("accelerate.utils:DistributedType.FSDP", "shards on CPUs"),
     ],
+    "harness": [
+        PrivateName("lm_eval.tasks:TaskManager", "finds tasks", takes="include_path load task_index"),
+        PrivateName(
+            "lm_eval.evaluator:evaluate", "scores", "lm task_dict", "limit log_samples bootstrap_iters"
+        ),
+        PrivateName(
+            "lm_eval.models.huggingface:HFLM",
+            "a model as it wants it",
+            takes="pretrained tokenizer batch_size",
+        ),
+        PrivateName(
+            "lm_eval.api.task:ConfigurableTask.build_qa_turn",
+            "prompts with their answers, as demonstrations are",
+            takes="q c a gen_prefix tgt_delim few_delim",
+        ),
+        PrivateName("lm_eval.api.task:ConfigurableTask.build_all_requests", "what is asked", takes="limit"),
+        PrivateName("lm_eval.api.task:ConfigurableTask.set_fewshot_seed", "the same demonstrations", "seed"),
+    ],
     "peft": [
         PrivateName(
             "peft.utils.transformers_weight_conversion:_MODEL_TO_CONVERSION_PATTERN",

@@ -8,8 +8,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ..shared import OUTPUT, AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
+from .retention_tasks import refuse_other_kind, score_on_tasks
 
-_TEXTS, _CHOICE, _RUNNING = "Texts", "What is measured", "How it runs"
+_TEXTS, _TASKS, _CHOICE, _RUNNING = "Texts", "Tasks", "What is measured", "How it runs"
 
 
 class NamedModel(NamedTuple):
@@ -53,16 +54,17 @@ def retention(
         list[str],
         typer.Argument(metavar="MODEL", help="Folder or Hub repository, or NAME=FOLDER."),
     ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where results go.", rich_help_panel=OUTPUT)],
     texts: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="DIR",
             help="Folder with calibration/<domain>.jsonl and test/<domain>.jsonl, or with <domain>.jsonl and "
             "a `split` in each line. Each line is a document, its text as `text`.",
+            show_default="needed without --tasks",
             rich_help_panel=_TEXTS,
         ),
-    ],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where results go.", rich_help_panel=OUTPUT)],
+    ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +128,72 @@ def retention(
     batch_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens in a batch.", rich_help_panel=_RUNNING)
     ] = 2048,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME...",
+            help="Tasks of lm-evaluation-harness, such as mmlu,gsm8k, instead of texts. Experts are chosen "
+            "from each task's own prompts.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    experts: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N...",
+            help="Experts of each layer to keep.",
+            show_default="all, then by halves to a sixteenth",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    include_path: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A folder of YAML files with more tasks.", rich_help_panel=_TASKS),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Demonstrations in a prompt.",
+            show_default="as the task says",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Choose experts from N prompts of a task.",
+            show_default="8",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Score only the first N documents of a task, for a trial.",
+            show_default="all",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Requests at a time.", show_default="8", rich_help_panel=_TASKS
+        ),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Put the scores into the metadata of this card, the README.md of the one model.",
+            rich_help_panel=_TASKS,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -157,6 +225,7 @@ def retention(
 
     Measures loss and next-token accuracy at shares of the experts, domain by domain, and writes tables and
     pictures. After an interruption, the same command goes on. With other options, it adds to what is there.
+    With `--tasks` it measures scores on tasks instead, beside those of the paper.
 
     Example:
 
@@ -167,14 +236,50 @@ def retention(
 
     ```
     """
-    from transformers_emo.analysis import measure_retention, read_domains, topic_cosine, write_report
-    from transformers_emo.analysis.plots import require_matplotlib
-    from transformers_emo.analysis.retention import METHODS, SHARES
-
     named = [read_model(model) for model in models]
     paths, names = dict(named), [model.name for model in named]
     if len(paths) < len(names):
         raise ValueError(f"The models are called {names}: give each a name of its own, NAME=FOLDER.")
+    of_texts = {
+        "--texts": texts,
+        "--baseline": baseline,
+        "--domains": domains,
+        "--shares": shares,
+        "--test": test,
+        "--window": window,
+        "--no-topics": no_topics,
+        "--calibration": calibration != 8,
+        "--batch-tokens": batch_tokens != 2048,
+    }
+    of_tasks = {
+        "experts": experts,
+        "include_path": include_path,
+        "num_fewshot": num_fewshot,
+        "num_prompts": prompts,
+        "limit": limit,
+        "batch_size": batch_size,
+    }
+    refuse_other_kind(tasks, of_texts, of_tasks | {"card": card})
+    if tasks is not None:
+        score_on_tasks(
+            paths,
+            tasks,
+            out,
+            card=card,
+            plots=not no_plots,
+            json=json,
+            methods=methods or ["layerwise"],
+            seeds=range(seeds),
+            dtype=dtype,
+            device=device,
+            **given(revision=revision, token=token, cache_dir=cache_dir, **of_tasks),
+        )
+        return
+    assert texts is not None  # refused above
+    from transformers_emo.analysis import measure_retention, read_domains, topic_cosine, write_report
+    from transformers_emo.analysis.plots import require_matplotlib
+    from transformers_emo.analysis.retention import METHODS, SHARES
+
     baseline = baseline or (names[-1] if len(names) > 1 else None)
     if baseline is not None and baseline not in paths:
         raise ValueError(f"The baseline {baseline!r} is none of the models {names}: give one of these names.")
