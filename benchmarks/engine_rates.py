@@ -7,8 +7,9 @@ Claim: who serves an export knows what each engine takes of the disk, and how ma
 Takes the synthetic checkpoint of `benchmarks/loading.py` (EMO's true width, bfloat16), whole, and 16 of its
 128 experts, and writes what each engine reads. Each runs in a process of its own, in the environment that
 `make test-engines` makes, with 2 threads: greedy tokens after a prompt of 32, one sequence, without the time
-of the prompt. The time is the median of three. An engine that is not installed has no row. vLLM runs without
-compiling: it compiles for minutes, and its own kernels for processors are the same.
+of the prompt. The time is the median of three. With `--calls` ours is the time of the network's calls alone,
+as `llama-bench` counts it: without choosing tokens. An engine that is not installed has no row. vLLM runs
+without compiling: it compiles for minutes, and its own kernels for processors are the same.
 """
 
 import argparse
@@ -29,6 +30,7 @@ WAYS = (
     "ours-bf16",
     "ours-8",
     "ours-4",
+    "ours-q4_0",  # the numbers of llama.cpp's: no zero points, the head in 4 bits too
     "transformers-bf16",
     "vllm-bf16",
     "mlx-bf16",
@@ -51,7 +53,9 @@ def write(way: str, full: Path, out: Path, subset: list | None) -> Path:
 
     engine, numbers = way.split("-")
     if engine == "ours" and numbers != "bf16":
-        few = PackedConfig(bits=int(numbers))
+        few = PackedConfig(bits=4, symmetric=True, head_bits=4)
+        if numbers != "q4_0":
+            few = PackedConfig(bits=int(numbers))
         model = EmoForCausalLM.from_pretrained(full, expert_subset=subset, quantization_config=few)
         model.save_pretrained(out)
         return out
@@ -97,15 +101,16 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def measure(way: str, path: Path) -> float:
-    """Tokens a second."""
+def measure(way: str, path: Path, calls: bool = False) -> float:
+    """Tokens a second; with `calls` of the network's calls alone, where that is ours."""
     engine = way.split("-")[0]
     if engine == "llama_cpp":
         words = ["-m", path, "-t", THREADS, "-p", 0, "-n", TOKENS, "-d", PROMPT, "-r", RUNS, "-o", "json"]
         command = [llama_program("llama-bench"), *words]
         done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
         return statistics.median(json.loads(done.stdout)[0]["samples_ts"])
-    command = [python_of(way), __file__, "--part", engine, str(path)]
+    part = "calls" if calls and engine == "ours" else engine
+    command = [python_of(way), __file__, "--part", part, str(path)]
     variables = os.environ | {"OMP_NUM_THREADS": str(THREADS), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     variables |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
@@ -137,6 +142,26 @@ def with_transformers(path: str) -> float:
         model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
 
     return rate(generate)
+
+
+def calls_alone(path: str) -> float:
+    """This package, without what stands around its network."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.set_num_threads(THREADS)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    ids = torch.arange(2, 2 + PROMPT + TOKENS)[None]
+    times = []
+    with torch.no_grad():
+        for _ in range(RUNS + 1):
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :PROMPT], past_key_values=cache, logits_to_keep=1)
+            start = time.perf_counter()
+            for token in ids[0, PROMPT:]:
+                model(token.view(1, 1), past_key_values=cache)
+            times.append(time.perf_counter() - start)
+    return TOKENS / statistics.median(times[1:])
 
 
 def with_vllm(path: str) -> float:
@@ -179,6 +204,7 @@ def with_mlx(path: str) -> float:
 
 PARTS = {
     "ours": with_transformers,
+    "calls": calls_alone,
     "transformers": with_transformers,
     "vllm": with_vllm,
     "mlx": with_mlx,
@@ -194,6 +220,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="the checkpoint; made here if it is not there")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--calls", action="store_true", help="of ours, the network's calls alone")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -220,7 +247,7 @@ def main() -> None:
                     continue
                 out = Path(temporary, "out")
                 path = write(way, full, out, experts)
-                found = measure(way, path)
+                found = measure(way, path, args.calls)
                 first = first or found
                 print(
                     f"| {kept} | {way} | {size(path) / 1e9:.2f} | {found:.1f} | {found / first:.2f} |",

@@ -9,8 +9,9 @@ bfloat16, eight sequences 0.5, a prompt of 512 1.1; memory of a loaded subset 0.
 0.4; while it is quantised no more than 1.1 of it and the largest tensor of a layer.
 
 First perplexity: emo-tiny, all of it and its 16 experts for Python, over its held-back documents (of that
-domain), with activations in float32. Then the synthetic checkpoint of `benchmarks/loading.py` (EMO's true
-width), of which 16 of 128 experts are taken out in bfloat16 and in few bits. Each folder is loaded in a
+domain), with activations in float32, in bfloat16, and in bfloat16 as inference multiplies them: rounded to 8
+bits where the processor multiplies bytes. Then the synthetic checkpoint of `benchmarks/loading.py` (EMO's
+true width), of which 16 of 128 experts are taken out in bfloat16 and in few bits. Each folder is loaded in a
 process of its own, with its files in the page cache. Memory is that of all weights, embeddings, norms and
 routers too, and the peak of the process beyond what it used before loading.
 """
@@ -67,7 +68,10 @@ def quiet() -> None:
     torch.set_num_threads(2)
 
 
-def losses(way: str, subset: str, documents: int) -> dict:
+ACTIVATIONS = ("float32", "bfloat16", "rounded")
+
+
+def losses(way: str, subset: str, documents: int, activations: str = "float32") -> dict:
     """Mean loss of a token of emo-tiny's held-back documents, each cut to what the model reads at once."""
     import torch
     from transformers import AutoTokenizer
@@ -77,7 +81,7 @@ def losses(way: str, subset: str, documents: int) -> dict:
     kwargs: dict = {} if subset == "all" else {"expert_subset": subset}
     if way != "float32":
         kwargs["quantization_config"] = packing(way)
-    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if way == "bfloat16" or activations != "float32" else torch.float32
     model = EmoForCausalLM.from_pretrained(TINY, dtype=dtype, **kwargs).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     total, count = 0.0, 0
@@ -87,7 +91,7 @@ def losses(way: str, subset: str, documents: int) -> dict:
             ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids
             if ids.shape[1] < 2:
                 continue
-            with torch.no_grad():
+            with torch.set_grad_enabled(activations == "bfloat16"):  # without, they may be rounded
                 loss = model(ids, labels=ids).loss.item()
             total, count = total + loss * (ids.shape[1] - 1), count + ids.shape[1] - 1
     return {"loss": total / count, "tokens": count, "bytes": weight_bytes(model)}
@@ -195,7 +199,7 @@ def main() -> None:
     if args.part:
         part, *rest = args.part
         parts = {
-            "losses": lambda way, subset, documents: losses(way, subset, int(documents)),
+            "losses": lambda way, subset, documents, kind: losses(way, subset, int(documents), kind),
             "quantising": lambda way, folder: quantising(way, Path(folder)),
             "extract": lambda way, folder, out: extract(way, Path(folder), Path(out)),
             "speed": lambda folder, *numbers: speed(Path(folder), *map(int, numbers)),
@@ -216,17 +220,19 @@ def main() -> None:
 def measure_losses(documents: int) -> None:
     for subset in ("all", DOMAIN):
         print(f"emo-tiny, {'all experts' if subset == 'all' else f'16 experts for {subset}'}", flush=True)
-        best = on_their_own("losses", "float32", subset, documents)
+        best = on_their_own("losses", "float32", subset, documents, "float32")
         for way in WAYS:
             if way == "4 bits, groups of 128":
                 continue  # emo-tiny's experts are 64 wide
-            its = on_their_own("losses", way, subset, documents)
-            show(
-                math.exp(its["loss"] - best["loss"]),
-                f"times the perplexity in float32: {way}  ({math.exp(its['loss']):.3f} over {its['tokens']} "
-                f"tokens; {its['bytes'] / 1e6:.2f} MB)",
-                4,
-            )
+            for kind in ACTIVATIONS[1:2] if way == "bfloat16" else ACTIVATIONS:
+                its = on_their_own("losses", way, subset, documents, kind)
+                show(
+                    math.exp(its["loss"] - best["loss"]),
+                    f"times the perplexity in float32: {way}, activations "
+                    f"{'rounded' if kind == 'rounded' else f'in {kind}'}  ({math.exp(its['loss']):.3f} over "
+                    f"{its['tokens']} tokens; {its['bytes'] / 1e6:.2f} MB)",
+                    4,
+                )
 
 
 def measure_speed(args: argparse.Namespace, folder: Path, out: Path) -> None:

@@ -32,9 +32,11 @@ class PackedConfig(QuantizationConfigMixin):
     """Keep experts, attention, dense layers and the head in 8 or 4 bits; for `from_pretrained`.
 
     Weights are quantised one by one while they are read, of a whole model or of a subset of its experts
-    (`expert_subset=`). Only weights are: activations keep the dtype of the model. Routers, norms and
-    embeddings stay as they are, and so does a head that is tied to the embeddings. What `save_pretrained`
-    then writes is the layout `pack-quantized` of `compressed-tensors`, which other programs read.
+    (`expert_subset=`). Only weights are: activations keep the dtype of the model. Where no gradients are
+    recorded, products on a CPU may round activations in bfloat16 to 8 bits, each 32 with a scale of their own
+    (`packed_products`). Routers, norms and embeddings stay as they are, and so does a head that is tied to
+    the embeddings. What `save_pretrained` then writes is the layout `pack-quantized` of `compressed-tensors`,
+    which other programs read.
 
     Args:
         bits (`int`, defaults to 4): 8 or 4.

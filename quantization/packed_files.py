@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.lazy_tensor import LazyTensor
 from ..checkpoints.safetensors_header import TensorSpan
 from ..modeling_emo.kernels.packed_tensor import PackedTensor
-from ..modeling_emo.kernels.packed_weights import PackedWeight, pack, unpack
-from ..modeling_emo.weight_names import STACKED_EXPERTS
+from ..modeling_emo.kernels.packed_weights import PackedWeight
 from .packed_config import PackedConfig
+from .packed_parts import disk_tensors, unpacked_zeros
 
 _READ = 32 << 20  # so many bytes of a weight at a time are in memory as they are on disk
 _PARTS = ("packed", "scale", "zero_point", "shape")
@@ -421,156 +421,3 @@ def first_numbers(tensor: Any, count: int) -> torch.Tensor | None:
     weight = tensor.weight() if isinstance(tensor, LazyPacked) else tensor.weight
     rows = -(-count // weight.shape[1])
     return weight.map(lambda part: part[:rows]).dequantise(torch.float32).flatten()[:count].cpu()
-
-
-def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that a weight is kept in: itself, if it is not packed.
-
-    Args:
-        tensor (`torch.Tensor`): the weight.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.quantization.packed_files import parts_of
-    >>> list(parts_of(torch.ones(3)))
-    ['']
-
-    ```
-    """
-    return tensor.weight.tensors if isinstance(tensor, PackedTensor) else {"": tensor}
-
-
-def of_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """A weight of such tensors, kept as another one is.
-
-    Args:
-        parts (`Mapping[str, torch.Tensor]`): as `parts_of` names them.
-        like (`torch.Tensor`): the other weight.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.quantization.packed_files import of_parts
-    >>> of_parts({"": torch.zeros(2)}, torch.ones(3))
-    tensor([0., 0.])
-
-    ```
-    """
-    if not isinstance(like, PackedTensor):
-        return parts[""]
-    kept = like.weight
-    return PackedTensor(
-        PackedWeight(parts["packed"], parts["scale"], parts.get("zero"), kept.bits, kept.group)
-    )
-
-
-def unpacked_zeros(packed: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
-    """Zero points as they are in memory.
-
-    Args:
-        packed (`torch.Tensor`): int32 (..., N * bits / 32, G), as on disk: packed along the outputs.
-        bits (`int`): 8 or 4.
-        rows (`int`): N.
-
-    Returns:
-        `torch.Tensor`: uint8 (..., N, G).
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.quantization.packed_files import packed_zeros, unpacked_zeros
-    >>> zeros = torch.arange(16, dtype=torch.uint8).view(8, 2)
-    >>> torch.equal(unpacked_zeros(packed_zeros(zeros, 4), 4, 8), zeros)
-    True
-
-    ```
-    """
-    return unpack(packed.mT.contiguous(), bits)[..., :rows].mT.contiguous()
-
-
-def packed_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """Zero points as they are on disk; see `unpacked_zeros`.
-
-    Args:
-        zero (`torch.Tensor`): uint8 (..., N, G).
-        bits (`int`): 8 or 4.
-
-    Returns:
-        `torch.Tensor`: int32 (..., N * bits / 32, G).
-
-    Example: see `unpacked_zeros`.
-    """
-    words = 32 // bits
-    missing = -zero.shape[-2] % words
-    if missing:
-        zero = torch.nn.functional.pad(zero, (0, 0, 0, missing))
-    return pack(zero.mT.contiguous(), bits).mT.contiguous()
-
-
-def disk_tensors(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
-    """A packed matrix as the tensors that it is on disk.
-
-    Args:
-        name (`str`): the name of the weight.
-        weight (`PackedWeight`): the matrix, (N, K).
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
-    >>> from transformers_emo.quantization.packed_files import disk_tensors
-    >>> list(disk_tensors("x.weight", PackedWeight.quantise(torch.ones(8, 32), bits=4)))
-    ['x.weight_packed', 'x.weight_scale', 'x.weight_shape']
-
-    ```
-    """
-    tensors = {"packed": weight.packed, "scale": weight.scale}
-    if weight.zero is not None:
-        tensors["zero_point"] = packed_zeros(weight.zero, weight.bits)
-    tensors["shape"] = torch.tensor(weight.shape)
-    return {f"{name}_{part}": tensor for part, tensor in tensors.items()}
-
-
-def released_state(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The weights of a network as they go to disk: packed ones in their parts, experts one by one.
-
-    Args:
-        state (`Mapping[str, torch.Tensor]`): `model.state_dict()`.
-
-    Returns:
-        `dict[str, torch.Tensor]`: tensors that are not packed are those given, also stacked experts.
-
-    Example: see `PackedCheckpoint`.
-    """
-    result: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, PackedTensor):
-            result[name] = tensor
-        elif match := STACKED_EXPERTS.fullmatch(name):
-            for number, one in enumerate(_stacked(tensor.weight)):
-                if match["kind"] == "down":
-                    result |= disk_tensors(
-                        f"{match['experts']}.{number}.down_proj.weight", one.map(torch.clone)
-                    )
-                    continue
-                middle = one.shape[0] // 2
-                for part, rows in (("gate", slice(0, middle)), ("up", slice(middle, None))):
-                    half = one.map(_rows(rows))
-                    result |= disk_tensors(f"{match['experts']}.{number}.{part}_proj.weight", half)
-        else:
-            result |= disk_tensors(name, tensor.weight)
-    return result
-
-
-def _stacked(weight: PackedWeight) -> Iterator[PackedWeight]:
-    for number in range(weight.shape[0]):
-        yield weight.map(lambda part, n=number: part[n])
-
-
-def _rows(rows: slice) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda part: part[rows].clone()

@@ -7,7 +7,7 @@ from typing import Any
 from ..imports.transformers_versions import private_names
 from ..modeling_emo.kernels.packed_tensor import PackedTensor
 from .packed_config import METHOD, PackedConfig
-from .packed_files import released_state
+from .packed_parts import released_state
 
 with private_names("quantiser"):
     from transformers.quantizers.auto import (

@@ -29,7 +29,7 @@ class Feature(enum.IntFlag):
 
     AVX2 = 1  # and the rest of x86-64-v3
     AVX512 = 2  # and the rest of x86-64-v4
-    BF16 = 4  # AVX-512's products of bfloat16
+    BF16 = 4  # AVX-512's products of bfloat16, and of bytes: VNNI, which a processor with these has
     AMX = 8  # tiles of bfloat16; Linux allows them to a process that asks
 
 
@@ -52,15 +52,16 @@ class InstructionSet(NamedTuple):
 # This is the fastest of GCC's tunings on an AMD EPYC too. In places it takes a quarter less time than
 # `-march=native`.
 _TUNED = "-mtune=icelake-server"
+_PRODUCTS = ("-mavx512bf16", "-mavx512vnni")
 _V4 = Feature.AVX2 | Feature.AVX512
 _PORTABLE = InstructionSet("portable", (), Feature(0))
 _X86 = (
     InstructionSet(
         "amx",
-        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mtune=sapphirerapids"),
+        ("-march=x86-64-v4", *_PRODUCTS, "-mamx-tile", "-mamx-bf16", "-mtune=sapphirerapids"),
         _V4 | Feature.BF16 | Feature.AMX,
     ),
-    InstructionSet("avx512_bf16", ("-march=x86-64-v4", "-mavx512bf16", _TUNED), _V4 | Feature.BF16),
+    InstructionSet("avx512_bf16", ("-march=x86-64-v4", *_PRODUCTS, _TUNED), _V4 | Feature.BF16),
     InstructionSet("avx512", ("-march=x86-64-v4", _TUNED), _V4),
     InstructionSet("avx2", ("-march=x86-64-v3", _TUNED), Feature.AVX2),
     _PORTABLE,

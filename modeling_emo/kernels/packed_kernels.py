@@ -101,20 +101,38 @@ class PackedKernels:
         library, self.has_tiles = kernels.library, kernels.has_tiles
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._linear = library.emo_packed_linear
-        self._linear.argtypes = [number, *[pointer] * 6, *[size] * 4, *[number] * 3]
+        self._linear.argtypes = [number, *[pointer] * 6, *[size] * 4, *[number] * 4]
         self._experts = library.emo_packed_experts
-        self._experts.argtypes = [number, *[pointer] * 10, *[size] * 7, *[number] * 3]
+        self._experts.argtypes = [number, *[pointer] * 10, *[size] * 7, *[number] * 4]
+        self._bits_by_bytes = [bits for bits in (8, 4) if library.emo_has_bytes(bits)]
         self._unpack = library.emo_unpack
         self._unpack.argtypes = [number, *[pointer] * 4, *[size] * 3, *[number] * 3]
         self._unpack.restype = None
 
-    def linear(self, x_MK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None) -> torch.Tensor:
+    def has_bytes(self, bits: int) -> bool:
+        """Whether activations that may be rounded to 8 bits are, with weights of so many bits.
+
+        Args:
+            bits (`int`): 8 or 4.
+        """
+        return bits in self._bits_by_bytes
+
+    def linear(
+        self,
+        x_MK: torch.Tensor,
+        weight: PackedWeight,
+        bias_N: torch.Tensor | None,
+        *,
+        may_round: bool = False,
+    ) -> torch.Tensor:
         """`torch.nn.functional.linear` with a packed weight (N, K).
 
         Args:
             x_MK (`torch.Tensor`): (M, K).
             weight (`PackedWeight`): (N, K), one that `fits`.
             bias_N (`torch.Tensor`, *optional*): (N,), of the dtype of the activations.
+            may_round (`bool`, defaults to `False`): whether activations in bfloat16 may be rounded to 8 bits,
+                with a scale for each 32.
 
         Returns:
             `torch.Tensor`: (M, N).
@@ -147,7 +165,7 @@ class PackedKernels:
             bias,
             out_MN.data_ptr(),
             *(rows, inputs, outputs, weight.group, weight.bits),
-            weight.scale.dtype == torch.bfloat16,
+            *(weight.scale.dtype == torch.bfloat16, may_round),
             torch.get_num_threads(),
         )
         if failed:
@@ -163,6 +181,8 @@ class PackedKernels:
         down: PackedWeight,
         weights_TP: torch.Tensor,
         index_TP: torch.Tensor,
+        *,
+        may_round: bool = False,
     ) -> torch.Tensor:
         """Weighted sum of each token's experts, SwiGLU with a SiLU.
 
@@ -172,6 +192,7 @@ class PackedKernels:
             down (`PackedWeight`): (E, D, F), of as many bits, with scales of the same dtype.
             weights_TP (`torch.Tensor`): (T, P) float32.
             index_TP (`torch.Tensor`): (T, P) int64; picks outside 0 ... E - 1 add nothing.
+            may_round (`bool`, defaults to `False`): as for `linear`.
 
         Returns:
             `torch.Tensor`: (T, D).
@@ -210,7 +231,7 @@ class PackedKernels:
             *_pointers(down),
             *(weights_TP.data_ptr(), index_TP.data_ptr(), out_TD.data_ptr()),
             *(tokens, picks, experts, hidden, width, gate_up.group, down.group, gate_up.bits),
-            gate_up.scale.dtype == torch.bfloat16,
+            *(gate_up.scale.dtype == torch.bfloat16, may_round),
             torch.get_num_threads(),
         )
         if failed:

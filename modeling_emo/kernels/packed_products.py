@@ -1,13 +1,20 @@
 """Products with weights in 8 and 4 bits, and their gradients.
 
 On a CPU bfloat16 and float32 run compiled code, which unpacks weights in registers and never writes them
-back. What is multiplied are the activations as they are: bfloat16, or where the processor has no products of
-these whole numbers of 16 bits and a scale for each 32 (`native/packed_rows.h`), which is finer than
-bfloat16. Elsewhere a weight is unpacked, an expert at a time, and PyTorch multiplies.
+back. Elsewhere a weight is unpacked, an expert at a time, and PyTorch multiplies.
+
+Where gradients are recorded (`torch.is_grad_enabled()`), activations are multiplied as they are. Where none
+are, activations in bfloat16 are rounded to whole numbers of 8 bits, with a scale for each 32 of a row, if the
+processor multiplies bytes faster (`PackedKernels.has_bytes`), as llama.cpp does. A number is then off by at
+most 1/254 of the largest among its 32. One row and many are rounded alike, so that a sequence gives the same
+alone and in a batch, but for the order of sums; only with AMX are 32 rows and more not rounded. Processors
+without such products multiply bfloat16 itself or whole numbers of 16 bits, which are finer. Activations in
+float32 are never rounded.
 
 Shape suffixes: T tokens, K experts taken per token, E experts, D hidden size, F expert width.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +25,9 @@ from .packed_kernels import PackedKernels, find_packed_kernels, fits
 from .packed_weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# From so many rows on, for each matrix, PyTorch's bfloat16 products make up for an unpacked copy: with 8
-# bits, which the kernels multiply as two halves (measured on an AMD EPYC with AVX-512 BF16), and on AMX (a
-# guess).
+# From so many rows on, for each matrix, PyTorch's bfloat16 products make up for an unpacked copy, unless
+# bytes are multiplied, or 4 bits as float32 (measured on an AMD EPYC with AVX-512 BF16). With AMX they always
+# do (a guess).
 _MANY_ROWS = 32
 _OUTPUTS_AT_ONCE = 2048  # unpacked, so that they stay in the caches
 
@@ -96,9 +103,8 @@ def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
         return F.linear(x, weight.dequantise(x.dtype), bias)
     needs = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs or torch.compiler.is_compiling() or type(x) is not torch.Tensor:
-        op = torch.ops.transformers_emo.packed_linear
-        return op(x, weight.packed, weight.scale, weight.zero, bias, weight.bits, weight.group)
-    return _linear(x, weight, bias)
+        return torch.ops.transformers_emo.packed_linear(x, *_parts(weight), bias, _may_round())
+    return _linear(x, weight, bias, _may_round())
 
 
 def packed_experts(
@@ -157,8 +163,8 @@ def packed_experts(
     needs = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
     if needs or torch.compiler.is_compiling() or type(x_TD) is not torch.Tensor:
         op = torch.ops.transformers_emo.packed_experts
-        return op(x_TD, *_parts(gate_up), *_parts(down), weights_TK, index_TK).to(dtype)
-    return _experts(x_TD, gate_up, down, weights_TK, index_TK).to(dtype)
+        return op(x_TD, *_parts(gate_up), *_parts(down), weights_TK, index_TK, _may_round()).to(dtype)
+    return _experts(x_TD, gate_up, down, weights_TK, index_TK, _may_round()).to(dtype)
 
 
 # ---- which way ---------------------------------------------------------------------------------------------
@@ -169,6 +175,11 @@ def _shows_operations() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return is_observed()
+
+
+def _may_round() -> bool:
+    """Whether activations may be rounded to 8 bits: nobody trains, who would train on the rounding."""
+    return not torch.is_grad_enabled()
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -192,9 +203,17 @@ def _kernels_for(x: torch.Tensor, *weights: PackedWeight) -> PackedKernels | Non
     return find_packed_kernels()
 
 
-def _is_for_copies(kernels: PackedKernels, x: torch.Tensor, bits: int, rows: int) -> bool:
+def _is_for_copies(
+    kernels: PackedKernels, x: torch.Tensor, weight: PackedWeight, rows: int, may_round: bool
+) -> bool:
     """Whether an unpacked copy and PyTorch's product are faster."""
-    return rows >= _MANY_ROWS and x.dtype == torch.bfloat16 and (bits == 8 or kernels.has_tiles)
+    if rows < _MANY_ROWS or x.dtype != torch.bfloat16:
+        return False
+    if kernels.has_tiles:
+        return True
+    if may_round and kernels.has_bytes(weight.bits):
+        return False
+    return weight.bits == 8 or kernels.has_bytes(8)  # processors with these multiply bfloat16 too
 
 
 def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -202,15 +221,18 @@ def _unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     return weight.dequantise(dtype) if kernels is None else kernels.unpack(weight, dtype)
 
 
-def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, may_round: bool
+) -> torch.Tensor:
     kernels = _kernels_for(x, weight)
     if kernels is None:
         return F.linear(x, _unpacked(weight, x.dtype), bias)
-    if _is_for_copies(kernels, x, weight.bits, x.numel() // max(x.shape[-1], 1)):
+    if _is_for_copies(kernels, x, weight, x.numel() // max(x.shape[-1], 1), may_round):
         return _linear_by_copies(x, weight, bias)
     rows_MK = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
-    return kernels.linear(rows_MK, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    found = kernels.linear(rows_MK, weight, bias, may_round=may_round)
+    return found.view(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_by_copies(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -223,13 +245,15 @@ def _linear_by_copies(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor 
     return output
 
 
-def _experts(x_TD, gate_up: PackedWeight, down: PackedWeight, weights_TK, index_TK) -> torch.Tensor:
+def _experts(
+    x_TD, gate_up: PackedWeight, down: PackedWeight, weights_TK, index_TK, may_round: bool
+) -> torch.Tensor:
     kernels = _kernels_for(x_TD, gate_up, down)
     rows = index_TK.numel() // max(down.shape[0], 1)
-    if kernels is None or _is_for_copies(kernels, x_TD, down.bits, rows):
+    if kernels is None or _is_for_copies(kernels, x_TD, down, rows, may_round):
         return _experts_one_by_one(x_TD, gate_up, down, weights_TK, index_TK)
     weights_TK, index_TK = weights_TK.float().contiguous(), index_TK.long().contiguous()
-    return kernels.experts(x_TD.contiguous(), gate_up, down, weights_TK, index_TK)
+    return kernels.experts(x_TD.contiguous(), gate_up, down, weights_TK, index_TK, may_round=may_round)
 
 
 # ---- experts by PyTorch's products -------------------------------------------------------------------------
@@ -276,86 +300,76 @@ def _plain_experts(x_TD, gate_up, down, weights_TK, index_TK) -> torch.Tensor:
 
 
 # ---- operators, with gradients -----------------------------------------------------------------------------
+# They take a weight as its tensors, with or without zero points, and as its bits and group.
 
 
-def _parts(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int, int]:
-    return weight.packed, weight.scale, weight.zero, weight.bits, weight.group
+def _parts(weight: PackedWeight) -> tuple[list[torch.Tensor], list[int]]:
+    return list(weight.tensors.values()), [weight.bits, weight.group]
+
+
+def _weight(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> PackedWeight:
+    packed, scale, *zero = tensors
+    return PackedWeight(packed, scale, zero[0] if zero else None, *sizes)
 
 
 @torch.library.custom_op("transformers_emo::packed_linear", mutates_args=(), device_types="cpu")
 def _linear_op(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    sizes: Sequence[int],
     bias: torch.Tensor | None,
-    bits: int,
-    group: int,
+    may_round: bool,
 ) -> torch.Tensor:
-    return _linear(x, PackedWeight(packed, scale, zero, bits, group), bias)
+    return _linear(x, _weight(weight, sizes), bias, may_round)
 
 
 @_linear_op.register_fake
-def _(x, packed, scale, zero, bias, bits, group):
-    return x.new_empty(*x.shape[:-1], packed.shape[0])
+def _(x, weight, sizes, bias, may_round):
+    return x.new_empty(*x.shape[:-1], weight[0].shape[0])
 
 
 def _keep_linear(ctx: Any, inputs, output) -> None:
-    _, packed, scale, zero, bias, ctx.bits, ctx.group = inputs
+    _, weight, ctx.sizes, bias, _ = inputs
     ctx.has_bias = bias is not None
-    ctx.save_for_backward(packed, scale, zero)
+    ctx.save_for_backward(*weight)
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor):
-    packed, scale, zero = ctx.saved_tensors
+    weight = ctx.saved_tensors
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.transformers_emo.unpacked(packed, scale, zero, ctx.bits, ctx.group, grad.dtype)
-        of_x = grad @ weight
-    if ctx.has_bias and ctx.needs_input_grad[4]:
+        of_x = grad @ torch.ops.transformers_emo.unpacked(weight, ctx.sizes, grad.dtype)
+    if ctx.has_bias and ctx.needs_input_grad[3]:
         of_bias = grad.flatten(0, -2).sum(dim=0) if grad.dim() > 1 else grad
-    return of_x, None, None, None, of_bias, None, None
+    return of_x, [None] * len(weight), None, of_bias, None
 
 
 _linear_op.register_autograd(_linear_backward, setup_context=_keep_linear)
 
 
 @torch.library.custom_op("transformers_emo::unpacked", mutates_args=(), device_types="cpu")
-def _unpacked_op(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    bits: int,
-    group: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return _unpacked(PackedWeight(packed, scale, zero, bits, group), dtype)
+def _unpacked_op(weight: Sequence[torch.Tensor], sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return _unpacked(_weight(weight, sizes), dtype)
 
 
 @_unpacked_op.register_fake
-def _(packed, scale, zero, bits, group, dtype):
-    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] * (32 // bits), dtype=dtype)
+def _(weight, sizes, dtype):
+    packed = weight[0]
+    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] * (32 // sizes[0]), dtype=dtype)
 
 
 @torch.library.custom_op("transformers_emo::packed_experts", mutates_args=(), device_types="cpu")
 def _experts_op(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor,
-    gate_up_zero: torch.Tensor | None,
-    gate_up_bits: int,
-    gate_up_group: int,
-    down: torch.Tensor,
-    down_scale: torch.Tensor,
-    down_zero: torch.Tensor | None,
-    down_bits: int,
-    down_group: int,
+    gate_up: Sequence[torch.Tensor],
+    gate_up_sizes: Sequence[int],
+    down: Sequence[torch.Tensor],
+    down_sizes: Sequence[int],
     weights: torch.Tensor,
     index: torch.Tensor,
+    may_round: bool,
 ) -> torch.Tensor:
-    first = PackedWeight(gate_up, gate_up_scale, gate_up_zero, gate_up_bits, gate_up_group)
-    second = PackedWeight(down, down_scale, down_zero, down_bits, down_group)
-    return _experts(x, first, second, weights, index)
+    return _experts(x, _weight(gate_up, gate_up_sizes), _weight(down, down_sizes), weights, index, may_round)
 
 
 @_experts_op.register_fake
@@ -367,22 +381,15 @@ def _(x, *others):
 def _experts_backward_op(
     grad: torch.Tensor,
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_scale: torch.Tensor,
-    gate_up_zero: torch.Tensor | None,
-    gate_up_bits: int,
-    gate_up_group: int,
-    down: torch.Tensor,
-    down_scale: torch.Tensor,
-    down_zero: torch.Tensor | None,
-    down_bits: int,
-    down_group: int,
+    gate_up: Sequence[torch.Tensor],
+    gate_up_sizes: Sequence[int],
+    down: Sequence[torch.Tensor],
+    down_sizes: Sequence[int],
     weights: torch.Tensor,
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the tokens and the weights. Each expert is unpacked again."""
-    first = PackedWeight(gate_up, gate_up_scale, gate_up_zero, gate_up_bits, gate_up_group)
-    second = PackedWeight(down, down_scale, down_zero, down_bits, down_group)
+    first, second = _weight(gate_up, gate_up_sizes), _weight(down, down_sizes)
     of_x, of_weights = torch.zeros_like(x, dtype=_sums(x.dtype)), torch.zeros_like(weights)
     for expert in _taken(index, second.shape[0]):
         token, slot = torch.where(index == expert)
@@ -409,16 +416,16 @@ def _(grad, x, *others):
 
 
 def _keep_experts(ctx: Any, inputs, output) -> None:
-    tensors = [value for value in inputs if not isinstance(value, int)]
-    ctx.sizes = [value for value in inputs if isinstance(value, int)]
-    ctx.save_for_backward(*tensors)
+    x, gate_up, gate_up_sizes, down, down_sizes, weights, index, _ = inputs
+    ctx.lengths, ctx.sizes = (len(gate_up), len(down)), (gate_up_sizes, down_sizes)
+    ctx.save_for_backward(x, weights, index, *gate_up, *down)
 
 
 def _experts_backward(ctx: Any, grad: torch.Tensor):
-    x, gate_up, gate_up_scale, gate_up_zero, down, down_scale, down_zero, weights, index = ctx.saved_tensors
-    first = PackedWeight(gate_up, gate_up_scale, gate_up_zero, *ctx.sizes[:2])
-    second = PackedWeight(down, down_scale, down_zero, *ctx.sizes[2:])
-    wants = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
+    x, weights, index, *parts = ctx.saved_tensors
+    cut = ctx.lengths[0]
+    first, second = _weight(parts[:cut], ctx.sizes[0]), _weight(parts[cut:], ctx.sizes[1])
+    wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
     if torch.is_grad_enabled():  # the gradients are to be differentiated themselves
         # Views, so that a gradient is that of one input and leaves out how the others depend on it.
         inputs = [tensor.view_as(tensor) for tensor in (x, weights)]
@@ -429,7 +436,8 @@ def _experts_backward(ctx: Any, grad: torch.Tensor):
     else:
         op = torch.ops.transformers_emo.packed_experts_backward
         of_x, of_weights = op(grad, x, *_parts(first), *_parts(second), weights, index)
-    return of_x if wants[0] else None, *[None] * 10, of_weights if wants[1] else None, None
+    nothing = ([None] * ctx.lengths[0], None, [None] * ctx.lengths[1], None)
+    return of_x if wants[0] else None, *nothing, of_weights if wants[1] else None, None, None
 
 
 _experts_op.register_autograd(_experts_backward, setup_context=_keep_experts)

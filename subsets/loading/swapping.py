@@ -22,7 +22,8 @@ from ...configuration import EmoConfig, LayerExperts
 from ...modeling_emo.expert_switching import masked_by_anyone
 from ...modeling_emo.weight_names import EXPERT_PARAMETERS
 from ...quantization.packed_config import PackedConfig, packing_of
-from ...quantization.packed_files import QuantisedWhileRead, of_parts, parts_of
+from ...quantization.packed_files import QuantisedWhileRead
+from ...quantization.packed_parts import of_parts, parts_of
 from ..expert_subset import ExpertSubset
 from ..fingerprint import differing_signs, fingerprint_of
 from ..numbering import present_experts, root_experts

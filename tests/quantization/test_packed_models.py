@@ -126,9 +126,11 @@ class TestLoading:
     def test_in_another_dtype(self, folder, packing, dtype):
         model = load(folder, quantization_config=packing, dtype=dtype)
         assert model.dtype == dtype == model.lm_head.weight.dtype
-        found, expected = logits(model), logits(reference(model))
+        found, expected = model(IDS).logits, reference(model)(IDS).logits
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1)
+        # Where no gradients are recorded, activations may be rounded to 8 bits.
+        torch.testing.assert_close(logits(model).float(), expected.float(), rtol=0.3, atol=0.3)
 
     def test_whole_and_part_of_the_auto_classes(self, folder):
         for kwargs in ({}, {"expert_subset": FIRST}):

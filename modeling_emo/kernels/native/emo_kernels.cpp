@@ -101,6 +101,9 @@ int emo_has_tiles() { return amx_allowed(); }
 
 int emo_has_panels() { return HAS_PANELS; }
 
+// Whether activations that may be rounded are multiplied as bytes with weights of so many bits.
+int emo_has_bytes(int bits) { return bits == 4 ? HAS_BYTES<4> : HAS_BYTES<8>; }
+
 int emo_experts(int is_bf16, const void* x, const void* gate_up, const void* down, const float* weights,
                 const int64_t* index, void* out, void* saved, int64_t T, int64_t K, int64_t E, int64_t D,
                 int64_t F, int threads, int use_tiles) try {
@@ -146,13 +149,13 @@ int emo_linear(int is_bf16, const void* x, const void* weight, const void* bias,
   return 1;
 }
 
-// Weights in `bits` each, with a scale for every `group` of them and zero points or null; scales of all are of
-// one type.
+// Weights in `bits` each, with a scale for every `group` of them and zero points or null; the scales of all
+// are of one type. Activations in bfloat16 may be rounded to 8 bits where `may_round`.
 int emo_packed_linear(int is_bf16, const void* x, const void* numbers, const void* scales, const void* zeros,
-                      const void* bias, void* out, int64_t rows, int64_t in, int64_t outs, int64_t group, int bits,
-                      int bf16_scales, int threads) try {
+                      const void* bias, void* out, int64_t rows, int64_t in, int64_t outs, int64_t group,
+                      int bits, int bf16_scales, int may_round, int threads) try {
   (is_bf16 ? packed_linear_of<bf16> : packed_linear_of<float>)(
-      x, {numbers, scales, zeros, in, group, bits, bf16_scales}, bias, out, rows, outs,
+      x, {numbers, scales, zeros, in, group, bits, bf16_scales}, bias, out, rows, outs, may_round,
       useful_threads(rows * in * outs, threads));
   return 0;
 } catch (const std::bad_alloc&) {
@@ -161,20 +164,20 @@ int emo_packed_linear(int is_bf16, const void* x, const void* numbers, const voi
 
 int emo_packed_experts(int is_bf16, const void* x, const void* gate_up, const void* gate_up_scales,
                        const void* gate_up_zeros, const void* down, const void* down_scales,
-                       const void* down_zeros, const float* weights, const int64_t* index, void* out, int64_t T,
-                       int64_t K, int64_t E, int64_t D, int64_t F, int64_t gate_up_group, int64_t down_group,
-                       int bits, int bf16_scales, int threads) try {
+                       const void* down_zeros, const float* weights, const int64_t* index, void* out,
+                       int64_t T, int64_t K, int64_t E, int64_t D, int64_t F, int64_t gate_up_group,
+                       int64_t down_group, int bits, int bf16_scales, int may_round, int threads) try {
   (is_bf16 ? packed_experts_of<bf16> : packed_experts_of<float>)(
       x, {gate_up, gate_up_scales, gate_up_zeros, D, gate_up_group, bits, bf16_scales},
       {down, down_scales, down_zeros, F, down_group, bits, bf16_scales}, weights, index, out, {T, K, E, D, F},
-      useful_threads(T * K * D * F, threads));
+      may_round, useful_threads(T * K * D * F, threads));
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
 }
 
-void emo_unpack(int is_bf16, const void* numbers, const void* scales, const void* zeros, void* out, int64_t outs,
-                int64_t in, int64_t group, int bits, int bf16_scales, int threads) {
+void emo_unpack(int is_bf16, const void* numbers, const void* scales, const void* zeros, void* out,
+                int64_t outs, int64_t in, int64_t group, int bits, int bf16_scales, int threads) {
   threads = useful_threads(outs * in, threads);
   with_matrix({numbers, scales, zeros, in, group, bits, bf16_scales}, [&](auto matrix) {
     is_bf16 ? unpack(matrix, outs, (bf16*)out, threads) : unpack(matrix, outs, (float*)out, threads);

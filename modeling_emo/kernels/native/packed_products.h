@@ -4,7 +4,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "packed_panels.h"
+#include "packed_bytes.h"
 #include "routing.h"
 #include "threads.h"
 
@@ -49,7 +49,7 @@ void unpack(const Matrix& weights, index_t outs, T* to, int threads) {
     }
 }
 
-// ---- many rows ----------------------------------------------------------------------------------------------
+// ---- many rows --------------------------------------------------------------------------------------------
 
 // sums[row][out] of float32.
 template <int ROWS, int OUTS>
@@ -120,20 +120,23 @@ struct Few : ReadyRows<Form> {
     }
   }
 };
-#if defined(EMO_PACKED_BF16)
-// bfloat16, in panels from so many rows on.
+#if defined(EMO_PACKED_PANELS)
+// Bytes, in panels from so many rows on.
 template <int BITS>
-struct FewOrMany : Few<Halves<BITS>> {
-  using Few<Halves<BITS>>::Few;
+struct FewOrMany : Few<Bytes<BITS>> {
+  using Few<Bytes<BITS>>::Few;
   template <class Rows, class Matrix, class Use>
   void products(Rows row_of, index_t rows, const Matrix& weights, index_t outs, Use use) const {
-    if (rows < PANEL_FROM) return Few<Halves<BITS>>::products(row_of, rows, weights, outs, use);
+    if (rows < PANEL_FROM) return Few<Bytes<BITS>>::products(row_of, rows, weights, outs, use);
     static thread_local std::vector<ReadyRow> all;
     all.resize(rows);
     for (index_t m = 0; m < rows; ++m) all[m] = (*this)[row_of(m)];
     panel_products(all.data(), rows, weights, outs, use);
   }
 };
+#else
+template <int BITS>
+using FewOrMany = Few<Bytes<BITS>>;
 #endif
 
 // ---- operations -------------------------------------------------------------------------------------------
@@ -243,38 +246,41 @@ void with_matrix(const PackedWeight& w, Use use) {
 // Rows for each matrix, up to which weights are unpacked for a few rows at a time.
 constexpr index_t MANY_ROWS = 2 * FEW_ROWS;
 
-// How activations are made ready where so many rows meet each matrix: run(Ready*).
+// How activations are made ready where so many rows meet each matrix, and may be rounded or not: run(Ready*).
 template <int BITS, class X, class Run>
-void with_ready(bool many, Run run) {
+void with_ready(bool many, bool may_round, Run run) {
+  if constexpr (sizeof(X) == 2) {
+    if constexpr (HAS_BYTES<BITS>)
+      if (may_round) return run((FewOrMany<BITS>*)nullptr);
 #if defined(EMO_PACKED_BF16)
-  if constexpr (sizeof(X) == 2)
-    run((FewOrMany<BITS>*)nullptr);
-  else
+    return run((Few<Halves<BITS>>*)nullptr);
 #endif
-    many ? run((Floats<X>*)nullptr) : run((Few<WholeNumbers<BITS, X>>*)nullptr);
+  }
+  many ? run((Floats<X>*)nullptr) : run((Few<WholeNumbers<BITS, X>>*)nullptr);
 }
 
 template <class X>
 void packed_linear_of(const void* x, const PackedWeight& weight, const void* bias, void* out, index_t rows,
-                      index_t outs, int threads) {
+                      index_t outs, bool may_round, int threads) {
   with_matrix(weight, [&](auto matrix) {
-    with_ready<decltype(matrix)::BITS, X>(rows > MANY_ROWS, [&](auto* kind) {
-      packed_linear<std::remove_pointer_t<decltype(kind)>>((const X*)x, matrix, (const X*)bias, (X*)out, rows, outs,
-                                                           threads);
+    with_ready<decltype(matrix)::BITS, X>(rows > MANY_ROWS, may_round, [&](auto* kind) {
+      packed_linear<std::remove_pointer_t<decltype(kind)>>((const X*)x, matrix, (const X*)bias, (X*)out, rows,
+                                                           outs, threads);
     });
   });
 }
 
 template <class X>
-void packed_experts_of(const void* x, const PackedWeight& gate_up, const PackedWeight& down, const float* weights,
-                       const index_t* index, void* out, const Shape& s, int threads) {
+void packed_experts_of(const void* x, const PackedWeight& gate_up, const PackedWeight& down,
+                       const float* weights, const index_t* index, void* out, const Shape& s, bool may_round,
+                       int threads) {
   const Routing routing(index, s);
   const bool many = routing.pick.size() > MANY_ROWS * routing.experts.size();
   with_matrix(gate_up, [&](auto first) {
     using Matrix = decltype(first);
     const Matrix second{(const uint8_t*)down.numbers, (const typename Matrix::Scale*)down.scales,
                         (const uint8_t*)down.zeros, down.in, down.group};
-    with_ready<Matrix::BITS, X>(many, [&](auto* kind) {
+    with_ready<Matrix::BITS, X>(many, may_round, [&](auto* kind) {
       PackedExperts<std::remove_pointer_t<decltype(kind)>, X, Matrix>{s,       (const X*)x, first,  second,
                                                                       weights, (X*)out,     routing}
           .run(threads);

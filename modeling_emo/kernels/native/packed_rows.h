@@ -2,7 +2,7 @@
 //
 // A row has its numbers one after the other, stored unsigned, the first in the lowest bits; each `group` of
 // them shares a scale and perhaps a zero point: weight = (stored - zero) * scale. A vector of them is taken
-// apart by shifts and masks: part i has the numbers i, i + PARTS, i + 2 * PARTS ... of the vector. Activations
+// apart by shifts and masks: part i has the numbers i, i + PARTS, i + 2 * PARTS ... of it. Activations
 // are brought into that order once, and each part is multiplied with its own. Weights are never written back.
 //
 // Every 16 bytes of a vector are of one group, since groups are multiples of 32. So sums of a vector are kept
@@ -165,8 +165,8 @@ struct WholeNumbers {
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define EMO_PACKED_BF16 1
-// bfloat16 as they are. Four bits n become the bfloat16 16 + n by a shift and a mask: they are the upper bits of
-// its fraction. The upper four of eight become 16 * (16 + n), and are multiplied with the same activations. The
+// bfloat16 as they are. Four bits n become the bfloat16 16 + n by a shift and a mask: they are the upper bits
+// of its fraction. The upper four of eight become 16 * (16 + n), and meet the same activations. The
 // lowest four of 16 become 128 + n, without a shift. All this is taken off where sums begin.
 template <int BITS>
 struct Halves {
@@ -175,7 +175,8 @@ struct Halves {
 
   static index_t numbers_of(index_t in) { return (in + CHUNK - 1) / CHUNK * CHUNK; }
 
-  static void prepare(const bf16* x, index_t in, index_t group, int16_t* numbers, float* beside, float* sums) {
+  static void prepare(const bf16* x, index_t in, index_t group, int16_t* numbers, float* beside,
+                      float* sums) {
     constexpr index_t PARTS = 16 / BITS, EACH = CHUNK / PARTS;
     const index_t whole = in / CHUNK * CHUNK;
     for (index_t k = 0; k < whole; k += CHUNK)
@@ -210,7 +211,8 @@ struct Halves {
 
     template <int PART>
     static __m512i part(__m512i w) {  // bits 4 * PART ... of each 16, where the fraction wants them
-      if (PART == 0) return _mm512_ternarylogic_epi32(w, _mm512_set1_epi16(0xf), _mm512_set1_epi16(0x4300), 0xea);
+      if (PART == 0)
+        return _mm512_ternarylogic_epi32(w, _mm512_set1_epi16(0xf), _mm512_set1_epi16(0x4300), 0xea);
       const __m512i moved = _mm512_srli_epi32(w, 4 * PART - 3);
       const uint16_t one = BITS == 8 && PART % 2 ? 0x4380 : 0x4180;  // 256 and 16
       return _mm512_ternarylogic_epi32(moved, _mm512_set1_epi16(0x78), _mm512_set1_epi16(one), 0xea);
@@ -293,7 +295,7 @@ inline vec spread(const S* scales) {
 #endif
 }
 
-// Adds the products of `chunks` vectors of weights, from place `first` on, to sums[row][out]. Each scale is of
+// Adds the products of `chunks` vectors of weights, from place `first` on, to sums[row][out]. A scale is of
 // `each` vectors. What lies AHEAD in each stream is asked for meanwhile.
 template <class Form, int ROWS, int OUTS, int SPAN, class S>
 __attribute__((noinline)) void packed_tile(const ReadyRow* x, index_t length, index_t first,
@@ -313,7 +315,8 @@ __attribute__((noinline)) void packed_tile(const ReadyRow* x, index_t length, in
         __builtin_prefetch(from + AHEAD);
         const typename Form::Weights parts(from);
 #pragma GCC unroll 4
-        for (int m = 0; m < ROWS; ++m) acc[m][o] += Form::dot(x[m], length, first + chunk, parts) * factors[o];
+        for (int m = 0; m < ROWS; ++m)
+          acc[m][o] += Form::dot(x[m], length, first + chunk, parts) * factors[o];
       }
       ++chunk;
     } while (SPAN == 1 && chunk < end);
@@ -396,8 +399,8 @@ inline void packed_sums(const ReadyRow* x, index_t length, const Matrix& weights
       for (int o = 0; o < OUTS; ++o) sums[m][o] -= of_zeros(weights, n + o * gap, x[m].sums);
 }
 
-// use(row, out, sum) of ROWS rows with `outs` rows of weights. Memory is read fastest as two streams, each strictly
-// in order: the first and the second half of the outputs.
+// use(row, out, sum) of ROWS rows with `outs` rows of weights. Memory is read fastest as two streams, each
+// strictly in order: the first and the second half of the outputs.
 template <class Form, int ROWS, int SPAN, class Matrix, class Use>
 inline void packed_rows(const ReadyRow* x, const Matrix& weights, index_t outs, Use use) {
   const index_t length = Form::numbers_of(weights.in), half = outs / 2;

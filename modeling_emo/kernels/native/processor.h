@@ -53,7 +53,7 @@ inline int processor_features() {
     found |= AVX2;
   // F, DQ, CD, BW, VL
   if (found & AVX2 && saves_zmm && has(more.b, {16, 17, 28, 30, 31})) found |= AVX512;
-  if (found & AVX512 && has(most.a, {5})) found |= BF16;
+  if (found & AVX512 && has(more.c, {11 /* VNNI */}) && has(most.a, {5})) found |= BF16;
   // AMX-BF16, AMX-TILE
   if (found & BF16 && saves_tiles && has(more.d, {22, 24}) && ask_for_tiles()) found |= AMX;
 #endif

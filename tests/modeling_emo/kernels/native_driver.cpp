@@ -2,7 +2,7 @@
 //
 //     native_driver LIBRARY
 //
-// The cases are those of `test_native_library.py`; expected numbers are computed here, in double. Prints what is
+// The cases are those of `test_native_library.py` and `test_packed_products.py`; expected numbers are computed here, in double. Prints what is
 // wrong, and how many cases there were; ends with 1 if anything is.
 
 #include <dlfcn.h>
@@ -32,6 +32,13 @@ struct Library {
   int (*linear)(int, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int);
   void (*rms_norm)(int, const void*, const void*, void*, int64_t, int64_t, float, int);
   void (*rotate)(int, const void*, const float*, const float*, void*, int64_t, int64_t, int64_t, int64_t, int);
+  int (*packed_linear)(int, const void*, const void*, const void*, const void*, const void*, void*, int64_t, int64_t,
+                       int64_t, int64_t, int, int, int, int);
+  int (*packed_experts)(int, const void*, const void*, const void*, const void*, const void*, const void*,
+                        const void*, const float*, const int64_t*, void*, int64_t, int64_t, int64_t, int64_t,
+                        int64_t, int64_t, int64_t, int, int, int, int);
+  void (*unpack)(int, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int, int, int);
+  int (*has_bytes)(int);
   const char* (*fingerprint)();
   int (*processor_features)();
 
@@ -43,6 +50,8 @@ struct Library {
     }
     find(handle, "emo_experts", &experts), find(handle, "emo_linear", &linear);
     find(handle, "emo_rms_norm", &rms_norm), find(handle, "emo_rotate", &rotate);
+    find(handle, "emo_packed_linear", &packed_linear), find(handle, "emo_packed_experts", &packed_experts);
+    find(handle, "emo_unpack", &unpack), find(handle, "emo_has_bytes", &has_bytes);
     find(handle, "emo_fingerprint", &fingerprint);
     find(handle, "emo_processor_features", &processor_features);
   }
@@ -215,6 +224,156 @@ void check_linear(const Library& library, bool is_bf16, index_t rows, index_t in
   expect_near(found.values(), expected, squares, is_bf16, name);
 }
 
+// ---- weights in few bits ------------------------------------------------------------------------------------
+
+enum Zeros { NONE, ANY, LEAST, MOST };
+
+// How a product with weights in few bits is called.
+struct Kind {
+  int bits;
+  index_t group;
+  Zeros zeros;
+  bool is_bf16, bf16_scales, may_round;
+
+  std::string name() const {
+    const char* zero_points[] = {"no zero points", "zero points", "least zero points", "most zero points"};
+    return std::to_string(bits) + " bits by " + std::to_string(group) + ", " + zero_points[zeros] +
+           (is_bf16 ? ", bfloat16" : ", float32") + (bf16_scales ? ", scales in bfloat16" : "") +
+           (may_round ? ", rounded" : "");
+  }
+};
+
+struct Packed {
+  Kind kind;
+  index_t outs, in;
+  std::vector<uint8_t> numbers, zeros;
+  Numbers scales;
+  doubles values;
+
+  Packed(const Kind& kind, index_t outs, index_t in, float scale)
+      : kind(kind), outs(outs), in(in), scales(kind.bf16_scales, floats()) {
+    const int most = (1 << kind.bits) - 1;
+    const index_t groups = in / kind.group;
+    for (index_t i = 0; i < outs * in * kind.bits / 8; ++i) numbers.push_back(uint8_t(any(0, 255)));
+    floats some;
+    for (index_t i = 0; i < outs * groups; ++i) {
+      some.push_back(scale * std::exp2(any(-100, 100) / 100.0f));
+      zeros.push_back(uint8_t(kind.zeros == LEAST ? 0 : kind.zeros == MOST ? most : any(0, most)));
+    }
+    scales = Numbers(kind.bf16_scales, some);
+    for (index_t n = 0; n < outs; ++n)
+      for (index_t k = 0; k < in; ++k) {
+        const index_t at = n * in + k, g = n * groups + k / kind.group;
+        const int number = kind.bits == 8 ? numbers[at] : numbers[at / 2] >> at % 2 * 4 & 15;
+        values.push_back(double(number - (kind.zeros == NONE ? most / 2 + 1 : zeros[g])) * scales.wide[g]);
+      }
+  }
+  const void* zero_points() const { return kind.zeros == NONE ? nullptr : zeros.data(); }
+};
+
+// What is multiplied: activations as they are, or each 32 as whole numbers of 8 bits and a scale.
+doubles multiplied(const Library& library, const Kind& kind, const floats& x) {
+  doubles found(x.begin(), x.end());
+  if (!kind.is_bf16 || !kind.may_round || !library.has_bytes(kind.bits)) return found;
+  for (size_t first = 0; first < x.size(); first += 32) {
+    float most = 0;
+    for (size_t i = first; i < first + 32; ++i) most = std::max(most, std::abs(x[i]));
+    const float unit = std::max(most, 0x1p-110f) / 127, inverse = 1 / unit;
+    for (size_t i = first; i < first + 32; ++i) found[i] = std::nearbyint(double(x[i]) * inverse) * unit;
+  }
+  return found;
+}
+
+// Adds a product of a row with rows [first, first + outs) of weights, and its squared terms.
+void add_product(const double* x, const Packed& weight, index_t first, index_t outs, double* sums, double* squares) {
+  for (index_t n = 0; n < outs; ++n)
+    for (index_t k = 0; k < weight.in; ++k) {
+      const double term = x[k] * weight.values[(first + n) * weight.in + k];
+      sums[n] += term, squares[n] += term * term;
+    }
+}
+
+void check_packed_linear(const Library& library, const Kind& kind, index_t rows, index_t in, index_t outs,
+                         bool has_bias) {
+  Numbers x(kind.is_bf16, random(rows * in)), bias(kind.is_bf16, random(outs));
+  const Packed weight(kind, outs, in, 1 / std::sqrt(float(in)) / (1 << (kind.bits - 2)));
+  Numbers scales = weight.scales, found(kind.is_bf16, rows * outs), again(kind.is_bf16, rows * outs);
+  const std::string name = kind.name() + ", linear, " + std::to_string(rows) + " rows, " + std::to_string(in) +
+                           " to " + std::to_string(outs);
+  const doubles used = multiplied(library, kind, x.wide);
+  doubles expected(rows * outs), squares(rows * outs);
+  for (index_t m = 0; m < rows; ++m) {
+    for (index_t n = 0; n < outs; ++n) expected[m * outs + n] = has_bias ? bias.wide[n] : 0;
+    add_product(&used[m * in], weight, 0, outs, &expected[m * outs], &squares[m * outs]);
+  }
+  for (const int threads : {2, 1, 3}) {
+    Numbers& to = threads == 2 ? found : again;
+    const int failed = library.packed_linear(
+        kind.is_bf16, x.data(), weight.numbers.data(), scales.data(), weight.zero_points(),
+        has_bias ? bias.data() : nullptr, to.data(), rows, in, outs, kind.group, kind.bits, kind.bf16_scales,
+        kind.may_round, threads);
+    expect(failed == 0, name + ": no memory");
+    expect(threads == 2 || !memcmp(to.data(), found.data(), found.bytes()), name + ": other bits with other threads");
+  }
+  expect_near(found.values(), expected, squares, kind.is_bf16, name);
+
+  Numbers numbers(kind.is_bf16, outs * in);
+  library.unpack(kind.is_bf16, weight.numbers.data(), scales.data(), weight.zero_points(), numbers.data(), outs, in,
+                 kind.group, kind.bits, kind.bf16_scales, 2);
+  const Numbers rounded(kind.is_bf16, floats(weight.values.begin(), weight.values.end()));
+  expect(numbers.values() == rounded.wide, name + ": unpacked to other numbers");
+}
+
+void check_packed_experts(const Library& library, const Kind& kind, index_t T, index_t K, index_t E, index_t D,
+                          index_t F) {
+  Numbers x(kind.is_bf16, random(T * D)), found(kind.is_bf16, T * D);
+  const int most = 1 << (kind.bits - 2);
+  const Packed gate_up(kind, E * 2 * F, D, 1 / std::sqrt(float(D)) / most), down(kind, E * D, F, 1 / std::sqrt(float(F)) / most);
+  Numbers first_scales = gate_up.scales, second_scales = down.scales;
+  std::vector<int64_t> index, ids;
+  floats weights;
+  for (index_t e = 0; e <= E; ++e) ids.push_back(e);  // the last is no expert: of another rank
+  for (index_t t = 0; t < T; ++t) {
+    std::shuffle(ids.begin(), ids.end(), generator);
+    for (index_t k = 0; k < K; ++k) index.push_back(ids[k]), weights.push_back(any(0, 1000) / 1000.0f);
+  }
+  const doubles used = multiplied(library, kind, x.wide);
+  doubles out(T * D), squares(T * D);
+  for (index_t p = 0; p < T * K; ++p) {
+    if (index[p] == E) continue;
+    const index_t e = index[p], t = p / K;
+    doubles both(2 * F), ignored(2 * F), sums(D), terms(D);
+    add_product(&used[t * D], gate_up, e * 2 * F, 2 * F, both.data(), ignored.data());
+    floats act(F);
+    for (index_t f = 0; f < F; ++f) act[f] = float(silu(both[f]) * both[F + f]);
+    const Numbers kept(kind.is_bf16, act);
+    add_product(multiplied(library, kind, kept.wide).data(), down, e * D, D, sums.data(), terms.data());
+    for (index_t d = 0; d < D; ++d) {
+      out[t * D + d] += weights[p] * sums[d];
+      // An activation near the middle of two whole numbers may become the other one.
+      squares[t * D + d] += weights[p] * weights[p] * terms[d] * (kind.may_round ? 4 : 1);
+    }
+  }
+  const int failed = library.packed_experts(
+      kind.is_bf16, x.data(), gate_up.numbers.data(), first_scales.data(), gate_up.zero_points(), down.numbers.data(),
+      second_scales.data(), down.zero_points(), weights.data(), index.data(), found.data(), T, K, E, D, F, kind.group,
+      kind.group, kind.bits, kind.bf16_scales, kind.may_round, 2);
+  const std::string name = kind.name() + ", experts of " + std::to_string(T) + " tokens, " + std::to_string(K) +
+                           " of " + std::to_string(E) + ", sizes " + std::to_string(D) + " and " + std::to_string(F);
+  expect(failed == 0, name + ": no memory");
+  expect_near(found.values(), out, squares, kind.is_bf16, name);
+}
+
+void check_packed(const Library& library, int seed) {
+  generator.seed(seed);
+  const Kind kind{seed % 2 ? 4 : 8, one_of({32, 64, 128}), Zeros(seed / 2 % 4), seed / 8 % 2 == 1, any(0, 1) == 1,
+                  any(0, 1) == 1};
+  const index_t in = kind.group * one_of({1, 2, 3, 5, 9}), width = kind.group * any(1, 3);
+  check_packed_linear(library, kind, one_of({0, 1, 2, 3, 4, 5, 7, 13, 33}), in, any(1, 80), seed % 3 == 0);
+  const index_t E = any(1, 5);
+  check_packed_experts(library, kind, one_of({0, 1, 2, 7, 20, 50}), any(1, E), E, kind.group * any(1, 3), width);
+}
+
 // Weights after a forbidden page, or somewhat later, or before one: the same bits, and nothing else is read.
 void check_places(const Library& library, bool is_bf16, index_t rows, index_t in) {
   const index_t outs = 37;
@@ -316,6 +475,7 @@ int main(int count, char** words) {
     for (const auto& [rows, in] : {std::pair<index_t, index_t>{5, 1000}, {5, 993}, {5, 40}, {5, 7}, {11, 993}, {11, 96}})
       check_places(library, is_bf16, rows, in);
   }
+  for (int seed = 0; seed < 96; ++seed) check_packed(library, seed);
   check_extremes(library);
   // That OpenMP is asked here lets the library find it in this program.
   printf("%d cases, %d wrong; features of the machine: %d; threads: %d\n", cases, wrong,
