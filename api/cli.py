@@ -13,14 +13,14 @@ import typer
 import typer.main
 
 from .command_words import EmoGroup, usage_text
+from .commands.analysis.report import report
+from .commands.analysis.retention import retention
+from .commands.analysis.routing import routing
 from .commands.cache import cache
 from .commands.convert import conversions
 from .commands.export import export
 from .commands.extract import extract
 from .commands.push import push
-from .commands.report import report
-from .commands.retention import retention
-from .commands.routing import routing
 from .commands.run import EPILOG, RunCommand, run
 from .commands.select import select
 from .commands.shard import shard

@@ -14,7 +14,7 @@ import torch
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
+from .pools.prompt_pool import PromptPool, cached_pools, pool_sizes, read_without_pools
 from .transformers_differences import CACHE, CUTS_BEHIND_CACHE, name_cache_twice, one_cache_name
 
 logger = logging.get_logger(__name__)

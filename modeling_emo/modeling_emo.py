@@ -50,8 +50,7 @@ with private_names("network"):  # the versions are looked at before anything can
 
 from ..configuration.configuration_emo import EmoConfig
 from ..configuration.layer_experts import LayerExperts
-from .document_pool import DocumentPools, PoolRequest, mean_pool_size
-from .expert_switching import Masks, PackageHooks, check_layers, masks_here, move_masks, package
+from .expert_switching import Masks, check_layers, masks_here, move_masks
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
@@ -63,10 +62,12 @@ from .forward_inputs import (
 )
 from .generation import EmoGenerationMixin
 from .losses import BalanceCounts, RouterStatistics, total_loss
+from .package_hooks import PackageHooks, package
 from .parallel import refuse_split_sequences
+from .pools.document_pool import DocumentPools, PoolRequest, mean_pool_size
+from .pools.prompt_pool import FrozenPool, Pools, PromptPool, keep_pools
+from .pools.segments import ids_on
 from .pretrained import PartialModel
-from .prompt_pool import FrozenPool, Pools, PromptPool, keep_pools
-from .segments import ids_on
 from .transformers_differences import (
     CACHE,
     BothCacheNames,

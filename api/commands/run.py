@@ -210,7 +210,7 @@ def _is_emo(folder: str) -> bool:
 
 def _check_model(choice: "RunChoice", folder: str) -> None:
     from transformers_emo.configuration import EmoConfig
-    from transformers_emo.modeling_emo.prompt_pool import pool_sizes
+    from transformers_emo.modeling_emo.pools.prompt_pool import pool_sizes
     from transformers_emo.subsets.exclusion import named_exclusion, remaining_subset
     from transformers_emo.subsets.library import library_of
     from transformers_emo.subsets.reduced_config import subset_config

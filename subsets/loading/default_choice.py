@@ -12,7 +12,7 @@ from typing import Any
 from ...checkpoints.hub.names import HUB_KWARGS
 from ...checkpoints.patience import bounded_waits
 from ...configuration import EmoConfig
-from ...modeling_emo.prompt_pool import pool_sizes
+from ...modeling_emo.pools.prompt_pool import pool_sizes
 from ..numbering import present_experts, root_experts, size_range
 from ..reduced_config import EXPERT_SETTINGS, held_experts
 from . import from_pretrained as loading

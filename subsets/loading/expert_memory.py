@@ -26,9 +26,9 @@ from ...checkpoints.checkpoint import Checkpoint, rows_of, weight_files
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.hub.opening import fetch_ahead
 from ...checkpoints.hub.repository import HubFiles
-from ...checkpoints.large_pages import empty
 from ...checkpoints.lazy_tensor import LazyTensor
 from ...checkpoints.local_files import LocalFiles
+from ...checkpoints.memory.large_pages import empty
 from ...checkpoints.safetensors_header import TensorSpan, read_index
 from ...checkpoints.source_files import SourceChangedError, SourceFiles
 from ...checkpoints.writing.safetensors_writing import size_in_bytes

@@ -9,7 +9,6 @@ from tolerances import assert_same_numbers, network_terms
 from torch import nn
 from torch.autograd import forward_ad
 from transformers_emo import EmoConfig
-from transformers_emo.modeling_emo.expert_switching import package
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels
 from transformers_emo.modeling_emo.modeling_emo import (
     EmoMLP,
@@ -20,6 +19,7 @@ from transformers_emo.modeling_emo.modeling_emo import (
     _project,
     _rotate_both,
 )
+from transformers_emo.modeling_emo.package_hooks import package
 
 KERNELS = find_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no compiled kernels")

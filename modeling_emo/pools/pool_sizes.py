@@ -39,7 +39,7 @@ def step_seed(seed: int, step: int, device: torch.device | str | None = None) ->
     Example:
 
     ```python
-    >>> from transformers_emo.modeling_emo.pool_sizes import step_seed
+    >>> from transformers_emo.modeling_emo.pools.pool_sizes import step_seed
     >>> bool(step_seed(3, 10) == step_seed(3, 10)), bool(step_seed(3, 10) == step_seed(3, 11))
     (True, False)
 
@@ -73,7 +73,7 @@ def document_numbers(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.pool_sizes import document_numbers
+    >>> from transformers_emo.modeling_emo.pools.pool_sizes import document_numbers
     >>> alone = document_numbers(torch.tensor([0, 0]), 1, torch.tensor([[5, 6]]), None, (1, 2))
     >>> beside = document_numbers(torch.tensor([0, 0, 1]), 2, torch.tensor([[5, 6, 7]]), None, (1, 3))
     >>> bool(alone[0] == beside[0])

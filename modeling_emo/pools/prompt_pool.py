@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from ..configuration.configuration_emo import EmoConfig
+from ...configuration.configuration_emo import EmoConfig
 from .document_pool import DocumentPools, pool_mask
 
 logger = logging.get_logger(__name__)
@@ -51,7 +51,7 @@ class FrozenPools:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.prompt_pool import FrozenPools
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import FrozenPools
     >>> pools = FrozenPools([1])
     >>> pools.outside[0] = torch.tensor([[False, True], [True, False]])
     >>> pools.reorder_cache(torch.tensor([1, 1]))
@@ -204,7 +204,7 @@ def cached_pools(cache: Any) -> FrozenPools | None:
     ```python
     >>> import torch
     >>> from transformers_emo import EmoForCausalLM
-    >>> from transformers_emo.modeling_emo.prompt_pool import cached_pools
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import cached_pools
     >>> model = EmoForCausalLM.from_pretrained("model_cards/toy-emo")
     >>> out = model.generate(
     ...     torch.tensor([[5, 6, 7]]), document_pool=8, max_new_tokens=2, return_dict_in_generate=True
@@ -248,7 +248,7 @@ def frozen_pools(
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.prompt_pool import PromptPool, frozen_pools
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import PromptPool, frozen_pools
     >>> prompt = PromptPool((1,), torch.tensor([[True, True, False]]))
     >>> [pool] = frozen_pools(None, prompt, EmoConfig(num_hidden_layers=1), (1, 3))
     >>> pool.restrict(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 9.0]]))
@@ -303,7 +303,7 @@ def row_pools(
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.prompt_pool import row_pools
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import row_pools
     >>> row_pools(EmoConfig(num_hidden_layers=1), 8, None, torch.zeros(1, 3, 2), None).prompt_BS
     tensor([[True, True, True]])
 
@@ -333,7 +333,7 @@ def read_without_pools() -> ValueError:
     Example:
 
     ```python
-    >>> from transformers_emo.modeling_emo.prompt_pool import read_without_pools
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import read_without_pools
     >>> str(read_without_pools())[:60]
     'The tokens in the cache were read without document pools, wh'
 
@@ -363,7 +363,7 @@ def keep_pools(cache: Any, pools: Sequence[FrozenPool] | None) -> None:
 
     ```python
     >>> from transformers import DynamicCache
-    >>> from transformers_emo.modeling_emo.prompt_pool import keep_pools
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import keep_pools
     >>> keep_pools(DynamicCache(), None)
 
     ```
@@ -395,7 +395,7 @@ def pool_sizes(config: EmoConfig, document_pool: int | bool | Sequence[int | Non
 
     ```python
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.prompt_pool import pool_sizes
+    >>> from transformers_emo.modeling_emo.pools.prompt_pool import pool_sizes
     >>> pool_sizes(EmoConfig(num_hidden_layers=2), [32, 64])
     (32, 64)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from .shared import OUTPUT, AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
+from ..shared import OUTPUT, AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
 
 _TEXTS, _CHOICE, _RUNNING = "Texts", "What is measured", "How it runs"
 
@@ -34,7 +34,7 @@ def read_model(text: str) -> NamedModel:
     Example:
 
     ```python
-    >>> from transformers_emo.commands.retention import read_model
+    >>> from transformers_emo.commands.analysis.retention import read_model
     >>> read_model("model_cards/emo-tiny").name
     'emo-tiny'
 

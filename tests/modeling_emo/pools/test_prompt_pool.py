@@ -14,7 +14,7 @@ from padded_prompts import NEW, PROMPTS, batch
 from tolerances import assert_other_numbers, assert_same_numbers
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, QuantizedCache, StaticCache, pipeline
 from transformers_emo import EmoForCausalLM
-from transformers_emo.modeling_emo.prompt_pool import FrozenPools, cached_pools, pool_sizes
+from transformers_emo.modeling_emo.pools.prompt_pool import FrozenPools, cached_pools, pool_sizes
 from version_needs import needs_fp8_cache
 
 DICT = NEW | {"return_dict_in_generate": True, "output_logits": True}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers_emo.checkpoints import large_pages
+from transformers_emo.checkpoints.memory import large_pages
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

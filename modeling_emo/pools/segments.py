@@ -27,7 +27,7 @@ def ids_on(ids: Sequence[int], device: torch.device) -> torch.Tensor:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.segments import ids_on
+    >>> from transformers_emo.modeling_emo.pools.segments import ids_on
     >>> ids_on([3, 40], torch.device("cpu"))
     tensor([ 3, 40])
 
@@ -52,7 +52,7 @@ def is_eos(input_ids: torch.Tensor, eos_token_id: int | Sequence[int]) -> torch.
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.segments import is_eos
+    >>> from transformers_emo.modeling_emo.pools.segments import is_eos
     >>> is_eos(torch.tensor([5, 9, 7]), [7, 8]).tolist()
     [False, False, True]
 
@@ -238,7 +238,7 @@ def count_segments(segment_T: torch.Tensor) -> int:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.segments import count_segments
+    >>> from transformers_emo.modeling_emo.pools.segments import count_segments
     >>> count_segments(torch.tensor([0, 0, 1, 2, 2]))
     3
 

@@ -35,9 +35,9 @@ from typing import Protocol
 
 import torch
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..safetensors_header import TensorSpan
 from .large_pages import c_library
-from .safetensors_header import TensorSpan
 
 PAGE = mmap.PAGESIZE
 LEAST_BYTES = 512 << 10  # shorter pieces are read: each would need up to two mappings
@@ -79,7 +79,7 @@ def map_spans(files: _Folder, spans: Sequence[TensorSpan]) -> torch.Tensor | Non
     ```python
     >>> from transformers_emo.checkpoints.checkpoint import Checkpoint
     >>> from transformers_emo.checkpoints.local_files import LocalFiles
-    >>> from transformers_emo.checkpoints.mapped_files import map_spans
+    >>> from transformers_emo.checkpoints.memory.mapped_files import map_spans
     >>> files = LocalFiles("model_cards/toy-emo")
     >>> checkpoint = Checkpoint.from_files(files.folder, ["model.safetensors"], files)
     >>> map_spans(files, [checkpoint.tensors["model.norm.weight"]]) is None  # 512 bytes

@@ -32,7 +32,7 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.checkpoints.large_pages import empty
+    >>> from transformers_emo.checkpoints.memory.large_pages import empty
     >>> empty(3, torch.bfloat16).shape
     torch.Size([3])
 
@@ -61,7 +61,7 @@ def c_library() -> ctypes.CDLL:
     Example:
 
     ```python
-    >>> from transformers_emo.checkpoints.large_pages import c_library
+    >>> from transformers_emo.checkpoints.memory.large_pages import c_library
     >>> c_library() is c_library()
     True
 

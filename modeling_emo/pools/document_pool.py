@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..configuration.configuration_emo import EmoConfig
+from ...configuration.configuration_emo import EmoConfig
 from .pool_sizes import document_numbers, draw_pool_sizes
 from .segments import (
     count_segments,
@@ -133,7 +133,7 @@ def find_segments(
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.document_pool import PoolRequest, find_segments
+    >>> from transformers_emo.modeling_emo.pools.document_pool import PoolRequest, find_segments
     >>> ids = torch.tensor([[5, 6, 1, 7]])
     >>> find_segments(EmoConfig(eos_token_id=1), PoolRequest(), ids, None, eos_opens=True).tolist()
     [[0, 0, 1, 1]]
@@ -212,7 +212,7 @@ def document_pools(
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.document_pool import PoolRequest, document_pools
+    >>> from transformers_emo.modeling_emo.pools.document_pool import PoolRequest, document_pools
     >>> config, ids = EmoConfig(num_hidden_layers=2), torch.tensor([[5, 6, 7]])
     >>> pools = document_pools(config, PoolRequest(document_pool=32), training=False, input_ids=ids,
     ...                        position_ids=None, attention_mask=None)
@@ -287,7 +287,7 @@ def mean_pool_size(pools: Sequence[DocumentPools], config: EmoConfig) -> torch.T
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.document_pool import DocumentPools, mean_pool_size
+    >>> from transformers_emo.modeling_emo.pools.document_pool import DocumentPools, mean_pool_size
     >>> pools = [DocumentPools(torch.tensor([0, 0, 1]), torch.tensor([8, 32]), None)]
     >>> mean_pool_size(pools, EmoConfig(num_hidden_layers=1))
     tensor(20.)

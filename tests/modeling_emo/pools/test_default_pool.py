@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers_emo.modeling_emo.prompt_pool import cached_pools
+from transformers_emo.modeling_emo.pools.prompt_pool import cached_pools
 
 POOL = 4
 SETTINGS = {"max_new_tokens": 6, "do_sample": False}

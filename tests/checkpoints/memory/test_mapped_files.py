@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
-from transformers_emo.checkpoints import Checkpoint, CheckpointError, mapped_files
+from transformers_emo.checkpoints import Checkpoint, CheckpointError
 from transformers_emo.checkpoints.local_files import LocalFiles
-from transformers_emo.checkpoints.mapped_files import PAGE, map_spans
+from transformers_emo.checkpoints.memory import mapped_files
+from transformers_emo.checkpoints.memory.mapped_files import PAGE, map_spans
 from transformers_emo.checkpoints.safetensors_header import TensorSpan
 
 pytestmark = pytest.mark.skipif(

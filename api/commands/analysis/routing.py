@@ -5,7 +5,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from .shared import OUTPUT, AsJson, CacheDir, Revision, Setting, Token, given, stdout_for_json, tell
+from ..shared import OUTPUT, AsJson, CacheDir, Revision, Setting, Token, given, stdout_for_json, tell
 
 TEXTS, RUNNING = "Texts", "How it runs"
 
@@ -83,7 +83,7 @@ def read_share(text: str) -> Share:
     Example:
 
     ```python
-    >>> from transformers_emo.commands.routing import read_share
+    >>> from transformers_emo.commands.analysis.routing import read_share
     >>> read_share("2/8")
     Share(number=1, of=8)
 
@@ -107,7 +107,7 @@ def read_languages(words: list[str] | None) -> dict[str, str]:
     Example:
 
     ```python
-    >>> from transformers_emo.commands.routing import read_languages
+    >>> from transformers_emo.commands.analysis.routing import read_languages
     >>> read_languages(["english=en", "german=de"])
     {'english': 'en', 'german': 'de'}
 
@@ -133,7 +133,7 @@ def text_source(texts: str, dataset_split: str | None) -> Any:
     Example:
 
     ```python
-    >>> from transformers_emo.commands.routing import text_source
+    >>> from transformers_emo.commands.analysis.routing import text_source
     >>> text_source("model_cards/toy-emo/documents", None)
     'model_cards/toy-emo/documents'
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..shared import OUTPUT, AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
 from .retention import NamedModel, read_model
 from .routing import (
     RUNNING,
@@ -21,7 +22,6 @@ from .routing import (
     read_languages,
     text_source,
 )
-from .shared import OUTPUT, AsJson, CacheDir, Revision, Token, given, stdout_for_json, tell
 
 _SHOWN = "What is shown"
 

@@ -20,9 +20,9 @@ from transformers_emo.modeling_emo import (
     pool_mask,
     segments_from_eos,
 )
-from transformers_emo.modeling_emo.document_pool import DocumentPools
 from transformers_emo.modeling_emo.losses import document_pool_losses
 from transformers_emo.modeling_emo.modeling_emo import EmoTopKRouter
+from transformers_emo.modeling_emo.pools.document_pool import DocumentPools
 
 CASES = sorted(path.name for path in (GOLDENS / "C_training_router").iterdir())
 INPUT_IDS = torch.tensor([[5, 17, 1, 2, 33, 8, 90], [44, 44, 3, 71, 1, 1, 28]])

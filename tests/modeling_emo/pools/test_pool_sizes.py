@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers_emo.modeling_emo import draw_pool_sizes, step_seed
-from transformers_emo.modeling_emo.document_pool import PoolRequest, document_pools
+from transformers_emo.modeling_emo.pools.document_pool import PoolRequest, document_pools
 
 POOLS = {"document_pool_min": 3, "document_pool_max": 11}
 # Two windows of three documents: 1 is the EOS, which opens a document.
