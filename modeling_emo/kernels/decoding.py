@@ -74,9 +74,7 @@ class DecodedLayer:
         self._head_size = head_size
         self._is_bf16 = hidden_BSD.dtype == torch.bfloat16
 
-    def heads(
-        self, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, H, 1, W), keys and values (B, G, 1, W), with positions.
 
         Args:
@@ -177,9 +175,7 @@ class DecodedLayer:
         return out_BSD
 
 
-def _is_seen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> bool:
+def _is_seen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether C++ can read keys, values and mask: a cache may hand out other tensors than it was given."""
     (batch, heads, _, width), length = query.shape, key.shape[-2]
     for tensor in (key, value):
@@ -284,13 +280,16 @@ def _fit_biases(linears: tuple, dtype: torch.dtype) -> bool:
 
 
 def _fit_angles(angles: tuple[torch.Tensor, torch.Tensor], batch: int, width: int) -> bool:
-    return all(
-        type(each) is torch.Tensor
-        and each.dtype is torch.float32
-        and each.is_cpu
-        and each.shape in ((batch, 1, width), (1, 1, width))
-        for each in angles
-    ) and angles[0].shape == angles[1].shape
+    return (
+        all(
+            type(each) is torch.Tensor
+            and each.dtype is torch.float32
+            and each.is_cpu
+            and each.shape in ((batch, 1, width), (1, 1, width))
+            for each in angles
+        )
+        and angles[0].shape == angles[1].shape
+    )
 
 
 def _fits_mask(mask: torch.Tensor, batch: int, experts: int) -> bool:

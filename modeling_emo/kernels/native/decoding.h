@@ -1,5 +1,5 @@
-// A layer of experts for one token of each sequence: what comes before its keys and values are kept in a cache,
-// and what comes after. Each step rounds to the type of the numbers where PyTorch's layers do.
+// A layer of experts for one token of each sequence: what comes before its keys and values are kept in a
+// cache, and what comes after. Each step rounds to the type of the numbers where PyTorch's layers do.
 #pragma once
 
 #include <cmath>
@@ -32,8 +32,8 @@ void linears(const std::vector<Linear<T>>& jobs, int threads) {
 
 extern "C" {
 
-// One query of each sequence over its keys and values, whose numbers of a head lie side by side. Strides count
-// numbers.
+// One query of each sequence over its keys and values, whose numbers of a head lie side by side. Strides
+// count numbers.
 struct EmoAttention {
   const void *query, *keys, *values;  // (B, H, W), (B, G, N, W)
   const uint8_t* mask;                // (B, N), 0 where it does not look; or null
@@ -46,7 +46,7 @@ struct EmoDecoding {
   const void *hidden, *norm, *output, *output_bias;  // (B, D), (D), (D, H W), (D) or null
   const void *attended;                              // (B, H W), or null: computed here
   const void *router, *gate_up, *down;               // (E, D), (E, 2F, D), (E, D, F)
-  const uint8_t* allowed;                            // (B, E) by a stride of rows, 0 for experts not to take; or null
+  const uint8_t* allowed;                            // (B, E), 0 for experts not to take; or null
   void* out;                                         // (B, D)
   int64_t allowed_stride, E, D, F, shared, top_k;
   int32_t normalise;  // whether the weights of a token's experts add up to 1
@@ -99,7 +99,8 @@ void attend(const EmoAttention& a, T* out, int threads) {
         if (scores[n] == 0) continue;
         const T* value = values + n * a.value_strides[2] + w;
         for (index_t v = 0; v < whole; ++v) sums[v] += load(value + v * LANES) * scores[n];
-        for (index_t v = whole * LANES; v < count; ++v) rest[v - whole * LANES] += to_float(value[v]) * scores[n];
+        for (index_t v = whole * LANES; v < count; ++v)
+          rest[v - whole * LANES] += to_float(value[v]) * scores[n];
       }
       for (index_t v = 0; v < whole; ++v) put(to + w + v * LANES, sums[v] * scale);
       for (index_t v = whole * LANES; v < count; ++v) store(to + w + v, rest[v - whole * LANES] * scale);
@@ -156,9 +157,9 @@ void add(const T* first, const T* second, index_t count, T* sums) {
 
 // The norm of the hidden states (B, D), and queries, keys and values of it, the first two rotated.
 template <class T>
-void decode_heads(const T* hidden, const T* norm, float epsilon, const T* const* weights, const T* const* biases,
-                  const float* cosines, const float* sines, index_t positions, T* const* out, index_t B, index_t D,
-                  const index_t* heads, index_t W, int threads) {
+void decode_heads(const T* hidden, const T* norm, float epsilon, const T* const* weights,
+                  const T* const* biases, const float* cosines, const float* sines, index_t positions,
+                  T* const* out, index_t B, index_t D, const index_t* heads, index_t W, int threads) {
   Buffer<T> normed(B * D), straight[2] = {Buffer<T>(B * heads[0] * W), Buffer<T>(B * heads[1] * W)};
   rms_norm(hidden, norm, normed.p, B, D, epsilon, 1);
   std::vector<Linear<T>> jobs;

@@ -18,9 +18,9 @@
 // T tokens, K picks each, P = T * K picks, E experts, D hidden size, F expert width. Picks are kept by
 // expert.
 //
-// `vectors.h`, `dot_products.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks;
-// `experts.h`, `gradients.h`, `linear.h` and `elementwise.h` are the operations; `processor.h` says what runs
-// here.
+// `vectors.h`, `dot_products.h`, `few_rows.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts the
+// picks; `experts.h`, `gradients.h`, `linear.h`, `elementwise.h` and `decoding.h` are the operations; `processor.h`
+// says what runs here.
 
 #include "decoding.h"
 #include "elementwise.h"
@@ -102,8 +102,8 @@ void decode(const EmoAttention& a, const EmoDecoding& d, int threads) {
   std::vector<float> weights(a.B * d.top_k);
   std::vector<index_t> index(a.B * d.top_k);
   for (index_t b = 0; b < a.B; ++b)
-    route(d, logits.p + b * d.E, d.allowed ? d.allowed + b * d.allowed_stride : nullptr, &weights[b * d.top_k],
-          &index[b * d.top_k]);
+    route(d, logits.p + b * d.E, d.allowed ? d.allowed + b * d.allowed_stride : nullptr,
+          &weights[b * d.top_k], &index[b * d.top_k]);
   experts<T>(normed.p, d.gate_up, d.down, weights.data(), index.data(), found.p, nullptr,
              {a.B, d.top_k, d.E, d.D, d.F}, threads, 1);
   add(hidden.p, found.p, size, (T*)d.out);
@@ -207,13 +207,15 @@ void emo_unpack(int is_bf16, const void* numbers, const void* scales, const void
 
 // Queries, keys and values of one token of B sequences; the weights, biases (or null), results and numbers of
 // heads of all three.
-int emo_decode_heads(int is_bf16, const void* hidden, const void* norm, float epsilon, const void* const* weights,
-                     const void* const* biases, const float* cosines, const float* sines, int64_t positions,
-                     void* const* out, int64_t B, int64_t D, const int64_t* heads, int64_t W, int threads) try {
+int emo_decode_heads(int is_bf16, const void* hidden, const void* norm, float epsilon,
+                     const void* const* weights, const void* const* biases, const float* cosines,
+                     const float* sines, int64_t positions, void* const* out, int64_t B, int64_t D,
+                     const int64_t* heads, int64_t W, int threads) try {
   threads = useful_threads(B * D * (heads[0] + 2 * heads[1]) * W, threads);
   if (is_bf16)
     decode_heads((const bf16*)hidden, (const bf16*)norm, epsilon, (const bf16* const*)weights,
-                 (const bf16* const*)biases, cosines, sines, positions, (bf16* const*)out, B, D, heads, W, threads);
+                 (const bf16* const*)biases, cosines, sines, positions, (bf16* const*)out, B, D, heads, W,
+                 threads);
   else
     decode_heads((const float*)hidden, (const float*)norm, epsilon, (const float* const*)weights,
                  (const float* const*)biases, cosines, sines, positions, (float* const*)out, B, D, heads, W,

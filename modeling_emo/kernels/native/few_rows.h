@@ -44,11 +44,11 @@ inline bool fits_packed(index_t rows, index_t in) {
 constexpr int PACKED_OUTS = 3;  // rows of weights at a time: their sums fit the registers
 constexpr int packed_sums(int rows) { return (rows * PACKED_OUTS + 15) / 16; }
 
-// sums += the products of ROWS packed rows with rows of weights, over `count` numbers, of which the first `late`
-// are the rest of a line. The weights of the next tile are asked for meanwhile.
+// sums += the products of ROWS packed rows with rows of weights, over `count` numbers, of which the first
+// `late` are the rest of a line. The weights of the next tile are asked for meanwhile.
 template <int ROWS, class X, class T>
-__attribute__((noinline)) void packed_tile(const X* x, const T* const* weights, const T* const* next, index_t late,
-                                           index_t count, float* sums) {
+__attribute__((noinline)) void packed_tile(const X* x, const T* const* weights, const T* const* next,
+                                           index_t late, index_t count, float* sums) {
   constexpr int SIZE = Step<T>::size, OUTS = PACKED_OUTS, SUMS = packed_sums(ROWS);
   using reg = typename Step<T>::reg;
   vec acc[SUMS * 16] = {};

@@ -133,7 +133,9 @@ def test_a_mask_of_numbers_is_for_pytorch(make_model, monkeypatch, attended_by_p
         with monkeypatch.context() as patch, torch.no_grad():
             if way is not decode:
                 patch.setattr(type(model.model.layers[0]), "_decode", lambda *_: None)
-            outputs.append(model(ids[:, PROMPT : PROMPT + 1], attention_mask=mask, past_key_values=cache).logits)
+            outputs.append(
+                model(ids[:, PROMPT : PROMPT + 1], attention_mask=mask, past_key_values=cache).logits
+            )
     assert attended_by_pytorch == [1, 1]
     assert_same_numbers(*outputs, terms=network_terms(model.config, PROMPT + 1))
 
@@ -183,7 +185,9 @@ class TestPartsRun:
 
     def test_for_a_forward_of_their_own(self, model, decoded, monkeypatch):
         block = model.model.layers[0].mlp
-        monkeypatch.setattr(type(block), "forward", lambda self, hidden, *args: (torch.zeros_like(hidden), None))
+        monkeypatch.setattr(
+            type(block), "forward", lambda self, hidden, *args: (torch.zeros_like(hidden), None)
+        )
         decode(model, make_inputs(model, 1)[0])
         assert not decoded
 
