@@ -18,9 +18,9 @@
 // T tokens, K picks each, P = T * K picks, E experts, D hidden size, F expert width. Picks are kept by
 // expert.
 //
-// `vectors.h`, `dot_products.h`, `few_rows.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts the
-// picks; `experts.h`, `gradients.h`, `linear.h`, `elementwise.h` and `decoding.h` are the operations; `processor.h`
-// says what runs here.
+// `vectors.h`, `dot_products.h`, `few_rows.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts
+// the picks; `experts.h`, `gradients.h`, `linear.h`, `elementwise.h` and `decoding.h` are the operations;
+// `processor.h` says what runs here.
 
 #include "decoding.h"
 #include "elementwise.h"
