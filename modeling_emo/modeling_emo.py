@@ -144,9 +144,9 @@ def _project(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
     return linear(input) if output is None else output
 
 
-def _does_more(linear: nn.Linear) -> bool:
-    """Whether calling a linear layer runs anything but its own product."""
-    own = vars(linear)
+def _does_more(module: nn.Module) -> bool:
+    """Whether calling a module runs anything but its own forward."""
+    own = vars(module)
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -520,6 +520,12 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         With pools in training the router's statistics follow: as outputs of the layer, and not through a
         hook, so that their gradient survives every kind of gradient checkpointing.
         """
+        if hidden_states.shape[1] == 1 and pools is None and not kwargs.keys() - _NOT_OF_LAYERS:
+            output = self._decode(
+                hidden_states, attention_mask, past_key_values, position_embeddings, expert_mask, kwargs
+            )
+            if output is not None:
+                return output
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.pre_attention_layernorm(hidden_states),
@@ -536,6 +542,56 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         output, statistics = self.mlp(normed, expert_mask, pools, record)
         hidden_states = hidden_states + output
         return hidden_states if statistics is None else (hidden_states, *statistics)
+
+    def _decode(
+        self,
+        hidden_BSD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        expert_mask: torch.Tensor | None,
+        kwargs: dict,
+    ) -> torch.Tensor | None:
+        """One token of each sequence by compiled code, if the parts would do no more than their classes."""
+        hooks, config = _compiled(), self.self_attn.config
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+        if hooks is None or self.training or attend is not _SDPA or not _are_plain(self):
+            return None
+        forward = ALL_EXPERTS_FUNCTIONS.get_interface(config._experts_implementation, None)
+        decoding = hooks.decode_layer(self, forward, hidden_BSD, position_embeddings, expert_mask)
+        if decoding is None:
+            return None
+        attention = self.self_attn
+        query, key, value = decoding.heads(*position_embeddings)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, attention.layer_idx, kwargs)
+
+        def attended() -> torch.Tensor:
+            scaling = attention.scaling
+            return attend(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
+
+        return decoding.rest(query, key, value, attention_mask, expert_mask, attended)
+
+
+_NOT_OF_LAYERS = {"output_router_logits", "output_hidden_states", "output_attentions", "use_cache"}
+_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (EmoAttention, EmoRMSNorm, EmoSparseMoeBlock, EmoTopKRouter, EmoExperts, nn.Linear)
+}
+
+
+def _are_plain(layer: EmoDecoderLayer) -> bool:
+    """Whether all modules of a layer are of experts, and calling each does no more than its class."""
+    attention, block = layer.self_attn, layer.mlp
+    if type(block) is not EmoSparseMoeBlock or type(attention) is not EmoAttention:
+        return False
+    linears = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    norms = layer.pre_attention_layernorm, layer.pre_feedforward_layernorm
+    return all(
+        _FORWARDS.get(type(module)) is type(module).forward and not _does_more(module)
+        for module in (attention, block, block.gate, block.experts, *norms, *linears)
+    )
 
 
 def _has_hooks(model: "EmoModel") -> bool:

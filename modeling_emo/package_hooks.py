@@ -121,6 +121,17 @@ class PackageHooks(Protocol):
         """Multiply few rows by a weight."""
         ...
 
+    def decode_layer(
+        self,
+        layer: Any,
+        experts_forward: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        expert_mask: torch.Tensor | None,
+    ) -> Any | None:
+        """Begin a layer's forward for one token of each sequence, or `None` to run its parts one by one."""
+        ...
+
 
 class Package:
     """The hook by which the installed package completes the network.

@@ -3,6 +3,7 @@
 `registration.py` imports it when the network first uses one of them.
 """
 
+from ...modeling_emo.kernels.decoding import decode_layer
 from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rotate
 from ..publishing.cards import complete_card
 from .adapter_record import check_adapter_config, check_adapters
@@ -19,6 +20,7 @@ __all__ = [
     "check_before_building",
     "complete_card",
     "copy_tokenizer",
+    "decode_layer",
     "few_rows_linear",
     "from_pretrained",
     "kept_experts",
