@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard
 from ...checkpoints.writing.durable_files import write_whole
 from ..files import write_text
 from ..measurements import FULL
-from ..plots import plot_tasks
+from ..pictures.plots import plot_tasks
 from ..tables import table
 from .paper import PAPER_MODELS, PAPER_SCORES
 from .task_scores import TaskScores

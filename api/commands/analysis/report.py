@@ -124,7 +124,7 @@ def report(
     from transformers_emo.analysis.clusters import cluster_tokens
     from transformers_emo.analysis.numbers import routing_numbers
     from transformers_emo.analysis.page import Shown, page_content, write_page, write_pictures
-    from transformers_emo.analysis.plots import require_matplotlib
+    from transformers_emo.analysis.pictures.plots import require_matplotlib
     from transformers_emo.analysis.routing import documents_of, router_statistics
     from transformers_emo.imports.optional_packages import require
 

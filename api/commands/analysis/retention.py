@@ -277,7 +277,7 @@ def retention(
         return
     assert texts is not None  # refused above
     from transformers_emo.analysis import measure_retention, read_domains, topic_cosine, write_report
-    from transformers_emo.analysis.plots import require_matplotlib
+    from transformers_emo.analysis.pictures.plots import require_matplotlib
     from transformers_emo.analysis.retention import METHODS, SHARES
 
     baseline = baseline or (names[-1] if len(names) > 1 else None)

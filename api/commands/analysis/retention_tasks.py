@@ -75,7 +75,7 @@ def score_on_tasks(
 
     Example: see `transformers_emo.analysis.tasks.measure_tasks`.
     """
-    from transformers_emo.analysis.plots import require_matplotlib
+    from transformers_emo.analysis.pictures.plots import require_matplotlib
     from transformers_emo.analysis.tasks import add_to_card, measure_tasks, write_task_report
 
     if card is not None and len(models) > 1:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from ..files import write_text
 from .plots import COLOURS, new_figure, save_figure
 
 _NOT_LOGGED = ("epoch", "step")
@@ -41,7 +41,7 @@ def read_training_log(run: str | os.PathLike) -> list[dict[str, float]]:
 
     ```
     """
-    from ..training import last_checkpoint  # imported here: the rest of `analysis` starts without `Trainer`
+    from ...training import last_checkpoint  # imported here: the rest of `analysis` starts without `Trainer`
 
     run = Path(run)
     checkpoint = run if (run / "trainer_state.json").is_file() else last_checkpoint(run)

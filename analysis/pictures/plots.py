@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.writing.durable_files import write_whole
-from ..imports.optional_packages import require
-from ..subsets import SubsetOverlap
-from .measurements import Retention
-from .topics import TopicCosine
+from ...checkpoints.writing.durable_files import write_whole
+from ...imports.optional_packages import require
+from ...subsets import SubsetOverlap
+from ..measurements import Retention
+from ..topics import TopicCosine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .tasks.task_scores import TaskScores
+    from ..tasks.task_scores import TaskScores
 
 # The colours of Okabe and Ito, which colour-blind people can tell apart too. The random choice is grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -41,7 +41,7 @@ def require_matplotlib() -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.analysis.plots import require_matplotlib
+    >>> from transformers_emo.analysis.pictures.plots import require_matplotlib
     >>> require_matplotlib()
 
     ```
@@ -181,7 +181,7 @@ def plot_tasks(
     Example:
 
     ```python
-    >>> from transformers_emo.analysis.plots import plot_tasks
+    >>> from transformers_emo.analysis.pictures.plots import plot_tasks
     >>> from transformers_emo.analysis.tasks import PAPER_SCORES, TaskScore, TaskScores
     >>> full = TaskScore("emo", "arc", "full", 64, None, {"acc,none": 0.5}, {}, "acc,none", 9, 0)
     >>> plot_tasks(TaskScores([full]), PAPER_SCORES, tmp_path / "tasks.png")
@@ -264,7 +264,7 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
     Example:
 
     ```python
-    >>> from transformers_emo.analysis.plots import new_figure, save_figure
+    >>> from transformers_emo.analysis.pictures.plots import new_figure, save_figure
     >>> figure, ((axes,),) = new_figure(1, 1, width=4, height=3)
     >>> _ = axes.plot([1, 2, 3])
     >>> save_figure(figure, tmp_path / "line.png")

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.hub.names import HUB_KWARGS
-from ...checkpoints.patience import bounded_waits
-from ...configuration import EmoConfig
-from ...modeling_emo.pools.prompt_pool import pool_sizes
-from ..numbering import present_experts, root_experts, size_range
-from ..reduced_config import EXPERT_SETTINGS, held_experts
-from . import from_pretrained as loading
+from ....checkpoints.hub.names import HUB_KWARGS
+from ....checkpoints.patience import bounded_waits
+from ....configuration import EmoConfig
+from ....modeling_emo.pools.prompt_pool import pool_sizes
+from ...numbering import present_experts, root_experts, size_range
+from ...reduced_config import EXPERT_SETTINGS, held_experts
+from .. import from_pretrained as loading
+from ..tokenizer_copy import SubsetName
 from .run_choice import RunChoice
-from .tokenizer_copy import SubsetName
 
 
 def from_pretrained(
@@ -120,8 +120,8 @@ def describe(choice: RunChoice, config: EmoConfig, callers_own: bool = False) ->
 
     ```python
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.subsets.loading.default_choice import describe
-    >>> from transformers_emo.subsets.loading.run_choice import RunChoice
+    >>> from transformers_emo.subsets.loading.choice.default_choice import describe
+    >>> from transformers_emo.subsets.loading.choice.run_choice import RunChoice
     >>> config = EmoConfig(num_hidden_layers=1, num_experts=4, num_experts_per_tok=2,
     ...                    retained_experts=[[1, 5, 9, 15]], root_experts_per_layer=[16])
     >>> describe(RunChoice(expert_subset="python", document_pool=2), config)

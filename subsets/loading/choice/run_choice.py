@@ -25,7 +25,7 @@ class RunChoice:
     Example:
 
     ```python
-    >>> from transformers_emo.subsets.loading.run_choice import RunChoice
+    >>> from transformers_emo.subsets.loading.choice.run_choice import RunChoice
     >>> choice = RunChoice(expert_subset="python", document_pool=8)
     >>> str(choice)
     '--expert-subset python --document-pool 8'
