@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..quantization.packed_files import parts_of
+from ..quantization.packed_parts import parts_of
 
 PREFIX = "sample-1:"
 """What digests of this kind begin with. Those of earlier versions have none: they summed every weight."""

@@ -10,12 +10,12 @@ from .packed_config import PackedConfig
 
 
 def empty_weight(
-    shape: tuple[int, int], dtype: torch.dtype, packing: PackedConfig | None, count: int, device: torch.device
+    shape: tuple[int, ...], dtype: torch.dtype, packing: PackedConfig | None, count: int, device: torch.device
 ) -> nn.Parameter:
     """Room for a stack of matrices, uninitialised and without a gradient.
 
     Args:
-        shape (`tuple[int, int]`): of each matrix: outputs, inputs.
+        shape (`tuple[int, ...]`): of each matrix: outputs, inputs.
         dtype (`torch.dtype`): of the numbers, or of the scales of packed ones.
         packing (`PackedConfig`, *optional*): how they are packed, if they are.
         count (`int`): how many matrices.

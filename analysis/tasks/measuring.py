@@ -20,7 +20,8 @@ from ...modeling_emo import EmoForCausalLM
 from ...subsets import select_experts
 from ...subsets.loading.model_source import check_hub_kwargs
 from ..measurements import FULL
-from ..retention import _config, _fingerprint, _layer_size, _load, _try_methods
+from ..retention import _config, _layer_size, _load, _try_methods
+from ..weight_sample import weight_sample
 from .harness import Scorer, Tasks, calibration_prompts, load_tasks, requests_digest
 from .task_scores import TaskJournal, TaskScore, TaskScores, group_settings
 
@@ -131,7 +132,7 @@ def measure_tasks(
             for name, model in models.items():
                 with unchanged(*([files[name]] if name in files else [])):
                     network = _load(model, dtype, device, hub[name])
-                journal.require({f"weights of {name}": _fingerprint(network)})
+                journal.require({f"weights of {name}": weight_sample(network)})
                 _try_methods(network, methods, sizes[name][0])
                 source = model.name_or_path if isinstance(model, EmoForCausalLM) else model
                 own = tokenizer or AutoTokenizer.from_pretrained(source, **hub[name])

@@ -19,7 +19,7 @@ from ...checkpoints.hub.names import pinned
 from ...configuration import EmoConfig
 from ...modeling_emo import EmoForCausalLM
 from ...modeling_emo.weight_names import EXPERT_PARAMETERS
-from ...quantization.packed_files import parts_of
+from ...quantization.packed_parts import parts_of
 from ...subsets.monitoring.domain_usage import DomainMonitor, RequestUsage, library_subsets
 from ...subsets.numbering import present_experts
 from .answer_run import AnswerRun

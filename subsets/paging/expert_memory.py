@@ -31,7 +31,8 @@ from ...configuration import EmoConfig
 from ...modeling_emo.modeling_emo import EmoExperts
 from ...modeling_emo.paged_experts import PagedExperts
 from ...quantization.empty_weights import empty_weight
-from ...quantization.packed_files import LazyPacked, parts_of, unpacked_zeros
+from ...quantization.packed_files import LazyPacked
+from ...quantization.packed_parts import parts_of, unpacked_zeros
 from .expert_rows import ExpertRows
 from .report import ExpertMemoryReport
 

@@ -35,12 +35,12 @@ class ExpertRows:
     def __init__(
         self,
         stacks: Mapping[str, LazyTensor | LazyPacked],
-        find: Callable[[Sequence[int]], Mapping[int, dict[str, LazyTensor | LazyPacked]]] | None = None,
+        find: Callable[[Sequence[int]], Mapping[int, Mapping[str, LazyTensor | LazyPacked]]] | None = None,
     ):
         self.shapes = {name: stack.shape[1:] for name, stack in stacks.items()}
         self._stacks = dict(stacks)
         self._find = find or self._take
-        self._known: dict[int, dict[str, LazyTensor | LazyPacked]] = {}
+        self._known: dict[int, Mapping[str, LazyTensor | LazyPacked]] = {}
 
     @property
     def packing(self) -> dict[str, PackedConfig | None]:
@@ -51,7 +51,7 @@ class ExpertRows:
     def _take(self, rows: Sequence[int]) -> dict[int, dict[str, LazyTensor | LazyPacked]]:
         return {row: {name: stack.cut(row) for name, stack in self._stacks.items()} for row in rows}
 
-    def tensors(self, experts: Sequence[int]) -> list[dict[str, LazyTensor | LazyPacked]]:
+    def tensors(self, experts: Sequence[int]) -> list[Mapping[str, LazyTensor | LazyPacked]]:
         """The parameters of experts, each a matrix, or a stack of one.
 
         Args:

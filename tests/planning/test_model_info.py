@@ -12,7 +12,7 @@ from transformers_emo.checkpoints import CheckpointError
 from transformers_emo.conversion import shard_experts
 from transformers_emo.planning import Machine, ModelSizes, model_info
 from transformers_emo.planning.info_text import info_text
-from transformers_emo.quantization.packed_files import parts_of
+from transformers_emo.quantization.packed_parts import parts_of
 
 TINY = TOY.parent / "emo-tiny"
 PLENTY = Machine(10**15, 10**15, 8, [], 10**15, 10**15)

@@ -17,7 +17,7 @@ from transformers_emo import CheckpointError, EmoForCausalLM, PackedConfig
 from transformers_emo.checkpoints.local_files import LocalFiles
 from transformers_emo.checkpoints.source_files import SourceChangedError
 from transformers_emo.conversion import shard_experts
-from transformers_emo.quantization.packed_files import parts_of
+from transformers_emo.quantization.packed_parts import parts_of
 from transformers_emo.training import lora_config
 
 IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])
