@@ -252,7 +252,7 @@ def test_usage_adds_up_picks_and_weights():
         ({"cache_implementation": "paged"}, "cache_implementation=paged"),
         ({"custom_generate": lambda model, **kwargs: None}, "custom_generate=function"),
     ],
-    ids=str,
+    ids=["beams", "lookup", "config", "paged", "custom"],
 )
 def test_other_orders_of_reading_are_refused(settings, told):
     with pytest.raises(ValueError, match=told):
