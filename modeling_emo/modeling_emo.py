@@ -520,7 +520,8 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         With pools in training the router's statistics follow: as outputs of the layer, and not through a
         hook, so that their gradient survives every kind of gradient checkpointing.
         """
-        if hidden_states.shape[1] == 1 and pools is None and not kwargs.keys() - _NOT_OF_LAYERS:
+        is_seen = pools is not None or record is not None
+        if hidden_states.shape[1] == 1 and not is_seen and not kwargs.keys() - _NOT_OF_LAYERS:
             output = self._decode(
                 hidden_states, attention_mask, past_key_values, position_embeddings, expert_mask, kwargs
             )
