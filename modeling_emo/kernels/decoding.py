@@ -251,7 +251,7 @@ def decode_layer(
         hidden_states.is_contiguous()
         and layer.self_attn.config.hidden_act == "silu"
         and is_faster(kernels, batch, output.weight)
-        and not mlp.experts._is_expert_parallel
+        and not getattr(mlp.experts, "_is_expert_parallel", False)  # older versions of Transformers lack it
         and not choice.always_active
         and 0 <= taken <= choice.num_routed
         and experts == choice.num_routed + choice.num_shared
