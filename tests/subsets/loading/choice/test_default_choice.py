@@ -13,7 +13,7 @@ from transformers import (
 from transformers_emo import EmoForCausalLM, SubsetError
 from transformers_emo.subsets.loading.choice.run_choice import RunChoice
 
-TINY = str(Path(__file__).parents[3] / "model_cards" / "emo-tiny")
+TINY = str(Path(__file__).parents[4] / "model_cards" / "emo-tiny")
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
