@@ -357,7 +357,7 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
 
     ```python
     >>> from transformers_emo.modeling_emo.pretrained import save_code
-    >>> sorted(path.name for path in save_code(tmp_path))[1]
+    >>> sorted(path.name for path in save_code(tmp_path))[2]
     'configuration_emo.py'
 
     ```
