@@ -24,8 +24,7 @@ def browser():
 @pytest.fixture(scope="module")
 def served():
     """The session behind the page, and the page's address."""
-    pytest.importorskip("gradio", reason="Gradio is not installed: make test-demo")
-    import gradio
+    gradio = pytest.importorskip("gradio", reason="Gradio is not installed: make test-demo")
     from transformers_emo.analysis.trying.web_page import launch_page
 
     session = Session.open(TOY.parent / "emo-tiny")
