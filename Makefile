@@ -8,7 +8,7 @@ CODE := api $(ROOMS) benchmarks docs examples plugins tests setup.py
 KERNELS := setup.py modeling_emo/kernels/instruction_sets.py $(wildcard modeling_emo/kernels/native/*.cpp modeling_emo/kernels/native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report test test-report torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
+.PHONY: help demo report test test-demo test-report torture test-oldest test-slow test-tools docs test-docs test-engines lint typecheck editor-imports bench emo-tiny clean test-python test-processors test-arm test-gpu test-middle test-newest
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -61,7 +61,7 @@ NOT_OLDEST := analysis benchmarks conversion docs examples test_examples.py test
   modeling_emo/kernels/test_expert_kernels.py
 MIDDLE := 5.18.0 5.19.0 5.20.2 5.21.1 5.22.0 5.23.0
 OF_MIDDLE := modeling_emo/test_caches.py imports/test_transformers_versions.py modeling_emo/test_modeling_emo.py \
-  modeling_emo/test_prompt_pool.py subsets/loading/test_from_pretrained.py subsets/loading/test_swapping.py
+  modeling_emo/pools/test_prompt_pool.py subsets/loading/test_from_pretrained.py subsets/loading/test_swapping.py
 # $(call beside,FOLDER,PACKAGES): install packages into a folder under build/, once.
 beside = test -d build/$(1) || ( $(BIN)/python -m pip install --quiet --no-deps --target build/$(1).partial $(2) && \
   mv build/$(1).partial build/$(1) )
@@ -77,7 +77,7 @@ OTHER = build/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.versio
 SMOKE := api/test_cli.py api/test_import_hook.py imports/test_lazy_imports.py configuration conversion/olmo_core/test_pickled_metadata.py \
   conversion/test_to_olmo_core.py modeling_emo/kernels/test_expert_kernels.py modeling_emo/test_goldens.py \
   modeling_emo/kernels/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/kernels/test_private_torch.py \
-  modeling_emo/test_prompt_pool.py modeling_emo/kernels/test_packed_tensor.py subsets/loading/test_from_pretrained.py \
+  modeling_emo/pools/test_prompt_pool.py modeling_emo/kernels/test_packed_tensor.py subsets/loading/test_from_pretrained.py \
   training/test_fine_tuning.py training/test_trainer.py test_docstrings.py
 test-python:  ## a selection of tests on another Python or PyTorch: PYTHON=python3.14 TORCH=2.15.0
 	$(PYTHON) -m venv $(OTHER)
@@ -211,6 +211,11 @@ report: $(VENV)/.installed-dev  ## what the experts of emo-tiny and std-tiny lea
 test-report: $(VENV)/.installed-dev  ## the page of `emo report` in a headless browser
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
 	$(BIN)/python -m pytest -m report tests/analysis/page
+
+# Gradio is not among what `make test` installs: it brings a web server.
+test-demo: $(VENV)/.installed-dev  ## the page of `emo demo` in a headless browser, and the app of a Space
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint constraints-demo.txt gradio playwright
+	$(BIN)/python -m pytest -m report tests/analysis/trying
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(TOOLS) build dist *.egg-info modeling_emo/kernels/native/*.so \

@@ -4,13 +4,13 @@ from .claims import claims, claims_text, cliff
 from .documents import Domain, draw, encode_documents, read_domains
 from .evaluation import DocumentLosses, document_losses
 from .measurements import Journal, Measurement, Retention
-from .plots import plot_domains, plot_overlap, plot_retention, plot_topics
+from .pictures.plots import plot_domains, plot_overlap, plot_retention, plot_topics
+from .pictures.training_curves import plot_training, read_training_log, write_training_csv
 from .prompt_pools import PromptMeasurement, prompt_pools
 from .report import write_report
 from .retention import measure_retention, num_experts_at
 from .tables import markdown, write_csv
 from .topics import TopicCosine, mean_routing, topic_cosine
-from .training_curves import plot_training, read_training_log, write_training_csv
 
 __all__ = [
     "DocumentLosses",

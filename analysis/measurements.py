@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from ..checkpoints.small_files import parse_json
 from ..checkpoints.writing.durable_files import make_folders, sync_folder
 
 FULL = "full"
+
+Key = tuple[str, str, str, float, int | None]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Measurement:
     tokens: list[int]
     num_experts_per_tok: int = 1
     min_experts: int = 1
+
+    @property
+    def key(self) -> Key:
+        """What tells it from other measurements."""
+        return self.model, self.domain, self.method, self.share, self.seed
 
     @property
     def mean_loss(self) -> float:
@@ -248,9 +255,6 @@ def _resampling(num_documents: int, num: int, seed: tuple[int, int]) -> np.ndarr
     return np.random.default_rng(seed).multinomial(num_documents, even_N, num)
 
 
-Key = tuple[str, str, str, float, int | None]
-
-
 class Journal:
     """Measurements on disk, one in each line as JSON. An interrupted run loses at most one.
 
@@ -276,11 +280,12 @@ class Journal:
     """
 
     NAME = "measurements.jsonl"
+    kind: ClassVar[type] = Measurement  # what a line holds; it has a `key`
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
-        self.measurements: dict[Key, Measurement] = {}
+        self.measurements: dict[Any, Any] = {}  # by their keys
         self._unwritten: dict[str, Any] = {}  # settings for which there is no measurement yet
         self._whole = 0  # the bytes of complete lines
         if not self.path.exists():
@@ -294,8 +299,8 @@ class Journal:
                 if "settings" in data:
                     self.settings |= data["settings"]
                 else:
-                    measurement = Measurement(**data)
-                    self.measurements[_key(measurement)] = measurement
+                    measurement = self.kind(**data)
+                    self.measurements[measurement.key] = measurement
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{os.fspath(self.path)!r}, line {number} is no measurement ({error}). Measure into "
@@ -320,16 +325,16 @@ class Journal:
         self._unwritten |= {name: v for name, v in settings.items() if name not in self.settings}
         self.settings |= settings
 
-    def add(self, measurement: Measurement) -> None:
+    def add(self, measurement: Any) -> None:
         """Add a measurement, and write it to disk at once.
 
         Args:
-            measurement (`Measurement`): what was measured.
+            measurement (`Measurement`): what was measured; of another `kind` in another journal.
         """
         lines = [{"settings": self._unwritten}] if self._unwritten else []
         self._append([*lines, asdict(measurement)])
         self._unwritten = {}
-        self.measurements[_key(measurement)] = measurement
+        self.measurements[measurement.key] = measurement
 
     def _append(self, data: Iterable[dict[str, Any]]) -> None:
         make_folders(self.path.parent)
@@ -350,7 +355,3 @@ class Journal:
         if is_new:
             sync_folder(self.path.parent)
         self._whole += len(lines)
-
-
-def _key(m: Measurement) -> Key:
-    return m.model, m.domain, m.method, m.share, m.seed

@@ -11,7 +11,7 @@ from typing import Any
 from .claims import claims, claims_text
 from .files import write_text
 from .measurements import Retention
-from .plots import plot_domains, plot_retention, plot_topics
+from .pictures.plots import plot_domains, plot_retention, plot_topics
 from .retention import SHARES
 from .tables import markdown, write_csv
 from .topics import TopicCosine

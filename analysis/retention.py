@@ -25,6 +25,7 @@ from ..subsets.loading.model_source import check_hub_kwargs
 from .documents import Domain, draw, encode_documents
 from .evaluation import DocumentLosses, check_batch_tokens, document_losses
 from .measurements import FULL, Journal, Measurement, Retention, experts_at
+from .weight_sample import PREFIX, sum_of_weights, weight_sample
 
 METHODS = ("layerwise", "global", "easy_ep", "random")
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
@@ -181,7 +182,9 @@ def measure_retention(
                 bar.set_postfix_str(name)
                 with unchanged(*([files[name]] if name in files else [])):
                     network = _load(model, dtype, device, hub[name])
-                journal.require({f"weights of {name}": _fingerprint(network)})
+                known = f"weights of {name}"
+                is_sum = not journal.settings.get(known, PREFIX).startswith(PREFIX)
+                journal.require({known: sum_of_weights(network) if is_sum else weight_sample(network)})
                 _try_methods(network, methods, max(sizes[name].values()))
                 _measure_model(
                     network, name, plans[name], encoded, journal, num_calibration, batch_tokens, bar
@@ -354,12 +357,3 @@ def _subsets(
 
 def _digest(*texts: Sequence[str]) -> str:
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
-
-
-def _fingerprint(network: EmoForCausalLM) -> str:
-    """A digest that differs for other weights. It reads them all once, but for those that are offloaded."""
-    digest = hashlib.sha256()
-    for name, weight in network.state_dict().items():
-        total = None if weight.is_meta else weight.sum(dtype=torch.float64).item()
-        digest.update(f"{name} {tuple(weight.shape)} {total!r}".encode())
-    return digest.hexdigest()[:16]

@@ -13,19 +13,23 @@ import typer
 import typer.main
 
 from .command_words import EmoGroup, usage_text
+from .commands.analysis.report import report
+from .commands.analysis.retention import retention
+from .commands.analysis.routing import routing
 from .commands.cache import cache
 from .commands.convert import conversions
 from .commands.export import export
 from .commands.extract import extract
+from .commands.planning.info import info
+from .commands.planning.plan import plan
 from .commands.push import push
-from .commands.report import report
-from .commands.retention import retention
-from .commands.routing import routing
 from .commands.run import EPILOG, RunCommand, run
 from .commands.select import select
 from .commands.shard import shard
 from .commands.shared import add_command
 from .commands.train import train
+from .commands.trying.chat import chat
+from .commands.trying.demo import demo
 from .commands.write_back import write_back
 from .error_text import error_text
 from .version import __version__
@@ -45,6 +49,8 @@ _GO_ON = {  # after Ctrl-C
     "report": _CONTINUED,
     "push": "What was sent is not sent again: the same command goes on.",
     "run": "The program was not started: call it again.",
+    "chat": "",
+    "demo": "",
     "train": "The same command with --resume goes on from the last whole checkpoint.",
 }
 
@@ -86,6 +92,8 @@ app = typer.Typer(
 add_command(app, select, "select", panel="Subsets of experts")
 add_command(app, extract, "extract", panel="Subsets of experts")
 add_command(app, write_back, "write-back", panel="Subsets of experts")
+add_command(app, info, "info", panel="Before anything runs")
+add_command(app, plan, "plan", panel="Before anything runs")
 add_command(app, train, "train", panel="Training and programs")
 add_command(
     app,
@@ -100,6 +108,8 @@ add_command(
 add_command(app, retention, "retention", panel="What experts learned")
 add_command(app, routing, "routing", panel="What experts learned")
 add_command(app, report, "report", panel="What experts learned")
+add_command(app, chat, "chat", panel="Trying a model")
+add_command(app, demo, "demo", panel="Trying a model")
 app.add_typer(conversions(), name="convert", rich_help_panel="Checkpoints")
 add_command(app, export, "export", panel="Checkpoints")
 add_command(app, shard, "shard", panel="Checkpoints")

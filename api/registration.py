@@ -24,7 +24,7 @@ from .import_hook import AfterImport
 from .transformers_names import name_classes
 
 if TYPE_CHECKING:
-    from transformers_emo.modeling_emo.expert_switching import PackageHooks
+    from transformers_emo.modeling_emo.package_hooks import PackageHooks
     from transformers_emo.subsets.loading import model_hooks
 
     _checked: PackageHooks = model_hooks  # by the type checker: it has every function, as it is called
@@ -124,7 +124,7 @@ def _register_quantiser(auto: ModuleType) -> None:
 
 
 def _complete_network(network: ModuleType) -> None:
-    from transformers_emo.modeling_emo.expert_switching import package
+    from transformers_emo.modeling_emo.package_hooks import package
 
     package.hooks = cast("PackageHooks", _HooksOnFirstUse())
 
@@ -133,7 +133,7 @@ class _HooksOnFirstUse:
     """The hooks, imported when one is first used: they import the network, which is being imported."""
 
     def __getattr__(self, name: str) -> Any:
-        from transformers_emo.modeling_emo.expert_switching import package
+        from transformers_emo.modeling_emo.package_hooks import package
 
         value = import_name(_HOOKS, name)
         package.hooks = cast("PackageHooks", sys.modules[_HOOKS])

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from transformers_emo.subsets.loading.run_choice import RunChoice
+from transformers_emo.subsets.loading.choice.run_choice import RunChoice
 
 from .import_hook import AfterImport
 from .transformers_names import name_classes
@@ -46,7 +46,7 @@ def tell_if_unused(choice: RunChoice) -> None:
 
     ```python
     >>> from transformers_emo.run_process import tell_if_unused
-    >>> from transformers_emo.subsets.loading.run_choice import RunChoice
+    >>> from transformers_emo.subsets.loading.choice.run_choice import RunChoice
     >>> mark = tmp_path / "mark"
     >>> mark.touch()
     >>> tell_if_unused(RunChoice(expert_subset="python", mark=str(mark)))

@@ -19,8 +19,8 @@ import time
 import torch
 from processes import peak_megabytes
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo.document_pool import PoolRequest, document_pools
 from transformers_emo.modeling_emo.modeling_emo import EmoSparseMoeBlock
+from transformers_emo.modeling_emo.pools.document_pool import PoolRequest, document_pools
 
 OFF = {"document_pool": False}
 

@@ -35,7 +35,7 @@ from native_build import native_kernels, running
 from processes import peak_megabytes
 from torch import nn
 from transformers_emo import EmoConfig
-from transformers_emo.checkpoints.large_pages import empty
+from transformers_emo.checkpoints.memory.large_pages import empty
 from transformers_emo.modeling_emo.kernels.native_library import Kernels
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 

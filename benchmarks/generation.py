@@ -43,8 +43,8 @@ from processes import resident
 from transformers import DynamicCache
 from transformers.utils import logging
 from transformers_emo import EmoConfig, EmoForCausalLM
-from transformers_emo.modeling_emo.expert_switching import package
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels
+from transformers_emo.modeling_emo.package_hooks import package
 
 PROMPT, LONG_PROMPT, SEQUENCES = 32, 1024, 8
 PARTS = ("one", "eight", "prompt")

@@ -78,8 +78,8 @@ def load(folder: str, what: str) -> dict:
     import torch  # noqa: F401  (its memory belongs to the interpreter's own)
     import transformers_emo  # noqa: F401
     from transformers.utils import logging
-    from transformers_emo.modeling_emo.expert_switching import package
     from transformers_emo.modeling_emo.modeling_emo import EmoForCausalLM  # its import is not measured
+    from transformers_emo.modeling_emo.package_hooks import package
 
     logging.disable_progress_bar()
     config = json.loads(Path(folder, "config.json").read_text())

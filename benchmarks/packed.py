@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from transformers_emo.checkpoints.large_pages import empty
+from transformers_emo.checkpoints.memory.large_pages import empty
 from transformers_emo.modeling_emo.kernels.layer_kernels import few_rows_linear
 from transformers_emo.modeling_emo.kernels.native_library import load_kernels
 from transformers_emo.modeling_emo.kernels.packed_products import packed_experts, packed_linear

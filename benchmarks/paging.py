@@ -1,6 +1,6 @@
 """The whole model with room for some of its experts, against all in memory and accelerate's disk offload.
 
-    python benchmarks/paging.py [--quick] [--layers 4] [--folder DIR] [--slots 32] [--turns 3]
+    python benchmarks/paging.py [--quick] [--layers 4] [--folder DIR] [--widened MODEL] [--slots 32]
 
 Claim: with `expert_memory` for 32 experts a layer the whole model needs that memory and its backbone, reads
 the experts that are missing and no other byte, and decodes as fast as with all in memory once the prompt's
@@ -13,7 +13,9 @@ all of it takes.
 
 Makes a synthetic checkpoint at EMO's true width (128 experts of width 1024, bfloat16). Every way runs in a
 process of its own, in turns: greedy text after a prompt of 32 tokens, all routing and within document pools.
-Random weights route at random, the worst case: 32 tokens take most experts of a layer. Medians of the turns.
+Random weights route at random, the worst case: 32 tokens take most experts of a layer. With `--widened
+model_cards/emo-tiny` the weights are those of a model trained on text, padded to this width (`widened.py`):
+it routes as trained models do, with 64 experts a layer, of which a token takes 4. Medians of the turns.
 Memory is the peak of the process, less what it used before loading.
 """
 
@@ -26,9 +28,27 @@ from pathlib import Path
 
 from loading import drop_from_cache, make_checkpoint
 from processes import disk_bytes, in_own_process, kernel_count, peak_bytes
+from widened import widen
 
 PROMPT = 32
 POOL = 32
+TEXT = '''def parse_args(argv):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", type=str)
+    parser.add_argument("--count", type=int)
+'''
+
+
+def prompt_of(folder: str, words: int):
+    """A prompt: text, if there is a tokenizer, or random words."""
+    import torch
+    from transformers import AutoTokenizer
+
+    if Path(folder, "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tokenizer(TEXT, return_tensors="pt").input_ids[:, :PROMPT]
+    return torch.randint(2, words, (1, PROMPT), generator=torch.Generator().manual_seed(1))
 
 
 def generate(folder: str, way: str, slots: int, pool: int, tokens: int, offload: str) -> dict:
@@ -57,7 +77,7 @@ def generate(folder: str, way: str, slots: int, pool: int, tokens: int, offload:
     model = EmoForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs).eval()
     loading = time.perf_counter() - start
     choice = {"document_pool": pool} if pool else {}
-    ids = torch.randint(2, 90_000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids = prompt_of(folder, config.vocab_size)
 
     def run(count: int) -> float:
         begin = time.perf_counter()
@@ -104,6 +124,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one layer, one turn of few tokens")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="the checkpoint; made here if it is not there")
+    parser.add_argument(
+        "--widened", type=Path, help="a small model that is widened in place of random weights"
+    )
     parser.add_argument("--slots", type=int, default=32, help="experts a layer that there is room for")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
@@ -118,7 +141,10 @@ def main() -> None:
         args.layers, args.turns, args.tokens = 1, 1, 8
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        make_checkpoint(folder, args.layers)
+        if args.widened is None:
+            make_checkpoint(folder, args.layers)
+        else:
+            widen(args.widened, folder)
         runs: dict[tuple[str, int, bool], list[dict]] = {}
 
         def measure(way: str, pool: int, cold: bool, tokens: int = args.tokens) -> None:

@@ -11,9 +11,9 @@ from types import EllipsisType
 import torch
 
 from .byte_ranges import merge_ranges
-from .large_pages import empty
 from .local_files import LocalFiles
-from .mapped_files import map_spans
+from .memory.large_pages import empty
+from .memory.mapped_files import map_spans
 from .safetensors_header import DTYPE_NAMES, Source, TensorSpan
 
 _STAGED = 64 << 20  # on their way to a device, so many bytes at a time are in the host's memory

@@ -183,7 +183,16 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
             "tells the network of pools to choose",
             "input_ids",
         ),
-        PrivateName(_SAMPLE, "calls what is overridden", mentions="_prefill _optimize_model_for_decode"),
+        PrivateName(
+            _SAMPLE,
+            "calls what is overridden",
+            mentions="_prefill _optimize_model_for_decode _update_model_kwargs_for_generation",
+        ),
+        PrivateName(
+            f"{_GENERATION}._update_model_kwargs_for_generation",
+            "experts are handed on as soon as a forward has run",
+            "outputs model_kwargs",
+        ),
         PrivateName(_BEAMS, "calls what is overridden", mentions="_prefill"),
         PrivateName(
             f"{_GENERATION}._prefill",
@@ -416,6 +425,24 @@ PRIVATE_NAMES: dict[str, list[PrivateName]] = {
         ),
         PrivateName("accelerate.utils:DistributedType.MULTI_CPU", "shards on CPUs"),
         PrivateName("accelerate.utils:DistributedType.FSDP", "shards on CPUs"),
+    ],
+    "harness": [
+        PrivateName("lm_eval.tasks:TaskManager", "finds tasks", takes="include_path load task_index"),
+        PrivateName(
+            "lm_eval.evaluator:evaluate", "scores", "lm task_dict", "limit log_samples bootstrap_iters"
+        ),
+        PrivateName(
+            "lm_eval.models.huggingface:HFLM",
+            "a model as it wants it",
+            takes="pretrained tokenizer batch_size",
+        ),
+        PrivateName(
+            "lm_eval.api.task:ConfigurableTask.build_qa_turn",
+            "prompts with their answers, as demonstrations are",
+            takes="q c a gen_prefix tgt_delim few_delim",
+        ),
+        PrivateName("lm_eval.api.task:ConfigurableTask.build_all_requests", "what is asked", takes="limit"),
+        PrivateName("lm_eval.api.task:ConfigurableTask.set_fewshot_seed", "the same demonstrations", "seed"),
     ],
     "peft": [
         PrivateName(

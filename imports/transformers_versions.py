@@ -28,6 +28,7 @@ TESTED = {
     "accelerate": ("1.15.0", "1.15.0"),
     "peft": ("0.21.2", "0.21.2"),
     "torchao": ("0.18.0", "0.18.0"),
+    "lm_eval": ("0.4.13", "0.4.13"),
 }
 """The oldest and the newest version of each package that the tests have run with."""
 

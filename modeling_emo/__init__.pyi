@@ -1,4 +1,4 @@
-from .document_pool import pool_mask
+from .in_use.routed_experts import GenerateWithExpertsOutput, RoutedExperts
 from .losses import BalanceCounts, document_pool_losses, lm_z_loss, load_balancing_loss
 from .modeling_emo import (
     EmoForCausalLM,
@@ -7,8 +7,9 @@ from .modeling_emo import (
     EmoModel,
     EmoPreTrainedModel,
 )
-from .pool_sizes import draw_pool_sizes, step_seed
-from .segments import (
+from .pools.document_pool import pool_mask
+from .pools.pool_sizes import draw_pool_sizes, step_seed
+from .pools.segments import (
     flatten_segments,
     lengths_from_segments,
     segments_from_eos,
@@ -23,6 +24,8 @@ __all__ = [
     "EmoForTokenClassification",
     "EmoModel",
     "EmoPreTrainedModel",
+    "GenerateWithExpertsOutput",
+    "RoutedExperts",
     "document_pool_losses",
     "draw_pool_sizes",
     "flatten_segments",

@@ -17,10 +17,10 @@ with private_names("network"):
     from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_emo import EmoConfig
-from .document_pool import PoolRequest, document_pools, find_segments
 from .parallel import refuse_split_sequences
-from .prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, row_pools
-from .segments import flatten_segments, lengths_from_segments, segments_from_positions
+from .pools.document_pool import PoolRequest, document_pools, find_segments
+from .pools.prompt_pool import FrozenPool, Pools, PromptPool, frozen_pools, row_pools
+from .pools.segments import flatten_segments, lengths_from_segments, segments_from_positions
 from .transformers_differences import CACHE
 
 logger = logging.get_logger(__name__)
@@ -173,7 +173,7 @@ def with_default_pool(
     ```python
     >>> import torch
     >>> from transformers_emo import EmoConfig
-    >>> from transformers_emo.modeling_emo.document_pool import PoolRequest
+    >>> from transformers_emo.modeling_emo.pools.document_pool import PoolRequest
     >>> from transformers_emo.modeling_emo.forward_inputs import ForwardInputs, with_default_pool
     >>> embeds, positions = torch.zeros(1, 3, 8), torch.arange(3)[None]
     >>> inputs = ForwardInputs(EmoConfig(), None, embeds, None, positions, None, True)
@@ -224,7 +224,8 @@ def pools_that_hold(
     batch, length, _ = inputs.inputs_embeds.shape
     frozen = None
     if request.document_pool is None:
-        frozen = frozen_pools(inputs.cache, prompt_pool, inputs.config, (batch, length), masks)
+        given = (inputs.cache, prompt_pool, inputs.config, (batch, length), masks, inputs.attention_mask)
+        frozen = frozen_pools(*given)
     if frozen:
         return frozen, frozen
     pools = document_pools(

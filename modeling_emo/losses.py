@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..configuration.configuration_emo import EmoConfig
 from ..configuration.layer_experts import LayerExperts
-from .segments import ids_on
+from .pools.segments import ids_on
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:

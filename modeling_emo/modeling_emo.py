@@ -50,8 +50,7 @@ with private_names("network"):  # the versions are looked at before anything can
 
 from ..configuration.configuration_emo import EmoConfig
 from ..configuration.layer_experts import LayerExperts
-from .document_pool import DocumentPools, PoolRequest, mean_pool_size
-from .expert_switching import Masks, PackageHooks, check_layers, masks_here, move_masks, package
+from .expert_switching import Masks, check_layers, masks_here, move_masks
 from .forward_inputs import (
     ForwardInputs,
     attention_inputs,
@@ -62,11 +61,14 @@ from .forward_inputs import (
     with_default_pool,
 )
 from .generation import EmoGenerationMixin
+from .in_use.routed_experts import ExpertRecord, LayerRecord
 from .losses import BalanceCounts, RouterStatistics, total_loss
+from .package_hooks import PackageHooks, package
 from .parallel import refuse_split_sequences
+from .pools.document_pool import DocumentPools, PoolRequest, mean_pool_size
+from .pools.prompt_pool import FrozenPool, Pools, PromptPool, keep_pools
+from .pools.segments import ids_on
 from .pretrained import PartialModel
-from .prompt_pool import FrozenPool, Pools, PromptPool, keep_pools
-from .segments import ids_on
 from .transformers_differences import (
     CACHE,
     BothCacheNames,
@@ -142,9 +144,9 @@ def _project(linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
     return linear(input) if output is None else output
 
 
-def _does_more(linear: nn.Linear) -> bool:
-    """Whether calling a linear layer runs anything but its own product."""
-    own = vars(linear)
+def _does_more(module: nn.Module) -> bool:
+    """Whether calling a module runs anything but its own forward."""
+    own = vars(module)
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -217,7 +219,11 @@ class EmoMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: torch.Tensor, expert_mask: None = None, pools: Pools | None = None
+        self,
+        hidden_states: torch.Tensor,
+        expert_mask: None = None,
+        pools: Pools | None = None,
+        record: LayerRecord | None = None,
     ) -> tuple[torch.Tensor, None]:
         """(B, S, D) to (B, S, D). The other arguments are those of an expert block, and not used."""
         gate, up = _project(self.gate_proj, hidden_states), _project(self.up_proj, hidden_states)
@@ -244,6 +250,7 @@ class EmoTopKRouter(nn.Module):
         hidden_states: torch.Tensor,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        record: LayerRecord | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, RouterStatistics | None]:
         """Route tokens.
 
@@ -254,6 +261,7 @@ class EmoTopKRouter(nn.Module):
             pools (`DocumentPools` or `FrozenPool`, *optional*): the documents and the sizes of their pools in
                 this layer, or pools of prompts. Each shared expert then has weight 1, as when EMO was
                 trained.
+            record (`LayerRecord`, *optional*): what notes the picks of a generation.
 
         Returns:
             `tuple`: raw logits (T, E), before any mask; weights (T, K) in the logits' dtype; expert ids (T,
@@ -270,6 +278,8 @@ class EmoTopKRouter(nn.Module):
             weights_TK, index_TK, statistics = self._take_routed_and_shared(masked_TE, pools)
         if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        if record is not None:  # here: what shares experts among processes changes the ids behind
+            record.take(index_TK, weights_TK)
         return logits_TE, weights_TK.to(logits_TE.dtype), index_TK, statistics
 
     def _take_routed_and_shared(
@@ -458,10 +468,11 @@ class EmoSparseMoeBlock(nn.Module):
         hidden_states: torch.Tensor,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        record: LayerRecord | None = None,
     ) -> tuple[torch.Tensor, RouterStatistics | None]:
         """(B, S, D) to (B, S, D); the other arguments and the statistics as in `EmoTopKRouter.forward`."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TK, index_TK, statistics = self.gate(hidden_TD, expert_mask, pools)
+        _, weights_TK, index_TK, statistics = self.gate(hidden_TD, expert_mask, pools, record)
         inputs = (hidden_TD, index_TK, weights_TK)
         if isinstance(pools, FrozenPool) and pools.tokens_at_once is not None:
             parts = zip(*(tensor.split(pools.tokens_at_once) for tensor in inputs), strict=True)
@@ -498,16 +509,24 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         expert_mask: torch.Tensor | None = None,
         pools: Pools | None = None,
+        record: LayerRecord | None = None,
         last_tokens: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """(B, S, D) to (B, S, D); `expert_mask` and `pools` as in `EmoTopKRouter.forward`.
+        """(B, S, D) to (B, S, D); `expert_mask`, `pools` and `record` as in `EmoTopKRouter.forward`.
 
         With `last_tokens` that many tokens come out: the others are there to be attended to.
 
         With pools in training the router's statistics follow: as outputs of the layer, and not through a
         hook, so that their gradient survives every kind of gradient checkpointing.
         """
+        is_seen = pools is not None or record is not None
+        if hidden_states.shape[1] == 1 and not is_seen and not kwargs.keys() - _NOT_OF_LAYERS:
+            output = self._decode(
+                hidden_states, attention_mask, past_key_values, position_embeddings, expert_mask, kwargs
+            )
+            if output is not None:
+                return output
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.pre_attention_layernorm(hidden_states),
@@ -520,9 +539,60 @@ class EmoDecoderLayer(GradientCheckpointingLayer):
         hidden_states = residual + hidden_states
         if last_tokens:
             hidden_states = hidden_states[:, -last_tokens:]
-        output, statistics = self.mlp(self.pre_feedforward_layernorm(hidden_states), expert_mask, pools)
+        normed = self.pre_feedforward_layernorm(hidden_states)
+        output, statistics = self.mlp(normed, expert_mask, pools, record)
         hidden_states = hidden_states + output
         return hidden_states if statistics is None else (hidden_states, *statistics)
+
+    def _decode(
+        self,
+        hidden_BSD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        expert_mask: torch.Tensor | None,
+        kwargs: dict,
+    ) -> torch.Tensor | None:
+        """One token of each sequence by compiled code, if the parts would do no more than their classes."""
+        hooks, config = _compiled(), self.self_attn.config
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, None)
+        if hooks is None or self.training or attend is not _SDPA or not _are_plain(self):
+            return None
+        forward = ALL_EXPERTS_FUNCTIONS.get_interface(config._experts_implementation, None)
+        decoding = hooks.decode_layer(self, forward, hidden_BSD, position_embeddings, expert_mask)
+        if decoding is None:
+            return None
+        attention = self.self_attn
+        query, key, value = decoding.heads(*position_embeddings)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, attention.layer_idx, kwargs)
+
+        def attended() -> torch.Tensor:
+            scaling = attention.scaling
+            return attend(attention, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
+
+        return decoding.rest(query, key, value, attention_mask, expert_mask, attended)
+
+
+_NOT_OF_LAYERS = {"output_router_logits", "output_hidden_states", "output_attentions", "use_cache"}
+_SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (EmoAttention, EmoRMSNorm, EmoSparseMoeBlock, EmoTopKRouter, EmoExperts, nn.Linear)
+}
+
+
+def _are_plain(layer: EmoDecoderLayer) -> bool:
+    """Whether all modules of a layer are of experts, and calling each does no more than its class."""
+    attention, block = layer.self_attn, layer.mlp
+    if type(block) is not EmoSparseMoeBlock or type(attention) is not EmoAttention:
+        return False
+    linears = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    norms = layer.pre_attention_layernorm, layer.pre_feedforward_layernorm
+    return all(
+        _FORWARDS.get(type(module)) is type(module).forward and not _does_more(module)
+        for module in (attention, block, block.gate, block.experts, *norms, *linears)
+    )
 
 
 def _has_hooks(model: "EmoModel") -> bool:
@@ -708,6 +778,7 @@ class EmoModel(EmoPreTrainedModel):
         document_ids: torch.Tensor | None = None,
         attention_within_documents: bool | None = None,
         prompt_pool: PromptPool | None = None,
+        expert_record: ExpertRecord | None = None,
         last_tokens: int = 0,
         training_step: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -736,6 +807,8 @@ class EmoModel(EmoPreTrainedModel):
                 `max_length_k`, and neither a mask nor `document_ids`.
             prompt_pool (`PromptPool`, *optional*): choose pools from prompts, and keep them in the cache (set
                 by `generate`). Pools that are in the cache already hold, unless `document_pool` is `False`.
+            expert_record (`ExpertRecord`, *optional*): what notes the experts that each token takes (set by
+                `generate`).
             last_tokens (`int`, defaults to 0): let only so many tokens at the end through the feed-forward
                 block of the last layer, where nobody wants the others (0: all). `last_hidden_state` has no
                 more then, unless there are pools, which the last layer too chooses from all tokens.
@@ -782,6 +855,8 @@ class EmoModel(EmoPreTrainedModel):
         expert_masks = self.expert_masks
         draws = {"seed": self.pool_seed, "generator": self.pool_generator}
         frozen, pools = pools_that_hold(inputs, request, prompt_pool, expert_masks, **draws)
+        for pool in frozen or () if self._expert_memory is not None else ():
+            pool.memory = self._expert_memory
         hidden_states = inputs_embeds
         statistics: list[RouterStatistics] = []
         layers = self.layers[: self.config.num_hidden_layers]
@@ -797,6 +872,7 @@ class EmoModel(EmoPreTrainedModel):
                 position_embeddings=position_embeddings,
                 expert_mask=expert_masks[index],
                 pools=None if pools is None else pools[index],
+                record=None if expert_record is None else expert_record.layer(index),
                 last_tokens=last_tokens if is_last and pools is None else 0,
                 **{CACHE: past_key_values},
                 **kwargs,
@@ -902,7 +978,7 @@ class EmoForCausalLM(EmoPreTrainedModel, EmoGenerationMixin):
         # A prompt's other tokens need not go through the last layer's experts, unless somebody looks at them.
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         is_seen = output_router_logits or recorded not in (None, False) or torch.is_grad_enabled()
-        is_seen = is_seen or _has_hooks(self.model)
+        is_seen = is_seen or _has_hooks(self.model) or kwargs.get("expert_record") is not None
         last_tokens = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         if self.training and labels is not None:
             kwargs.setdefault("training_step", True)  # behind a prefix too, which comes in a cache

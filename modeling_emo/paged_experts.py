@@ -6,7 +6,7 @@ nothing of the package that reads files.
 Shape suffixes: T tokens, K experts taken per token, E experts of the layer, D hidden size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -34,6 +34,10 @@ class ExpertSlots(Protocol):
 
     def table(self, layer: int) -> torch.Tensor:
         """The slot (E,) of each expert of a layer."""
+        ...
+
+    def came_into_pool(self, layer: int, experts: Sequence[int]) -> None:
+        """Hear of experts that came into a document pool which follows the text."""
         ...
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
-from .expert_switching import NEEDS_PACKAGE, ExpertSwitching, check_layers, package
+from .expert_switching import ExpertSwitching, check_layers
+from .package_hooks import NEEDS_PACKAGE, package
 from .paged_experts import HINT
 from .parallel import check_distribution, refuse_in_pipeline
 from .transformers_differences import EP_ROUTER_PLAN, check_peft
@@ -29,18 +30,22 @@ _FILES = [
     "configuration/layer_experts.py",
     "imports/names_of_others.py",
     "imports/transformers_versions.py",
-    "modeling_emo/document_pool.py",
     "modeling_emo/expert_switching.py",
     "modeling_emo/forward_inputs.py",
     "modeling_emo/generation.py",
+    "modeling_emo/in_use/routed_experts.py",
     "modeling_emo/losses.py",
     "modeling_emo/modeling_emo.py",
+    "modeling_emo/package_hooks.py",
     "modeling_emo/paged_experts.py",
     "modeling_emo/parallel.py",
-    "modeling_emo/pool_sizes.py",
+    "modeling_emo/pools/cache_layer.py",
+    "modeling_emo/pools/document_pool.py",
+    "modeling_emo/pools/moving_pools.py",
+    "modeling_emo/pools/pool_sizes.py",
+    "modeling_emo/pools/prompt_pool.py",
+    "modeling_emo/pools/segments.py",
     "modeling_emo/pretrained.py",
-    "modeling_emo/prompt_pool.py",
-    "modeling_emo/segments.py",
     "modeling_emo/transformers_differences.py",
     "modeling_emo/weight_names.py",
 ]
@@ -352,7 +357,7 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
 
     ```python
     >>> from transformers_emo.modeling_emo.pretrained import save_code
-    >>> sorted(path.name for path in save_code(tmp_path))[1]
+    >>> sorted(path.name for path in save_code(tmp_path))[2]
     'configuration_emo.py'
 
     ```
@@ -361,7 +366,7 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
     written = []
     for name in _FILES:
         source = (_PACKAGE / name).read_text(encoding="utf-8")
-        flat = re.sub(r"^from \.\.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+        flat = re.sub(r"^from \.+(?:\w+\.)*(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
         target = Path(folder) / Path(name).name
         target.write_text(flat, encoding="utf-8")
         written.append(target)

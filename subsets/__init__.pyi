@@ -12,6 +12,7 @@ from .composition import (
 )
 from .expert_subset import ExpertSubset
 from .library import find_subset, library_names
+from .monitoring.domain_usage import DomainMonitor, DomainShare, RequestUsage, TopExpert
 from .numbering import present_experts, root_experts
 from .publishing.push_folder import push_folder
 from .reduced_config import local_experts, subset_config
@@ -20,10 +21,14 @@ from .rewriting.write_back import WriteBack, write_back
 from .validation import SubsetError
 
 __all__ = [
+    "DomainMonitor",
+    "DomainShare",
     "ExpertSubset",
     "ExpertUsage",
+    "RequestUsage",
     "SubsetError",
     "SubsetOverlap",
+    "TopExpert",
     "WriteBack",
     "difference",
     "extract_subset",

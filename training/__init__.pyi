@@ -3,6 +3,7 @@ from .collator import DocumentCollator
 from .fine_tuning import KeepFrozenRows, keep_frozen_rows, train_only
 from .recipe_files import Recipe
 from .recipes import training_arguments
+from .routing_monitor import RoutingMonitor
 from .runs import build_trainer, last_checkpoint, train
 from .trainer import EmoTrainer, accumulate_balance
 
@@ -11,6 +12,7 @@ __all__ = [
     "EmoTrainer",
     "KeepFrozenRows",
     "Recipe",
+    "RoutingMonitor",
     "accumulate_balance",
     "build_trainer",
     "expand_adapter",

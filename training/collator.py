@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..configuration import EmoConfig
-from ..modeling_emo.segments import segments_from_eos, segments_from_positions
+from ..modeling_emo.pools.segments import segments_from_eos, segments_from_positions
 
 _PADDING = -1  # the document of padding
 _COLUMNS = {"input_ids", "labels", "document_ids", "seq_lengths", "position_ids", "attention_mask"}

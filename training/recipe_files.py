@@ -163,6 +163,8 @@ class Recipe:
         training (`dict`): arguments of `training_arguments`, and with them any of `TrainingArguments`.
         lora (`dict`, *optional*): train a LoRA adapter; arguments of `lora_config`.
         exact_balance (`bool`): as for `EmoTrainer`.
+        routing_monitor (`bool`): report what the routers do, and name a layer that collapses; see
+            `RoutingMonitor`.
 
     Raises:
         ValueError: if a section or a setting is unknown, missing or of the wrong kind, or two of them
@@ -194,6 +196,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     exact_balance: bool = False
+    routing_monitor: bool = False
 
     def __post_init__(self):
         if self.lora is not None and self.model.train != "all":

@@ -28,6 +28,7 @@ from .collator import DocumentCollator
 from .fine_tuning import train_only
 from .recipe_files import DataSection, Recipe
 from .recipes import training_arguments
+from .routing_monitor import RoutingMonitor
 from .trainer import EmoTrainer
 
 with private_names("trainer"):
@@ -174,7 +175,7 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
         with warnings.catch_warnings():  # PEFT misses modules of these names; they are names of parameters
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*gate_up_proj")
             trained = get_peft_model(model, adapter)
-    return trainer_class(
+    trainer = trainer_class(
         trained,
         arguments,
         collator,
@@ -183,6 +184,9 @@ def build_trainer(recipe: Recipe, *, trainer_class: type[EmoTrainer] = EmoTraine
         processing_class=tokenizer,
         exact_balance=recipe.exact_balance,
     )
+    if recipe.routing_monitor:
+        trainer.add_callback(RoutingMonitor(trainer))
+    return trainer
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

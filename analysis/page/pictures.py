@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text
-from ..plots import COLOURS, new_figure, save_figure
+from ..pictures.plots import COLOURS, new_figure, save_figure
 
 _FIELDS = ("name", "layer", "unit", "value", "low", "high", "chance", "chance_low", "chance_high")
 _TOLD = {

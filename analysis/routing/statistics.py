@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...checkpoints.source_files import LOADED_FILES, SourceFiles, unchanged
 from ...checkpoints.writing.durable_files import make_folders
+from ...checkpoints.writing.folder_lock import locked_folder
 from ...checkpoints.writing.safetensors_writing import floating_dtype
 from ...modeling_emo import EmoPreTrainedModel
 from ...subsets.choosing.calibration_batches import Batch, Example, check_ids, make_batches
@@ -95,6 +96,7 @@ def router_statistics(
         another
             model, of other texts or of other settings.
         ImportError: if pyarrow is not installed.
+        BlockingIOError: if another run does the same share of the parts in this folder.
         CheckpointError: if a folder or repository does not hold the whole model.
 
     Example:
@@ -124,7 +126,8 @@ def router_statistics(
     files = []
     if isinstance(model, str | os.PathLike):
         files = [SourceFiles.of(model, patterns=LOADED_FILES, subfolder=hub_kwargs.get("subfolder"))]
-    with unchanged(*files):
+    make_folders(Path(out))
+    with unchanged(*files), locked_folder(Path(out) / f".process-{number + 1}-of-{processes}"):
         opened = open_model(model, run_in, device, hub_kwargs)
         window = min(window or opened.config.max_position_embeddings, opened.config.max_position_embeddings)
         settings = {
@@ -148,7 +151,6 @@ def router_statistics(
             raise ValueError(
                 f"The model {opened.place!r} has no layer with experts: there is no router in it."
             )
-        make_folders(Path(out))
         RoutingStatistics.begin(out, settings)
         run = _Run(
             opened,

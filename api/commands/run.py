@@ -14,7 +14,7 @@ from ..command_words import EmoCommand
 from .shared import excluded_experts
 
 if TYPE_CHECKING:
-    from transformers_emo.subsets.loading.run_choice import RunChoice
+    from transformers_emo.subsets.loading.choice.run_choice import RunChoice
 
 _STARTUP = Path(__file__).parents[1] / "startup"
 # A repository of the Hub: which of several models will be loaded cannot be said beforehand.
@@ -140,7 +140,7 @@ def _choice(expert_subset: str | None, exclude: list[str], document_pool: int | 
     import secrets
     import tempfile
 
-    from transformers_emo.subsets.loading.run_choice import RunChoice
+    from transformers_emo.subsets.loading.choice.run_choice import RunChoice
 
     excluded = excluded_experts(exclude)
     by_layer = {str(layer): ids for layer, ids in excluded.items()} if isinstance(excluded, dict) else None
@@ -210,7 +210,7 @@ def _is_emo(folder: str) -> bool:
 
 def _check_model(choice: "RunChoice", folder: str) -> None:
     from transformers_emo.configuration import EmoConfig
-    from transformers_emo.modeling_emo.prompt_pool import pool_sizes
+    from transformers_emo.modeling_emo.pools.prompt_pool import pool_sizes
     from transformers_emo.subsets.exclusion import named_exclusion, remaining_subset
     from transformers_emo.subsets.library import library_of
     from transformers_emo.subsets.reduced_config import subset_config
@@ -226,7 +226,7 @@ def _check_model(choice: "RunChoice", folder: str) -> None:
 
 def _environment(choice: "RunChoice | None") -> dict[str, str]:
     """This process's environment, with what makes Python processes join in."""
-    from transformers_emo.subsets.loading.run_choice import VARIABLE
+    from transformers_emo.subsets.loading.choice.run_choice import VARIABLE
 
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     before = environment.get("PYTHONPATH")

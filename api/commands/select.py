@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .selecting import collected
 from .shared import HUB, AsJson, CacheDir, Token, excluded_experts, given, stdout_for_json, tell
 
 # What has no part in a choice at random, and what has a part in no other.
@@ -54,6 +55,42 @@ def select(
             metavar="FILE",
             help="In place of text: the usage that a vLLM server with our plugin wrote.",
             rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR...",
+            help="In place of text: folders that --statistics filled.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Collect the scores in this folder, part by part. After an interruption, the same command "
+            "goes on. For global, easy_ep and reap.",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    part: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Texts in a part of --statistics. For each part every layer is read once.",
+            show_default="256",
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None,
+    process: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do the I-th of N shares of the parts of --statistics, in one folder or one for each.",
+            show_default="1/1",
+            rich_help_panel=_RUNNING,
         ),
     ] = None,
     answer: Annotated[
@@ -208,7 +245,8 @@ def select(
     """Choose the experts of a domain from text.
 
     They are written as a JSON file, which `from_pretrained(expert_subset=...)` takes. The model is read layer
-    by layer.
+    by layer. With --statistics the scores of much text are collected in parts, by one process or by many, and
+    --merge adds up folders of them.
 
     Example:
 
@@ -247,39 +285,74 @@ def select(
             tokenizer=tokenizer,
             seed=seed,
             usage=usage,
+            statistics=statistics,
+            merge=merge,
+            part=part,
+            process=process,
+            exclude=exclude or None,
         ),
     )
     lines, facts = [], []
     with stdout_for_json(json):
-        subsets = select_experts(
-            model,
-            text,
-            experts,
-            method=method,
-            budget=budget,
-            answers=answer,
-            dataset=data if dataset is None else _dataset(dataset, dataset_config, split, token),
-            exclude_experts=excluded_experts(exclude or []),
-            **given(
+        if statistics is not None or merge:
+            text_settings = given(
                 column=column,
                 answer_column=answer_column,
                 max_texts=max_texts,
                 max_length=max_length,
                 tokens=tokens,
                 weight_by=weight_by,
-                stop_when_settled=settle,
-                seed=seed,
-                usage=usage,
-                dtype=dtype,
-                device=device,
                 batch_size=batch_size,
-                hidden_memory=_hidden_memory(hidden_memory),
                 tokenizer=_tokenizer(tokenizer, token, cache_dir),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-            ),
-        )
+            )
+            rows = data if dataset is None else _dataset(dataset, dataset_config, split, token)
+            subsets = collected(
+                model,
+                merge or [],
+                statistics,
+                {"texts": text, "answers": answer, "dataset": rows} | text_settings,
+                experts,
+                method=method,
+                budget=budget,
+                part=part,
+                process=process,
+                exclude=excluded_experts(exclude or []),
+                hub=given(revision=revision, token=token, cache_dir=cache_dir),
+                run=given(dtype=dtype, device=device, hidden_memory=_hidden_memory(hidden_memory)),
+            )
+            if isinstance(subsets, str):
+                tell(json, subsets, subsets=[], statistics=statistics)
+                return
+        else:
+            subsets = select_experts(
+                model,
+                text,
+                experts,
+                method=method,
+                budget=budget,
+                answers=answer,
+                dataset=data if dataset is None else _dataset(dataset, dataset_config, split, token),
+                exclude_experts=excluded_experts(exclude or []),
+                **given(
+                    column=column,
+                    answer_column=answer_column,
+                    max_texts=max_texts,
+                    max_length=max_length,
+                    tokens=tokens,
+                    weight_by=weight_by,
+                    stop_when_settled=settle,
+                    seed=seed,
+                    usage=usage,
+                    dtype=dtype,
+                    device=device,
+                    batch_size=batch_size,
+                    hidden_memory=_hidden_memory(hidden_memory),
+                    tokenizer=_tokenizer(tokenizer, token, cache_dir),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                ),
+            )
         for path, subset in zip(paths, subsets, strict=True):
             subset.save(path)
             number = size_range(len(ids) for ids in subset.experts if ids is not None)
@@ -307,6 +380,21 @@ def _paths(out: str, experts: list[int]) -> list[str]:
 
 def _check(method: str, options: Collection[str]) -> None:
     """See that options go together. What is wrong with one alone, `select_experts` says."""
+    for name in ("part", "process"):
+        if name in options and "statistics" not in options:
+            raise ValueError(
+                f"{_option(name)} goes with --statistics: give it, or leave {_option(name)} out."
+            )
+    if "merge" in options:
+        useless = [name for name in (*_OF_TEXT, "seed", "usage", "statistics", "exclude") if name in options]
+        if useless or method != "layerwise":
+            raise ValueError(
+                f"{_option(useless[0]) if useless else '--method'} has no part in a choice by --merge: the "
+                "folders say it. Leave it out."
+            )
+        return
+    if "statistics" in options and (useless := [name for name in ("settle", "usage") if name in options]):
+        raise ValueError(f"{_option(useless[0])} has no part in a choice by --statistics: leave it out.")
     if "usage" in options:
         useless = [name for name in (*_OF_TEXT, "seed") if name in options]
         if useless or method != "layerwise":

@@ -204,16 +204,58 @@ def write_index(
 
     ```
     """
-    if len(shards) < 2:
-        return
-    index = {
+    if len(shards) > 1:
+        write_json(Path(folder, SAFE_WEIGHTS_INDEX_NAME), index_of(shards, tensors))
+
+
+def index_of(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, Layout]) -> dict[str, Any]:
+    """What the index of a checkpoint with several files says.
+
+    Args:
+        shards (`Mapping[str, Sequence[str]]`): from `divide`.
+        tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): dtypes and shapes.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import index_of
+    >>> index_of({"1.safetensors": ["a"]}, {"a": (torch.float32, (2,))})["metadata"]
+    {'total_parameters': 2, 'total_size': 8}
+
+    ```
+    """
+    return {
         "metadata": {
             "total_parameters": sum(math.prod(shape) for _, shape in tensors.values()),
             "total_size": sum(map(length_of, tensors.values())),
         },
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
-    write_json(Path(folder, SAFE_WEIGHTS_INDEX_NAME), index)
+
+
+def written_bytes(tensors: Mapping[str, Layout], max_shard_size: int) -> int:
+    """How long the files of some tensors will be together: their headers, bytes and index.
+
+    Args:
+        tensors (`Mapping[str, tuple[torch.dtype, tuple[int, ...]]]`): dtypes and shapes.
+        max_shard_size (`int`): as for `divide`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.checkpoints.writing.safetensors_writing import header_of, written_bytes
+    >>> tensors = {"a": (torch.float32, (2,))}
+    >>> written_bytes(tensors, 100) == len(header_of(tensors)) + 8
+    True
+
+    ```
+    """
+    shards = divide(((name, length_of(layout)) for name, layout in tensors.items()), max_shard_size)
+    headers = (len(header_of({name: tensors[name] for name in names})) for names in shards.values())
+    index = len(_json_text(index_of(shards, tensors)).encode()) if len(shards) > 1 else 0
+    return sum(map(length_of, tensors.values())) + sum(headers) + index
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
@@ -233,4 +275,8 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
 
     ```
     """
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    Path(path).write_text(_json_text(content), encoding="utf-8")
+
+
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

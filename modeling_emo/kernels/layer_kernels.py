@@ -10,15 +10,35 @@ from .native_library import Kernels, find_kernels
 from .observers import is_observed
 
 # The kernel is faster than PyTorch for at most so many rows and at least so many weights (measured on AVX-512
-# and AMX).
+# and AMX; with vectors of AVX-512 on an AMD EPYC).
 _FEW_ROWS = {torch.bfloat16: 6, torch.float32: 32}
+_FEW_ROWS_OF_VECTORS = 8
 _FEW_ROWS_OF_TILES = 128
 _MANY_WEIGHTS = 1 << 18
 
 
-def _is_faster(kernels: Kernels, rows: int, weight: torch.Tensor) -> bool:
-    tiles = weight.dtype == torch.bfloat16 and kernels.fits_tiles(weight.shape[1])
-    return rows <= (_FEW_ROWS_OF_TILES if tiles else _FEW_ROWS[weight.dtype])
+def is_faster(kernels: Kernels, rows: int, weight: torch.Tensor) -> bool:
+    """Whether so few rows are multiplied faster by the kernels than by PyTorch.
+
+    Args:
+        kernels (`Kernels`): the kernels.
+        rows (`int`): the number of rows.
+        weight (`torch.Tensor`): (N, D) bfloat16 or float32.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.kernels.layer_kernels import is_faster
+    >>> from transformers_emo.modeling_emo.kernels.native_library import load_kernels
+    >>> [is_faster(load_kernels(), rows, torch.ones(512, 512)) for rows in (1, 1000)]
+    [True, False]
+
+    ```
+    """
+    if weight.dtype == torch.bfloat16 and kernels.fits_tiles(weight.shape[1]):
+        return rows <= _FEW_ROWS_OF_TILES
+    return rows <= max(_FEW_ROWS[weight.dtype], _FEW_ROWS_OF_VECTORS if kernels.has_panels else 0)
 
 
 def _fits_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -62,8 +82,8 @@ def few_rows_linear(
         or (bias is not None and not _fits_bias(bias, weight))
         or weight.layout != torch.strided
         or not weight.is_contiguous()
-        or (kernels := _kernels_for(input, weight)) is None
-        or not _is_faster(kernels, rows, weight)
+        or (kernels := kernels_for(input, weight)) is None
+        or not is_faster(kernels, rows, weight)
     ):
         return None
     rows_MD = input.reshape(rows, input.shape[-1]).contiguous()
@@ -91,7 +111,7 @@ def rms_norm(input: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch
 
     ```
     """
-    kernels = None if is_observed() else _kernels_for(input, weight)
+    kernels = None if is_observed() else kernels_for(input, weight)
     if kernels is None or weight.shape != input.shape[-1:] or not weight.is_contiguous():
         return None
     rows_MD = input.reshape(-1, input.shape[-1]).contiguous()
@@ -127,15 +147,33 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
         or cos.shape not in ((batch, length, width), (1, length, width))
         or width % 2
         or not states.is_contiguous()
-        or (kernels := _kernels_for(states, states)) is None
+        or (kernels := kernels_for(states, states)) is None
     ):
         return None
     positions = [angles.reshape(-1, width).contiguous() for angles in (cos, sin)]
     return kernels.rotate(states.view(-1, heads, width), *positions).view(states.shape)
 
 
-def _kernels_for(input: torch.Tensor, weight: torch.Tensor) -> Kernels | None:
-    """The compiled kernels, if they can compute with these: plain tensors of one dtype on the CPU."""
+def kernels_for(input: torch.Tensor, weight: torch.Tensor) -> Kernels | None:
+    """The compiled kernels, if they can compute with these: plain tensors of one dtype on the CPU.
+
+    Args:
+        input (`torch.Tensor`): what is computed with.
+        weight (`torch.Tensor`): a weight.
+
+    Returns:
+        `Kernels` or `None`: `None` for other tensors or dtypes, under autocast, and without compiled kernels.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.kernels.layer_kernels import kernels_for
+    >>> kernels_for(torch.ones(1, 2).double(), torch.ones(2).double()) is None
+    True
+
+    ```
+    """
     if (
         input.dtype != weight.dtype
         or input.dtype not in _FEW_ROWS

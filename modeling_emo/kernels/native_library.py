@@ -74,17 +74,30 @@ def _are_readable(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
     return True
 
 
-def _holds_all(tensor: torch.Tensor) -> bool:
+def holds_all(tensor: torch.Tensor) -> bool:
     """Whether the memory of a weight is as long as it says: some may have been given back.
 
     What a layer has just computed need not be asked.
+
+    Args:
+        tensor (`torch.Tensor`): a contiguous tensor.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers_emo.modeling_emo.kernels.native_library import holds_all
+    >>> holds_all(torch.ones(2))
+    True
+
+    ```
     """
     offset = tensor.storage_offset() * tensor.element_size()
     return offset + tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    return bool(tensor.data_ptr()) and (not tensor.is_contiguous() or _holds_all(tensor))
+    return bool(tensor.data_ptr()) and (not tensor.is_contiguous() or holds_all(tensor))
 
 
 def _refusal(what: str, tensors: dict[str, torch.Tensor | None]) -> ValueError:
@@ -115,8 +128,8 @@ def _check(x_TD, gate_up_E2FD, down_EDF, weights_TK, index_TK) -> None:
             all(tensor.shape == shape for tensor, shape in zip(inputs, fitting, strict=True))
             and x_TD.dtype in _DTYPES
             and _are_readable(x_TD.dtype, x_TD, gate_up_E2FD, down_EDF)
-            and _holds_all(gate_up_E2FD)
-            and _holds_all(down_EDF)
+            and holds_all(gate_up_E2FD)
+            and holds_all(down_EDF)
             and _are_readable(torch.float32, weights_TK)
             and _are_readable(torch.int64, index_TK)
         ):
@@ -303,7 +316,7 @@ class Kernels:
             inputs != columns
             or dtype not in _DTYPES
             or not _are_readable(dtype, x_MD, weight_ND)
-            or not _holds_all(weight_ND)
+            or not holds_all(weight_ND)
             or (bias_N is not None and (bias_N.shape != (outputs,) or not _are_readable(dtype, bias_N)))
         ):
             raise _refusal(
@@ -331,7 +344,7 @@ class Kernels:
             or weight_D.shape != x_MD.shape[1:]
             or dtype not in _DTYPES
             or not _are_readable(dtype, x_MD, weight_D)
-            or not _holds_all(weight_D)
+            or not holds_all(weight_D)
         ):
             raise _refusal("a norm", {"rows (M, D)": x_MD, "weight (D,)": weight_D})
         out_MD = torch.empty_like(x_MD)

@@ -6,23 +6,21 @@ A `CalibrationText` says where the text is from and how it is read. `calibration
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...checkpoints.hub.names import folder_or_repo
 from ...configuration import EmoConfig
 from ..validation import is_id
 from .calibration_batches import Batch, check_ids, doubling, encode, make_batches, ready_batches
+from .rows import read_column
 
 _TOKENS = ("all", "prompt", "answer")
 _WEIGHTS = ("token", "text")
@@ -183,6 +181,7 @@ class CalibrationText:
         find_tokenizer: Callable[[], PreTrainedTokenizerBase],
         *,
         in_parts: bool = False,
+        may_be_empty: bool = False,
         progress: bool = False,
     ) -> list[list[Batch]]:
         """Read the text and make batches of it.
@@ -192,6 +191,7 @@ class CalibrationText:
             find_tokenizer (`Callable`): gives the model's tokenizer; called only if it is needed.
             in_parts (`bool`, defaults to `False`): cut the text into parts of 1, 1, 2, 4, 8 ... texts or
                 ready batches.
+            may_be_empty (`bool`, defaults to `False`): that no token counts is no error.
             progress (`bool`, defaults to `False`): show a progress bar while a dataset is read.
 
         Returns:
@@ -237,7 +237,7 @@ class CalibrationText:
                 for part in (doubling(examples) if in_parts else [examples])
             ]
         batches = [batch for part in parts for batch in part]
-        if not any(batch.weight.any() for batch in batches):
+        if not may_be_empty and not any(batch.weight.any() for batch in batches):
             raise ValueError(
                 "There is no calibration token: give at least one text that is not empty. (A generator or a "
                 "stream can be read only once: make a list of it, or a new one.)"
@@ -392,75 +392,6 @@ def _as_batches(name: str, value: Any) -> list[torch.Tensor]:
             "in a list of their own."
         )
     return [torch.atleast_2d(batch) for batch in batches]
-
-
-def read_column(
-    dataset: Iterable[dict] | str | os.PathLike,
-    columns: Sequence[str],
-    limit: int | None = None,
-    *,
-    progress: bool = False,
-) -> list[list[Any]]:
-    """Columns of a dataset or a JSONL file.
-
-    Args:
-        dataset (iterable of `dict`, `str` or `os.PathLike`): the rows, such as a `datasets.Dataset`, also a
-            streamed one; or a file with a JSON object in each line, by its path or open.
-        columns (`Sequence[str]`): the columns to read.
-        limit (`int`, *optional*): read at most so many rows.
-        progress (`bool`, defaults to `False`): show a progress bar, if reading takes longer than two seconds.
-
-    Returns:
-        `list[list[Any]]`: the values of each column.
-
-    Raises:
-        ValueError: if a row lacks a column, or a line of the file is no JSON object.
-        OSError: if the file cannot be read.
-
-    Example:
-
-    ```python
-    >>> from transformers_emo.subsets.choosing.calibration import read_column
-    >>> read_column([{"text": "a"}, {"text": "b"}], ["text"], limit=1)
-    [['a']]
-
-    ```
-    """
-    rows: Any = dataset
-    if isinstance(dataset, io.IOBase):
-        rows = _json_objects(dataset, getattr(dataset, "name", "the file"))
-    elif isinstance(dataset, str | os.PathLike):
-        rows = _json_lines(Path(dataset))
-    values: list[list[Any]] = [[] for _ in columns]
-    # A streamed dataset may be slow, and too long to read to its end.
-    rows = tqdm(islice(rows, limit), desc="Reading texts", unit="text", delay=2, disable=not progress)
-    for number, row in enumerate(rows):
-        for column, column_values in zip(columns, values, strict=True):
-            if not isinstance(row, dict) or column not in row:
-                found = sorted(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise ValueError(
-                    f"Row {number} of the dataset lacks the column {column!r}: it has {found}. Name one of "
-                    "its columns."
-                )
-            column_values.append(row[column])
-    return values
-
-
-def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        yield from _json_objects(file, path)
-
-
-def _json_objects(lines: Iterable[str | bytes], place: Any) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"Line {number} of {place} is no JSON: {error}. Put one JSON object in each line."
-            ) from error
 
 
 def tokenizer_of(source: str | os.PathLike | None, **hub_kwargs: Any) -> PreTrainedTokenizerBase:

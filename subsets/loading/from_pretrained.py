@@ -19,7 +19,7 @@ from ...configuration import EmoConfig
 from ...imports.transformers_versions import private_names
 from ..numbering import present_experts
 from .adapter_record import check_adapter, check_adapter_config, more_experts_allowed
-from .expert_memory import check_memory_arguments, paged_parameters
+from .expert_memory import check_memory_arguments, paged_parameters, refuse_packing
 from .model_source import ModelSource
 from .tokenizer_copy import Origin, name_part
 from .weight_loading import LazyStateDict, prepare_packed, whole_model
@@ -87,11 +87,8 @@ def from_pretrained(
     with ModelSource(base, config, hub, variant=kwargs.pop("variant", None)) as source:
         asked = kwargs.get("quantization_config")
         packing = prepare_packed(copy.deepcopy(config), asked, os.fspath(base)) or source.packing
-        if packing is not None and expert_memory is not None:
-            raise ValueError(
-                f"{os.fspath(base)} is or would be in {packing.bits} bits, and `expert_memory` takes "
-                "unquantised weights only: give the unquantised model, or leave out `expert_memory`."
-            )
+        if asked is not None and expert_memory is not None:
+            refuse_packing(source, asked)
         # Before the subset: a damaged config would say that it does not fit.
         source.check_sizes(ignore_missing=ignore_missing_keys, ignore_mismatched=any_size)
         kept = source.keep(expert_subset, exclude_experts)

@@ -3,10 +3,11 @@
 `registration.py` imports it when the network first uses one of them.
 """
 
+from ...modeling_emo.kernels.decoding import decode_layer
 from ...modeling_emo.kernels.layer_kernels import few_rows_linear, rms_norm, rotate
 from ..publishing.cards import complete_card
 from .adapter_record import check_adapter_config, check_adapters
-from .default_choice import from_pretrained
+from .choice.default_choice import from_pretrained
 from .from_pretrained import load_checked_adapter
 from .masking import kept_experts
 from .swapping import share_backbone, swap_experts
@@ -19,6 +20,7 @@ __all__ = [
     "check_before_building",
     "complete_card",
     "copy_tokenizer",
+    "decode_layer",
     "few_rows_linear",
     "from_pretrained",
     "kept_experts",

@@ -24,10 +24,11 @@ from ...checkpoints.writing.safetensors_writing import (
 )
 from ...configuration import EmoConfig
 from ...quantization.packed_config import PackedConfig
-from ...quantization.packed_files import QuantisedPart, QuantisedWhileRead
+from ...quantization.packed_files import QuantisedPart
 from ..expert_subset import ExpertSubset
 from ..loading.model_source import ModelSource
 from ..loading.weights_check import check_whole
+from .disk_layout import layouts_of, on_disk, to_be_quantised
 from .expert_tensors import released_tensors
 
 _BUFFER_BYTES = 1 << 24  # whole numbers of every dtype
@@ -99,7 +100,7 @@ def extract_subset(
         packing = source.packing
         if packing is None and quantization_config is not None:
             packing = quantization_config.for_model(small)
-            parameters = _to_be_quantised(parameters, packing, cast_to)
+            parameters = to_be_quantised(parameters, packing, cast_to)
         elif quantization_config not in (None, packing):
             assert packing is not None
             raise ValueError(
@@ -109,7 +110,7 @@ def extract_subset(
             )
         if packing is not None:
             small.quantization_config = packing.to_dict()
-        tensors = _on_disk(released_tensors(parameters))
+        tensors = on_disk(released_tensors(parameters))
         if cast_to is not None:
             small.dtype = cast_to
         elif small.dtype is None:
@@ -117,7 +118,7 @@ def extract_subset(
         for tensor in tensors.values():
             if isinstance(tensor, LazyTensor):
                 tensor.cast_to = cast_to if tensor.dtype.is_floating_point else None
-        check_space(out, sum(map(length_of, _layouts(tensors).values())))
+        check_space(out, sum(map(length_of, layouts_of(tensors).values())))
         companions = side_files(model, (GENERATION_CONFIG, *TOKENIZER_FILES), **source.hub_kwargs)
         source.fetch(tensors.values(), progress=progress)
         source.warn_if_chosen_elsewhere(kept, before_packing)
@@ -128,35 +129,8 @@ def extract_subset(
     return small
 
 
-def _to_be_quantised(
-    parameters: dict[str, Any], packing: PackedConfig, dtype: torch.dtype | None
-) -> dict[str, Any]:
-    packed = {
-        name: QuantisedWhileRead(tensor, packing, name)
-        for name, tensor in parameters.items()
-        if packing.converts(name)
-    }
-    for tensor in packed.values():
-        tensor.cast_to = dtype
-        packing.group_of(tensor.shape[-1])
-    return parameters | packed
-
-
-def _on_disk(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors, packed ones in the parts that they are on disk."""
-    parts: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        parts |= dict(tensor.on_disk(name)) if hasattr(tensor, "on_disk") else {name: tensor}
-    return parts
-
-
-def _layouts(tensors: Mapping[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtypes and shapes as written."""
-    return {name: (tensor.cast_to or tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-
-
 def _write(tensors: Mapping[str, Any], folder: Path, shard_bytes: int, progress: bool) -> None:
-    layouts = _layouts(tensors)
+    layouts = layouts_of(tensors)
     shards = divide(((name, length_of(layout)) for name, layout in layouts.items()), shard_bytes)
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     total = sum(length_of((tensor.dtype, tensor.shape)) for tensor in tensors.values())

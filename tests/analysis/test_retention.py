@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import TOY
+from parallel_runs import CountedReads
 from tolerances import same_number
 from transformers import AutoTokenizer
 from transformers_emo import EmoForCausalLM, select_experts
@@ -18,6 +19,7 @@ from transformers_emo.analysis import (
     read_domains,
     retention,
 )
+from transformers_emo.analysis.weight_sample import sum_of_weights, weight_sample
 
 METHODS = ["layerwise", "global", "easy_ep", "random"]
 PLAN = {
@@ -168,6 +170,35 @@ def test_other_texts_or_weights_are_refused(models, domains, tokenizer, tmp_path
     other = [Domain(d.name, d.calibration, d.test[:1]) for d in domains]
     with pytest.raises(ValueError, match="texts of coq"):
         measure_retention({"one": models["one"]}, other, tmp_path, **plan)
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(models, domains, tokenizer, tmp_path, monkeypatch):
+    plan = PLAN | {"tokenizer": tokenizer, "methods": ["random"], "shares": [0.5]}
+    monkeypatch.setattr(retention, "weight_sample", sum_of_weights)
+    measure_retention({"one": models["one"]}, domains, tmp_path, **plan)
+    monkeypatch.undo()
+    again = measure_retention({"one": models["one"]}, domains, tmp_path, **plan | {"shares": [0.5, 0.1]})
+    assert {one.share for one in again.measurements} == {1.0, 0.5, 0.1}
+    with pytest.raises(ValueError, match="weights of one"):
+        measure_retention({"one": models["two"]}, domains, tmp_path, **plan)
+
+
+def test_weights_are_read_once_whatever_is_measured(domains, tmp_path):
+    with CountedReads() as reads:
+        measure_retention({"toy": TOY}, domains, tmp_path, **PLAN)
+    weights = sum(p.nbytes for p in EmoForCausalLM.from_pretrained(TOY).parameters())
+    assert weights <= reads.bytes <= 1.1 * weights
+
+
+def test_one_changed_expert_is_noticed_and_the_sample_is_small(make_model):
+    model = make_model()
+    before = weight_sample(model)
+    assert before == weight_sample(make_model())
+    experts = model.model.layers[1].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[7] *= 1.001
+    assert weight_sample(model) != before
+    assert weight_sample(model.to(torch.bfloat16)) != before
 
 
 def test_models_with_different_tokens_are_not_compared(make_checkpoint, domains, tmp_path):

@@ -287,8 +287,14 @@ OLD_WORDS = {
     ),
 }
 NEW = {"help", "json", "module", "usage"}  # `-m` is read with the words behind it
-NEW_COMMANDS = {"export", "report", "routing"}
-NEW_OPTIONS = {"extract": {"bits", "group_size", "zero_points", "head_bits", "calibrate", "max_texts"}}
+NEW_COMMANDS = {"chat", "demo", "export", "info", "plan", "report", "routing"}
+NEW_OPTIONS = {
+    "extract": {"bits", "group_size", "zero_points", "head_bits", "calibrate", "max_texts"},
+    "select": {"merge", "statistics", "part", "process"},
+    "retention": {
+        *("tasks", "experts", "include_path", "num_fewshot", "prompts", "limit", "batch_size", "card"),
+    },
+}
 
 
 def command_of(name: str):

@@ -11,6 +11,7 @@ import pytest
 from hub_server import HubServer
 from transformers_emo import cli
 from transformers_emo.analysis import Retention
+from transformers_emo.analysis.tasks import TaskScores
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -89,6 +90,14 @@ def test_the_retention_command_gives_the_table_below_it(tmp_path, monkeypatch):
             loss, full = found.loss(model, method, int(kept) / 64), found.loss(model, method, 1)
             # An expert chosen by a hair's breadth may be another one where sums round otherwise.
             assert float(said) == pytest.approx(loss if kept == "64" else loss - full, abs=0.005)
+    scores = TaskScores.read(tmp_path / "scores")
+    rows = re.findall(r"^\| (emo_\w+) \(.*\) \| (\d+) \| (.*) \|$", page.read_text(encoding="utf-8"), re.M)
+    assert len(rows) == 2 * 5
+    for task, kept, row in rows:
+        for model, said in zip(("emo-tiny", "std-tiny"), row.split(" | "), strict=True):
+            value = scores.value(model, task, "layerwise", int(kept)) / scores.unit(task)
+            # One of 40 questions may be answered otherwise where sums round otherwise.
+            assert float(said.split()[0]) == pytest.approx(value, rel=0.01, abs=2.6 if "both" in task else 0)
 
 
 @pytest.mark.slow

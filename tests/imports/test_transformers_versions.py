@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -146,8 +147,9 @@ def test_pyproject_asks_for_the_versions_that_are_tested():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'"{transformers_versions._remedy("transformers").split(chr(39))[1]}"' in text
     for package in PACKAGES[1:]:
-        oldest = TESTED[package][0].split(".")
-        assert f'"{package}"' in text or f'"{package}>={".".join(oldest[:2])}"' in text, package
+        asked = re.search(rf'"{package}(\[\w+\])?(>=(?P<least>[\d.]+))?"', text)
+        oldest = TESTED[package][0]
+        assert asked and f"{oldest}.".startswith(f"{asked['least'] or oldest}."), package
     pinned = (ROOT / "constraints.txt").read_text().splitlines()
     assert {f"{package}=={newest}" for package, (_, newest) in TESTED.items()} <= set(pinned)
 

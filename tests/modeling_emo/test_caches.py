@@ -14,7 +14,7 @@ from padded_prompts import NEW
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers_emo import EmoForCausalLM, EmoForSequenceClassification, EmoForTokenClassification
-from transformers_emo.modeling_emo.prompt_pool import FrozenPools
+from transformers_emo.modeling_emo.pools.prompt_pool import FrozenPools
 from transformers_emo.modeling_emo.transformers_differences import CACHE, kept_positions
 from version_needs import needs_fp8_cache
 

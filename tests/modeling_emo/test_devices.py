@@ -23,7 +23,7 @@ from transformers_emo.modeling_emo import lengths_from_segments
 
 TESTS = Path(__file__).parents[1]
 MASK = "expert_switching.use_experts: a tensor of Python numbers"
-CHECK = "prompt_pool.check_masks: a copy between host and device"
+CHECK = "cache_layer.check_masks: a copy between host and device"
 # What this package's code waits for, outside the layers; all else waits for nothing.
 OURS = {
     "forward_under_a_mask": {MASK: 1},

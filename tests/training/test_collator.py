@@ -6,7 +6,7 @@ import torch
 from tolerances import assert_same_numbers
 from transformers import Trainer, TrainingArguments
 from transformers_emo import EmoConfig
-from transformers_emo.modeling_emo.segments import segments_from_eos
+from transformers_emo.modeling_emo.pools.segments import segments_from_eos
 from transformers_emo.tokenization import pack_dataset
 from transformers_emo.training import DocumentCollator
 

@@ -18,10 +18,11 @@
 // T tokens, K picks each, P = T * K picks, E experts, D hidden size, F expert width. Picks are kept by
 // expert.
 //
-// `vectors.h`, `dot_products.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts the picks;
-// `experts.h`, `gradients.h`, `linear.h` and `elementwise.h` are the operations; `processor.h` says what runs
-// here.
+// `vectors.h`, `dot_products.h`, `few_rows.h`, `panels.h` and `tiles.h` are the inner loops; `routing.h` sorts
+// the picks; `experts.h`, `gradients.h`, `linear.h`, `elementwise.h` and `decoding.h` are the operations;
+// `processor.h` says what runs here.
 
+#include "decoding.h"
 #include "elementwise.h"
 #include "experts.h"
 #include "gradients.h"
@@ -83,6 +84,29 @@ void gradients(const void* grad, const void* x, const void* gate_up, const void*
   if (fits_tiles(s)) return job.run(threads);
 #endif
   job.run_panels(threads);
+}
+
+// A layer of experts from its attention on.
+template <class T>
+void decode(const EmoAttention& a, const EmoDecoding& d, int threads) {
+  const index_t heads = a.H * a.W, size = a.B * d.D;
+  Buffer<T> attended(a.B * heads), hidden(size), normed(size), logits(a.B * d.E), found(size);
+  if (!d.attended) attend(a, attended.p, useful_threads(2 * a.B * a.H * a.N * a.W, threads));
+  const T* rows = d.attended ? (const T*)d.attended : attended.p;
+  linears<T>({{rows, (const T*)d.output, (const T*)d.output_bias, found.p, a.B, heads, d.D}},
+             useful_threads(size * heads, threads));
+  add((const T*)d.hidden, found.p, size, hidden.p);
+  rms_norm(hidden.p, (const T*)d.norm, normed.p, a.B, d.D, d.epsilon, 1);
+  linears<T>({{normed.p, (const T*)d.router, nullptr, logits.p, a.B, d.D, d.E}},
+             useful_threads(size * d.E, threads));
+  std::vector<float> weights(a.B * d.top_k);
+  std::vector<index_t> index(a.B * d.top_k);
+  for (index_t b = 0; b < a.B; ++b)
+    route(d, logits.p + b * d.E, d.allowed ? d.allowed + b * d.allowed_stride : nullptr,
+          &weights[b * d.top_k], &index[b * d.top_k]);
+  experts<T>(normed.p, d.gate_up, d.down, weights.data(), index.data(), found.p, nullptr,
+             {a.B, d.top_k, d.E, d.D, d.F}, threads, 1);
+  add(hidden.p, found.p, size, (T*)d.out);
 }
 
 }  // namespace
@@ -182,6 +206,34 @@ void emo_unpack(int is_bf16, const void* numbers, const void* scales, const void
   with_matrix({numbers, scales, zeros, in, group, bits, bf16_scales}, [&](auto matrix) {
     is_bf16 ? unpack(matrix, outs, (bf16*)out, threads) : unpack(matrix, outs, (float*)out, threads);
   });
+}
+
+// Queries, keys and values of one token of B sequences; the weights, biases (or null), results and numbers of
+// heads of all three.
+int emo_decode_heads(int is_bf16, const void* hidden, const void* norm, float epsilon,
+                     const void* const* weights, const void* const* biases, const float* cosines,
+                     const float* sines, int64_t positions, void* const* out, int64_t B, int64_t D,
+                     const int64_t* heads, int64_t W, int threads) try {
+  threads = useful_threads(B * D * (heads[0] + 2 * heads[1]) * W, threads);
+  if (is_bf16)
+    decode_heads((const bf16*)hidden, (const bf16*)norm, epsilon, (const bf16* const*)weights,
+                 (const bf16* const*)biases, cosines, sines, positions, (bf16* const*)out, B, D, heads, W,
+                 threads);
+  else
+    decode_heads((const float*)hidden, (const float*)norm, epsilon, (const float* const*)weights,
+                 (const float* const*)biases, cosines, sines, positions, (float* const*)out, B, D, heads, W,
+                 threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
+}
+
+// The rest of the layer.
+int emo_decode(int is_bf16, const EmoAttention* attention, const EmoDecoding* decoding, int threads) try {
+  (is_bf16 ? decode<bf16> : decode<float>)(*attention, *decoding, threads);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 void emo_rms_norm(int is_bf16, const void* x, const void* weight, void* out, int64_t rows, int64_t width,

@@ -15,23 +15,26 @@ struct Linear {
   T* out;                      // (rows, outs)
   index_t rows, in, outs;
 
+  static constexpr index_t OUTS = 16 * TILE_OUTS;  // at a time
+
+  // Outputs from `from` on, as many as are computed at a time.
+  void part(index_t from) const {
+    const T* lines[ROW_BLOCK];
+    for (index_t m0 = 0; m0 < rows; m0 += ROW_BLOCK) {
+      const index_t count = std::min(ROW_BLOCK, rows - m0);
+      for (index_t m = 0; m < count; ++m) lines[m] = x + (m0 + m) * in;
+      dot_outputs(
+          lines, count, in, std::min(OUTS, outs - from), [&](index_t n) { return weight + (from + n) * in; },
+          [&](index_t m, index_t n, float sum) {
+            store(out + (m0 + m) * outs + from + n, sum + (bias ? to_float(bias[from + n]) : 0));
+          });
+    }
+  }
+
   // Outputs from `begin` on.
   void dots(index_t begin, int threads) const {
-    constexpr index_t OUTS = 16 * TILE_OUTS;  // at a time
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (index_t from = begin; from < outs; from += OUTS) {
-      const T* lines[ROW_BLOCK];
-      for (index_t m0 = 0; m0 < rows; m0 += ROW_BLOCK) {
-        const index_t count = std::min(ROW_BLOCK, rows - m0);
-        for (index_t m = 0; m < count; ++m) lines[m] = x + (m0 + m) * in;
-        dot_outputs(
-            lines, count, in, std::min(OUTS, outs - from),
-            [&](index_t n) { return weight + (from + n) * in; },
-            [&](index_t m, index_t n, float sum) {
-              store(out + (m0 + m) * outs + from + n, sum + (bias ? to_float(bias[from + n]) : 0));
-            });
-      }
-    }
+    for (index_t from = begin; from < outs; from += OUTS) part(from);
   }
 
 #if defined(EMO_AMX)

@@ -166,6 +166,26 @@ inline typename Step<T>::reg get_some(const T* p, index_t first, index_t count) 
   return Step<T>::get(numbers);
 }
 
+// How many numbers there are before the next place where vectors lie in one line of the cache: a vector that
+// is part of two takes twice as long to read, and weights that are pages of a file may begin anywhere.
+// Narrower vectors rarely are.
+template <class T>
+inline index_t before_line(const T* p) {
+#if defined(__AVX512F__)
+  const index_t numbers = (64 - size_t(p) % 64) % 64 / sizeof(T) % Step<T>::size;
+  if (size_t(p) % sizeof(T) == 0 && numbers % Step<T>::PAIRED == 0) return numbers;
+#endif
+  return 0;
+}
+
+#if defined(__AVX512F__)
+// Where each sum of a vector is that took its first number `by` places late.
+inline __m512i turned(index_t by) {
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_and_si512(_mm512_sub_epi32(places, _mm512_set1_epi32(int(by))), _mm512_set1_epi32(15));
+}
+#endif
+
 // exp to about 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. From 88.4 on
 // infinite, so that SiLU of a huge negative number is zero.
 inline vec exponential(vec x) {

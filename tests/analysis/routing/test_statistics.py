@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers_emo import EmoForCausalLM
 from transformers_emo.analysis.routing import Document, RoutingStatistics, documents_of, router_statistics
 from transformers_emo.analysis.routing import statistics as module
+from transformers_emo.checkpoints.writing.folder_lock import locked_folder
 
 TEXTS = [
     ("import os, sys\n\ndef main():\n    return 0\n" * 3, "python"),
@@ -202,6 +203,11 @@ def test_other_texts_settings_and_models_are_refused(documents, statistics, tmp_
         router_statistics(TOY, documents, tmp_path, batch_size=0, progress=False)
     with pytest.raises(ValueError, match="no router statistics"):
         RoutingStatistics(tmp_path / "nothing")
+
+
+def test_a_second_run_of_the_same_share_is_refused(documents, tmp_path):
+    with locked_folder(tmp_path / ".process-1-of-1"), pytest.raises(BlockingIOError, match="Another run"):
+        router_statistics(TOY, documents, tmp_path, progress=False)
 
 
 def test_rows_of_datasets_are_read(tmp_path):

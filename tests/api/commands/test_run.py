@@ -12,7 +12,7 @@ import pytest
 from transformers_emo import cli
 from transformers_emo.commands.run import _STARTUP
 from transformers_emo.run_target import find_target
-from transformers_emo.subsets.loading.run_choice import RunChoice
+from transformers_emo.subsets.loading.choice.run_choice import RunChoice
 
 ROOT = Path(__file__).parents[3]
 TINY = str(ROOT / "model_cards" / "emo-tiny")

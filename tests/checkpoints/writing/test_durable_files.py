@@ -5,7 +5,7 @@ import stat
 
 import pytest
 from transformers_emo import EmoConfig, ExpertSubset
-from transformers_emo.analysis.plots import new_figure, save_figure
+from transformers_emo.analysis.pictures.plots import new_figure, save_figure
 from transformers_emo.checkpoints.writing.durable_files import write_whole
 from transformers_emo.subsets import save_pruning_metadata
 

@@ -1,0 +1,1 @@
+"""Pictures with matplotlib: retention, topics, domains, tasks, training."""

@@ -1,0 +1,1 @@
+"""Commands that say what a model takes, before anything is downloaded or run."""

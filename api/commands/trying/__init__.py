@@ -1,0 +1,1 @@
+"""Commands that let a person try a model."""

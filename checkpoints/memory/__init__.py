@@ -1,0 +1,1 @@
+"""Where read bytes lie: large pages, and files mapped into memory."""

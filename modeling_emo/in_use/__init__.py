@@ -1,0 +1,1 @@
+"""What a model tells of its experts while it is used."""

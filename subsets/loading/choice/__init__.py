@@ -1,0 +1,1 @@
+"""What `emo run` chooses for every model that a program loads."""

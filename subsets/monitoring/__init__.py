@@ -1,0 +1,1 @@
+"""Which domains a request used the experts of, for logs and for deciding what to exclude."""

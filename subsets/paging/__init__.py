@@ -1,0 +1,1 @@
+"""Experts that are read when a token takes them, into a memory of a budget."""
