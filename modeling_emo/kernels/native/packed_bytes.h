@@ -102,10 +102,8 @@ struct Bytes {
   static vec dot(const ReadyRow& x, index_t, index_t chunk, const Weights& weights) {
     const float* beside = x.beside + chunk * BESIDE * LANES;
     const uint8_t* from = (const uint8_t*)x.numbers + chunk * CHUNK;
-    bytes parts[PARTS];
-    memcpy(parts, from, sizeof parts);
-    return __builtin_convertvector(add_products((ivec)load(beside + LANES), weights.parts, parts), vec) *
-           load(beside);
+    const ivec sums = add_products((ivec)load(beside + LANES), weights.parts, from);
+    return __builtin_convertvector(sums, vec) * load(beside);
   }
 
  private:
@@ -127,14 +125,21 @@ struct Bytes {
 #endif
   }
 
+  // One load each: GCC copies an array of vectors by halves, which the next load has to wait for.
+  static bytes part_of(const uint8_t* x, int part) {
+    bytes found;
+    memcpy(&found, x + part * VECTOR, sizeof found);
+    return found;
+  }
+
   // Products with the signed bytes `x`, four neighbours to each sum.
-  static ivec add_products(ivec sums, const bytes (&w)[PARTS], const bytes (&x)[PARTS]) {
+  static ivec add_products(ivec sums, const bytes (&w)[PARTS], const uint8_t* x) {
 #if defined(EMO_PACKED_PANELS)
     for (int i = 0; i < PARTS; ++i)
-      sums = (ivec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w[i], (__m512i)x[i]);
+      sums = (ivec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w[i], (__m512i)part_of(x, i));
 #elif defined(__AVX2__)
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[0], (__m256i)x[0]),
-                                           _mm256_maddubs_epi16((__m256i)w[1], (__m256i)x[1]));
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)w[0], (__m256i)part_of(x, 0)),
+                                           _mm256_maddubs_epi16((__m256i)w[1], (__m256i)part_of(x, 1)));
     sums += (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
     return sums;
@@ -147,7 +152,7 @@ struct Bytes {
 // Several rows. A panel is 32 outputs' weights, turned once for all rows: a vector has the same 32 bits of 16
 // outputs. Each of its parts is multiplied with four activations of a row. So nothing has to be summed over a
 // vector. The products leave time to take the parts out anew for every few rows.
-constexpr index_t PANEL_FROM = 2;    // rows, from which panels are faster
+constexpr index_t PANEL_FROM = 4;    // rows, from which panels are faster; without zero points one more
 constexpr index_t PANEL = 32;        // outputs
 constexpr int HELD_ROWS = 6;         // as many as the registers hold
 constexpr index_t PANEL_CHUNKS = 4;  // vectors of a row at a time, which stay in the first cache

@@ -127,7 +127,8 @@ struct FewOrMany : Few<Bytes<BITS>> {
   using Few<Bytes<BITS>>::Few;
   template <class Rows, class Matrix, class Use>
   void products(Rows row_of, index_t rows, const Matrix& weights, index_t outs, Use use) const {
-    if (rows < PANEL_FROM) return Few<Bytes<BITS>>::products(row_of, rows, weights, outs, use);
+    if (rows < PANEL_FROM + !weights.zeros)
+      return Few<Bytes<BITS>>::products(row_of, rows, weights, outs, use);
     static thread_local std::vector<ReadyRow> all;
     all.resize(rows);
     for (index_t m = 0; m < rows; ++m) all[m] = (*this)[row_of(m)];
