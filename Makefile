@@ -77,7 +77,7 @@ OTHER = build/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.versio
 SMOKE := api/test_cli.py api/test_import_hook.py imports/test_lazy_imports.py configuration conversion/olmo_core/test_pickled_metadata.py \
   conversion/test_to_olmo_core.py modeling_emo/kernels/test_expert_kernels.py modeling_emo/test_goldens.py \
   modeling_emo/kernels/test_layer_kernels.py modeling_emo/test_modeling_emo.py modeling_emo/kernels/test_private_torch.py \
-  modeling_emo/pools/test_prompt_pool.py modeling_emo/kernels/test_packed_tensor.py subsets/loading/test_from_pretrained.py \
+  modeling_emo/pools/test_prompt_pool.py modeling_emo/kernels/packed/test_packed_tensor.py subsets/loading/test_from_pretrained.py \
   training/test_fine_tuning.py training/test_trainer.py test_docstrings.py
 test-python:  ## a selection of tests on another Python or PyTorch: PYTHON=python3.14 TORCH=2.15.0
 	$(PYTHON) -m venv $(OTHER)

@@ -36,7 +36,7 @@ from processes import peak_megabytes
 from torch import nn
 from transformers_emo import EmoConfig
 from transformers_emo.checkpoints.memory.large_pages import empty
-from transformers_emo.modeling_emo.kernels.native_library import Kernels
+from transformers_emo.modeling_emo.kernels.native_calls import Kernels
 from transformers_emo.modeling_emo.modeling_emo import EmoExperts
 
 TOP_K, HIDDEN, WIDTH = 8, 2048, 1024

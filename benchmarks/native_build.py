@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers_emo.modeling_emo.kernels import expert_kernels, layer_kernels
 from transformers_emo.modeling_emo.kernels.instruction_sets import compile_commands
-from transformers_emo.modeling_emo.kernels.native_library import Kernels
+from transformers_emo.modeling_emo.kernels.native_calls import Kernels
 
 FLAGS = ("-march=native",)
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from transformers_emo.checkpoints.memory.large_pages import empty
 from transformers_emo.modeling_emo.kernels.layer_kernels import few_rows_linear
 from transformers_emo.modeling_emo.kernels.native_library import load_kernels
-from transformers_emo.modeling_emo.kernels.packed_products import packed_experts, packed_linear
-from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+from transformers_emo.modeling_emo.kernels.packed.packed_products import packed_experts, packed_linear
+from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
 
 HIDDEN, WIDTH, VOCABULARY, TOP_K = 2048, 1024, 100_352, 8
 CACHES = 200e6  # bytes that no cache holds

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..checkpoints.errors import CheckpointError
-from ..modeling_emo.kernels.packed_tensor import PackedTensor
-from ..modeling_emo.kernels.packed_weights import PackedWeight, RoundedGroups, pack
+from ..modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from ..modeling_emo.kernels.packed.packed_weights import PackedWeight, RoundedGroups, pack
 from ..modeling_emo.modeling_emo import EmoMLP, EmoPreTrainedModel
 from .packed_config import PackedConfig
 from .quantizer import PackedQuantizer

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from ..checkpoints.memory.large_pages import empty
-from ..modeling_emo.kernels.packed_tensor import PackedTensor
-from ..modeling_emo.kernels.packed_weights import PackedWeight
+from ..modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from ..modeling_emo.kernels.packed.packed_weights import PackedWeight
 from .packed_config import PackedConfig
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from ..checkpoints.errors import CheckpointError
 from ..imports.transformers_versions import private_names
-from ..modeling_emo.kernels.packed_weights import check_bits
+from ..modeling_emo.kernels.packed.packed_weights import check_bits
 
 with private_names("quantisation"):
     from transformers.utils.quantization_config import QuantizationConfigMixin

@@ -17,8 +17,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.lazy_tensor import LazyTensor
 from ..checkpoints.safetensors_header import TensorSpan
-from ..modeling_emo.kernels.packed_tensor import PackedTensor
-from ..modeling_emo.kernels.packed_weights import PackedWeight
+from ..modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from ..modeling_emo.kernels.packed.packed_weights import PackedWeight
 from .packed_config import PackedConfig
 from .packed_parts import disk_tensors, unpacked_zeros
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..modeling_emo.kernels.packed_tensor import PackedTensor
-from ..modeling_emo.kernels.packed_weights import PackedWeight
+from ..modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from ..modeling_emo.kernels.packed.packed_weights import PackedWeight
 from ..modeling_emo.weight_names import STACKED_EXPERTS
 
 
@@ -124,7 +124,7 @@ def disk_tensors(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> from transformers_emo.quantization.packed_parts import disk_tensors
     >>> list(disk_tensors("x.weight", PackedWeight.quantise(torch.ones(8, 32), bits=4)))
     ['x.weight_packed', 'x.weight_scale', 'x.weight_shape']

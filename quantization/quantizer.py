@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..imports.transformers_versions import private_names
-from ..modeling_emo.kernels.packed_tensor import PackedTensor
+from ..modeling_emo.kernels.packed.packed_tensor import PackedTensor
 from .packed_config import METHOD, PackedConfig
 from .packed_parts import released_state
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from transformers_emo.modeling_emo.kernels.instruction_sets import instruction_sets, library_name
-from transformers_emo.modeling_emo.kernels.native_library import Kernels
+from transformers_emo.modeling_emo.kernels.native_calls import Kernels
 
 ROOT = Path(__file__).parents[1]
 GCC = shutil.which("g++")

@@ -16,7 +16,7 @@ from torch import nn
 
 from .expert_kernels import emo_experts_forward
 from .layer_kernels import is_faster, kernels_for
-from .native_library import Kernels, holds_all
+from .native_calls import Kernels, holds_all
 from .observers import is_observed
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64

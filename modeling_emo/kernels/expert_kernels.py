@@ -18,10 +18,11 @@ from torch import nn
 from transformers import integrations  # not its `moe`, which is still being imported when this is registered
 
 from .gradient_memory import empty_gradient
-from .native_library import Kernels, find_kernels
+from .native_calls import Kernels
+from .native_library import find_kernels
 from .observers import is_observed, is_transformed
-from .packed_products import packed_experts
-from .packed_tensor import PackedTensor
+from .packed.packed_products import packed_experts
+from .packed.packed_tensor import PackedTensor
 from .private_torch import private_torch
 
 _is_wrapper = private_torch("torch.utils._python_dispatch.is_traceable_wrapper_subclass")

@@ -6,7 +6,8 @@ Each function returns `None` where PyTorch should compute instead.
 import torch
 from torch import nn
 
-from .native_library import Kernels, find_kernels
+from .native_calls import Kernels
+from .native_library import find_kernels
 from .observers import is_observed
 
 # The kernel is faster than PyTorch for at most so many rows and at least so many weights (measured on AVX-512

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers_emo import CheckpointError, EmoForCausalLM, PackedConfig, quantize_model
-from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
-from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight, unpack
+from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight, unpack
 from transformers_emo.quantization.calibrated import _rounded
 from transformers_emo.training import lora_config
 

@@ -8,7 +8,7 @@ from conftest import GOLDENS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers_emo import EmoForCausalLM, extract_subset
-from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
+from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
 
 FOLDER = GOLDENS / "E_compressed_tensors"
 KINDS = ("4", "4_asymmetric", "8_channel", "8_asymmetric_channel")

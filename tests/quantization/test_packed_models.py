@@ -18,8 +18,8 @@ from transformers_emo import (
     select_experts,
     write_back,
 )
-from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
-from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
 from transformers_emo.subsets.fingerprint import agreement
 
 IDS = torch.tensor([[5, 17, 60, 2, 33, 8, 90], [44, 44, 3, 71, 12, 9, 28]])

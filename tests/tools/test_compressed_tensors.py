@@ -6,7 +6,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file
 from tools.quantised_elsewhere import quantise, skeleton
 from transformers_emo import EmoForCausalLM, PackedConfig
-from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
+from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
 
 pytestmark = pytest.mark.tools
 SIZES = {"hidden_size": 32, "intermediate_size": 32}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers_emo import EmoForCausalLM
-from transformers_emo.modeling_emo.kernels import native_library
+from transformers_emo.modeling_emo.kernels import native_calls, native_library
 from transformers_emo.modeling_emo.kernels.instruction_sets import (
     NAMES,
     SOURCES,
@@ -184,8 +184,8 @@ def test_openmp_is_the_one_that_pytorch_brings(monkeypatch):
                 self.opened.append((name, mode))
             return object()
 
-    monkeypatch.setattr(native_library, "ctypes", Loader())
-    native_library._show_openmp.__wrapped__()
+    monkeypatch.setattr(native_calls, "ctypes", Loader())
+    native_calls._show_openmp.__wrapped__()
     own = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
     expected = str(own[0]) if own else "libgomp.so.1"
     assert Loader.opened == [(expected, ctypes.RTLD_GLOBAL)]

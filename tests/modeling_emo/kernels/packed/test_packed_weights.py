@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight, pack, unpack
+from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight, pack, unpack
 
 WAYS = [
     (bits, group, symmetric) for bits in (8, 4) for group in (16, 32, None) for symmetric in (True, False)

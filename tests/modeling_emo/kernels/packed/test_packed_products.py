@@ -12,11 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import tolerance
 from torch.utils.flop_counter import FlopCounterMode
-from transformers_emo.modeling_emo.kernels import packed_products
 from transformers_emo.modeling_emo.kernels.native_library import find_kernels, runnable_sets
-from transformers_emo.modeling_emo.kernels.packed_kernels import fits, load_packed_kernels
-from transformers_emo.modeling_emo.kernels.packed_products import packed_experts, packed_linear, unpacked
-from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+from transformers_emo.modeling_emo.kernels.packed import packed_products
+from transformers_emo.modeling_emo.kernels.packed.packed_kernels import fits, load_packed_kernels
+from transformers_emo.modeling_emo.kernels.packed.packed_products import (
+    packed_experts,
+    packed_linear,
+    unpacked,
+)
+from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
 
 KERNELS = find_kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no compiled kernels")

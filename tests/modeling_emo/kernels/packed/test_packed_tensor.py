@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
-from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
+from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
 
 WAYS = [(8, 32, True), (8, 16, False), (4, 16, True), (4, 32, False)]
 

@@ -41,7 +41,7 @@ class PackedWeight:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> weight = torch.linspace(-1, 1, 64).view(2, 32)
     >>> packed = PackedWeight.quantise(weight, bits=4, group=32)
     >>> packed.packed.shape, packed.shape
@@ -218,7 +218,7 @@ class RoundedGroups:
 
         ```python
         >>> import torch
-        >>> from transformers_emo.modeling_emo.kernels.packed_weights import RoundedGroups
+        >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import RoundedGroups
         >>> found = RoundedGroups.nearest_of(torch.arange(16.0), 4, False, torch.float32)
         >>> found.scale, found.zero + 0
         (tensor(1.), tensor(0.))
@@ -302,7 +302,7 @@ def check_bits(bits: Any) -> None:
     Example:
 
     ```python
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import check_bits
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import check_bits
     >>> check_bits(4)
 
     ```
@@ -325,7 +325,7 @@ def pack(number: torch.Tensor, bits: int) -> torch.Tensor:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import pack
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import pack
     >>> hex(pack(torch.tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8), 4).item())
     '0x7654321'
 
@@ -352,7 +352,7 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import unpack
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import unpack
     >>> unpack(torch.tensor([0x07654321], dtype=torch.int32), 4)
     tensor([1, 2, 3, 4, 5, 6, 7, 0], dtype=torch.uint8)
 

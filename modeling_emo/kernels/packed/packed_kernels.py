@@ -9,7 +9,8 @@ from functools import cache
 
 import torch
 
-from .native_library import Kernels, find_kernels, load_kernels
+from ..native_calls import Kernels
+from ..native_library import find_kernels, load_kernels
 from .packed_weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -31,8 +32,8 @@ def fits(weight: PackedWeight) -> bool:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_kernels import fits
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_kernels import fits
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> fits(PackedWeight.quantise(torch.ones(2, 64), bits=4, group=32))
     True
     >>> fits(PackedWeight.quantise(torch.ones(2, 64), bits=4, group=16))
@@ -286,7 +287,7 @@ def find_packed_kernels() -> PackedKernels | None:
     Example:
 
     ```python
-    >>> from transformers_emo.modeling_emo.kernels.packed_kernels import find_packed_kernels
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_kernels import find_packed_kernels
     >>> kernels = find_packed_kernels()
 
     ```
@@ -311,8 +312,8 @@ def load_packed_kernels(name: str = "") -> PackedKernels:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_kernels import load_packed_kernels
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_kernels import load_packed_kernels
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> weight = PackedWeight.quantise(torch.ones(2, 32), bits=8, group=32)
     >>> load_packed_kernels().linear(torch.ones(1, 32), weight, None).round()
     tensor([[32., 32.]])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .observers import is_observed
+from ..observers import is_observed
 from .packed_kernels import PackedKernels, find_packed_kernels, fits
 from .packed_weights import PackedWeight
 
@@ -46,8 +46,8 @@ def unpacked(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_products import unpacked
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_products import unpacked
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> weight = PackedWeight.quantise(torch.ones(2, 32), bits=4, group=32)
     >>> torch.equal(unpacked(weight, torch.float32), weight.dequantise(torch.float32))
     True
@@ -77,8 +77,8 @@ def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | No
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_products import packed_linear
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_products import packed_linear
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> weight = PackedWeight.quantise(torch.ones(2, 32), bits=4, group=32)
     >>> packed_linear(torch.ones(3, 32), weight).shape
     torch.Size([3, 2])
@@ -133,8 +133,8 @@ def packed_experts(
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_products import packed_experts
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_products import packed_experts
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> gate_up = PackedWeight.quantise(torch.randn(2, 64, 32), bits=4, group=32)
     >>> down = PackedWeight.quantise(torch.randn(2, 32, 32), bits=4, group=32)
     >>> index = torch.tensor([[0], [1], [2]])  # the last is another rank's

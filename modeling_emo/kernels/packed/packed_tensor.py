@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..private_torch import private_torch
 from .packed_products import packed_linear
 from .packed_weights import PackedWeight
-from .private_torch import private_torch
 
 _make_wrapper_subclass = private_torch("torch.Tensor._make_wrapper_subclass")
 _without_functions = private_torch("torch._C.DisableTorchFunctionSubclass")
@@ -33,8 +33,8 @@ class PackedTensor(torch.Tensor):
 
     ```python
     >>> import torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> linear = torch.nn.Linear(64, 8, bias=False)
     >>> packed = PackedTensor(PackedWeight.quantise(linear.weight, bits=8, group=32))
     >>> linear.weight = packed.as_parameter()
@@ -276,8 +276,8 @@ def rebuild(
 
     ```python
     >>> import copy, pickle, torch
-    >>> from transformers_emo.modeling_emo.kernels.packed_tensor import PackedTensor
-    >>> from transformers_emo.modeling_emo.kernels.packed_weights import PackedWeight
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_tensor import PackedTensor
+    >>> from transformers_emo.modeling_emo.kernels.packed.packed_weights import PackedWeight
     >>> tensor = PackedTensor(PackedWeight.quantise(torch.ones(8, 32), bits=4))
     >>> pickle.loads(pickle.dumps(tensor))
     PackedTensor(shape=(8, 32), dtype=torch.float32, bits=4, group=32)
